@@ -1,0 +1,4 @@
+//! Orlop's control plane.
+
+pub mod cache;
+pub mod store;

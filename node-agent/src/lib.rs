@@ -1,0 +1,3 @@
+//! Orlop's node agent.
+
+pub mod desired;
