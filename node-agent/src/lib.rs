@@ -1,3 +1,5 @@
 //! Orlop's node agent.
 
+pub mod config;
+pub mod dataplane;
 pub mod desired;

@@ -1,0 +1,116 @@
+//! The service dataplane: what keeps the kernel's maps as control wants them, and reads its counters.
+
+use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+
+use async_trait::async_trait;
+use orlop_proto::node::v1 as link;
+
+/// `namespace` and `name` of a service.
+pub type ServiceId = (String, String);
+
+/// Changes to services, to be written to the maps together.
+#[derive(Debug, Clone, Default)]
+pub struct ServiceChanges {
+    /// Services that are new or differ, whole.
+    pub upserts: Vec<Arc<link::Service>>,
+    /// Services that are gone.
+    pub removals: Vec<ServiceId>,
+    /// `upserts` names every service there is: what the maps hold beyond them is swept, after all of `upserts` is written.
+    /// Until the first complete change nothing that was found in pinned maps may be removed for being unknown.
+    pub complete: bool,
+}
+
+/// What the programs counted. All figures only grow while their subject lives.
+#[derive(Debug, Clone, Default)]
+pub struct Counters {
+    /// CPU time in nanoseconds by cgroup id (the inode of the container's cgroup2 directory), the running task's time included.
+    pub cpu_by_cgroup: HashMap<u64, u64>,
+    /// Traffic at the pod's interface, as the pod sees it, by pod uid.
+    pub network_by_pod: HashMap<String, NetworkCounters>,
+    /// Connections by service.
+    pub services: HashMap<ServiceId, ServiceCounters>,
+}
+
+/// Bytes and packets of one pod.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NetworkCounters {
+    /// Received by the pod.
+    pub rx_bytes: u64,
+    /// Received by the pod.
+    pub rx_packets: u64,
+    /// Sent by the pod.
+    pub tx_bytes: u64,
+    /// Sent by the pod.
+    pub tx_packets: u64,
+}
+
+/// Connections of one service on this node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ServiceCounters {
+    /// Given a backend.
+    pub connections: u64,
+    /// Refused because no endpoint was ready.
+    pub refused: u64,
+    /// By backend.
+    pub backends: Vec<BackendCounters>,
+}
+
+/// Connections to one backend of a service on this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackendCounters {
+    /// Where it is.
+    pub address: SocketAddr,
+    /// IPPROTO_TCP 6, IPPROTO_UDP 17.
+    pub protocol: u8,
+    /// Given to it.
+    pub connections: u64,
+}
+
+/// A pod's end of the network, for the programs that count and guard its traffic.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodInterface {
+    /// The pod's uid.
+    pub pod_uid: String,
+    /// The name of the host's end of the pod's veth pair.
+    pub host_interface: String,
+}
+
+/// Why the dataplane could not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum DataplaneError {
+    /// The maps cannot hold more of this.
+    #[error("{map} is full")]
+    Full {
+        /// The map's name.
+        map: String,
+    },
+    /// Anything else: a system call, a program that does not load, a pinned map of another layout.
+    #[error("{doing}: {source}")]
+    Failed {
+        /// What was being done.
+        doing: String,
+        /// Why it failed.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// The kernel's side of services and metrics. Implemented with eBPF, and by `simulated` for tests of scale.
+#[async_trait]
+pub trait Dataplane: Send + Sync + 'static {
+    /// Writes the changes to the maps; they are in effect when it returns. The caller never calls it concurrently. After an
+    /// error the caller calls again with everything (`complete`), so a partly applied change does no lasting harm.
+    async fn apply(&self, changes: ServiceChanges) -> Result<(), DataplaneError>;
+
+    /// Begins to count (and guard) the traffic of a pod's interface. Idempotent, also across restarts of the agent.
+    async fn attach_pod(&self, interface: PodInterface) -> Result<(), DataplaneError>;
+
+    /// Forgets a pod and its counters. Idempotent; the interface may be gone already.
+    async fn detach_pod(&self, pod_uid: &str) -> Result<(), DataplaneError>;
+
+    /// Reads all counters.
+    async fn read_counters(&self) -> Result<Counters, DataplaneError>;
+
+    /// `Ok` when programs are loaded and attached, otherwise what is wrong, in words for the node's Ready condition.
+    fn health(&self) -> Result<(), String>;
+}
