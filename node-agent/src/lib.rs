@@ -4,3 +4,5 @@ pub mod config;
 pub mod dataplane;
 pub mod desired;
 pub mod network;
+pub mod reconciler;
+pub mod runtime;
