@@ -9,7 +9,7 @@ pub use generated::orlop::{apps, api, cluster, coordination, core, discovery, me
 pub use resource::{Resource, ResourceKind, object_kind};
 
 #[allow(missing_docs, reason = "the documentation stands in the .proto files; generated enums and clients have none")]
-#[allow(clippy::all, clippy::pedantic, reason = "generated code")]
+#[allow(clippy::all, clippy::pedantic, clippy::restriction, reason = "generated code")]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/_.rs"));
 }
