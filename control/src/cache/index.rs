@@ -1,0 +1,350 @@
+//! The index of one kind: its objects and the window of its last events.
+
+use std::{
+    any::Any,
+    collections::{HashMap, VecDeque},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::Instant,
+};
+
+use orlop_proto::Resource;
+use tokio::sync::watch;
+
+use super::{CacheConfig, Entry, Event, ObjectKey, Snapshot, events::decode};
+use crate::{
+    kinds::{KindVisitor, visit_kind},
+    registry::Registered,
+    store::{Change, Record, Revision},
+};
+
+/// One index for every kind of the model.
+pub(super) struct Indexes {
+    by_resource: HashMap<&'static str, Slot>,
+}
+
+struct Slot {
+    feed: Arc<dyn Feed>,
+    any: Arc<dyn Any + Send + Sync>,
+}
+
+impl Indexes {
+    pub(super) fn new(config: &CacheConfig) -> Self {
+        struct Make<'a>(&'a CacheConfig);
+        impl KindVisitor for Make<'_> {
+            type Output = Slot;
+            fn visit<T: Registered>(self) -> Slot {
+                let index = Arc::new(Index::<T>::new(self.0.clone()));
+                Slot {
+                    feed: index.clone(),
+                    any: index,
+                }
+            }
+        }
+        let kinds = orlop_proto::ResourceKind::ALL.iter();
+        let by_resource = kinds
+            .filter_map(|kind| Some((kind.resource, visit_kind(kind, Make(config))?)))
+            .collect();
+        Self { by_resource }
+    }
+
+    /// # Panics
+    /// When `T` is not a kind of the model, which no code can bring about: only the model's kinds are resources.
+    pub(super) fn of<T: Resource>(&self) -> Arc<Index<T>> {
+        let slot = self
+            .by_resource
+            .get(T::KIND.resource)
+            .expect("every resource of the model has an index");
+        slot.any
+            .clone()
+            .downcast()
+            .expect("the index of a kind holds that kind")
+    }
+
+    /// The index that a key belongs to; `None` for records that are not objects.
+    pub(super) fn feed_of(&self, resource: &str) -> Option<&Arc<dyn Feed>> {
+        self.by_resource.get(resource).map(|slot| &slot.feed)
+    }
+
+    pub(super) fn feeds(&self) -> impl Iterator<Item = (&'static str, &Arc<dyn Feed>)> {
+        self.by_resource.iter().map(|(resource, slot)| (*resource, &slot.feed))
+    }
+}
+
+/// The follower's side of an index.
+pub(super) trait Feed: Send + Sync {
+    /// Replaces everything; readers of events are told that they lagged.
+    fn load(&self, revision: Revision, records: Vec<Record>);
+    /// Takes changes in the order of their revisions.
+    fn apply(&self, changes: Vec<(Revision, Change)>);
+    /// Forgets what is too old.
+    fn trim(&self);
+}
+
+pub(super) struct Index<T> {
+    state: RwLock<State<T>>,
+    changed: watch::Sender<u64>,
+    config: CacheConfig,
+}
+
+struct State<T> {
+    /// Incremented by every load: positions of an older epoch are lost.
+    epoch: u64,
+    objects: imbl::OrdMap<ObjectKey, Arc<T>>,
+    /// The revision of the last change.
+    revision: Revision,
+    /// The sequence number of the first entry in the window.
+    first: u64,
+    window: VecDeque<(Instant, Arc<Entry<T>>)>,
+    /// The window has every event after this revision.
+    window_start: Revision,
+    kept: VecDeque<(Instant, Snapshot<T>)>,
+}
+
+/// Where a reader of events is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Position {
+    epoch: u64,
+    next: u64,
+    /// Everything up to here has been delivered.
+    pub(super) revision: Revision,
+}
+
+/// The reader's position is no longer in the window.
+pub(super) struct OutOfWindow;
+
+impl<T: Resource> Index<T> {
+    fn new(config: CacheConfig) -> Self {
+        let state = State {
+            epoch: 0,
+            objects: imbl::OrdMap::new(),
+            revision: 0,
+            first: 0,
+            window: VecDeque::new(),
+            window_start: 0,
+            kept: VecDeque::new(),
+        };
+        Self {
+            state: RwLock::new(state),
+            changed: watch::Sender::new(0),
+            config,
+        }
+    }
+
+    pub(super) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    pub(super) fn get(&self, key: &ObjectKey) -> Option<Arc<T>> {
+        self.read().objects.get(key).cloned()
+    }
+
+    /// `progress` must have been read before: then the index has everything up to it.
+    pub(super) fn snapshot(&self, progress: Revision) -> Snapshot<T> {
+        self.read().snapshot(progress)
+    }
+
+    pub(super) fn snapshot_and_position(&self, progress: Revision) -> (Snapshot<T>, Position) {
+        let state = self.read();
+        let snapshot = state.snapshot(progress);
+        let position = Position {
+            epoch: state.epoch,
+            next: state.next(),
+            revision: snapshot.revision,
+        };
+        (snapshot, position)
+    }
+
+    /// The position after a revision that the index has; `None` when the window begins later.
+    pub(super) fn position_after(&self, revision: Revision) -> Option<Position> {
+        let state = self.read();
+        if revision < state.window_start {
+            return None;
+        }
+        let passed = state.window.partition_point(|(_, entry)| entry.revision <= revision);
+        Some(Position {
+            epoch: state.epoch,
+            next: state.first + passed as u64,
+            revision,
+        })
+    }
+
+    /// At most `max` entries from `position` on, which moves behind them.
+    pub(super) fn entries(
+        &self,
+        position: &mut Position,
+        progress: Revision,
+        max: usize,
+    ) -> Result<Vec<Arc<Entry<T>>>, OutOfWindow> {
+        let state = self.read();
+        if position.epoch != state.epoch || position.next < state.first {
+            return Err(OutOfWindow);
+        }
+        let skip = usize::try_from(position.next - state.first).unwrap_or(usize::MAX);
+        let entries: Vec<_> = state
+            .window
+            .iter()
+            .skip(skip)
+            .take(max)
+            .map(|(_, entry)| entry.clone())
+            .collect();
+        position.next += entries.len() as u64;
+        if position.next == state.next() {
+            position.revision = position.revision.max(progress).max(state.revision);
+        } else if let Some(last) = entries.last() {
+            // More entries of the same revision may follow.
+            position.revision = position.revision.max(last.revision.saturating_sub(1));
+        }
+        Ok(entries)
+    }
+
+    pub(super) fn keep(&self, snapshot: Snapshot<T>) {
+        let mut state = self.write();
+        state.kept.retain(|(_, kept)| kept.revision != snapshot.revision);
+        state.kept.push_back((Instant::now(), snapshot));
+        state.trim(&self.config);
+    }
+
+    pub(super) fn snapshot_at(&self, revision: Revision, progress: Revision) -> Option<Snapshot<T>> {
+        let state = self.read();
+        if let Some((_, kept)) = state.kept.iter().find(|(_, kept)| kept.revision == revision) {
+            return Some(kept.clone());
+        }
+        if revision < state.window_start || revision > progress.max(state.revision) {
+            return None;
+        }
+        let mut objects = state.objects.clone();
+        for (_, entry) in state
+            .window
+            .iter()
+            .rev()
+            .take_while(|(_, entry)| entry.revision > revision)
+        {
+            let key = ObjectKey::of(&**entry.event.object());
+            match &entry.event {
+                Event::Added(_) => objects.remove(&key),
+                Event::Modified { old, .. } => objects.insert(key, old.clone()),
+                Event::Deleted(_) => objects.insert(key, entry.before_deletion()?),
+            };
+        }
+        Some(Snapshot { revision, objects })
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, State<T>> {
+        // A panic while writing would leave a state between two events; the follower is the only writer and does not panic there.
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, State<T>> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T: Resource> Feed for Index<T> {
+    fn load(&self, revision: Revision, records: Vec<Record>) {
+        let decoded = records.into_iter().filter_map(|record| {
+            let object: T = decode(&record.key, &record.value, record.revision)?;
+            Some((ObjectKey::of(&object), Arc::new(object)))
+        });
+        let objects: imbl::OrdMap<_, _> = decoded.collect();
+        let mut state = self.write();
+        state.epoch += 1;
+        state.objects = objects;
+        state.revision = revision;
+        state.first = state.next();
+        state.window.clear();
+        state.window_start = revision;
+        drop(state);
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    fn apply(&self, changes: Vec<(Revision, Change)>) {
+        // Decoding happens outside of the lock.
+        let decoded: Vec<_> = changes
+            .into_iter()
+            .filter_map(|(revision, change)| Step::decode(revision, change))
+            .collect();
+        let mut state = self.write();
+        for step in decoded {
+            state.apply(step);
+        }
+        state.trim(&self.config);
+        drop(state);
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    fn trim(&self) {
+        self.write().trim(&self.config);
+    }
+}
+
+enum Step<T> {
+    Put(Revision, Arc<T>),
+    Delete(Revision, ObjectKey),
+}
+
+impl<T: Resource> Step<T> {
+    fn decode(revision: Revision, change: Change) -> Option<Self> {
+        match change {
+            Change::Put { record, .. } => {
+                decode(&record.key, &record.value, record.revision).map(|object| Step::Put(revision, Arc::new(object)))
+            }
+            Change::Delete { key, .. } => Some(Step::Delete(revision, super::events::object_key(&key)?)),
+        }
+    }
+}
+
+impl<T: Resource> State<T> {
+    fn next(&self) -> u64 {
+        self.first + self.window.len() as u64
+    }
+
+    fn snapshot(&self, progress: Revision) -> Snapshot<T> {
+        Snapshot {
+            revision: progress.max(self.revision),
+            objects: self.objects.clone(),
+        }
+    }
+
+    fn apply(&mut self, step: Step<T>) {
+        let (revision, entry) = match step {
+            Step::Put(revision, new) => {
+                let event = match self.objects.insert(ObjectKey::of(&*new), new.clone()) {
+                    Some(old) => Event::Modified { old, new },
+                    None => Event::Added(new),
+                };
+                (revision, Entry::new(revision, event, None))
+            }
+            Step::Delete(revision, key) => {
+                // What was put aside as damaged was never in the index.
+                let Some(old) = self.objects.remove(&key) else { return };
+                let mut last = T::clone(&old);
+                last.meta_mut().resource_version = revision.to_string();
+                (
+                    revision,
+                    Entry::new(revision, Event::Deleted(Arc::new(last)), Some(old)),
+                )
+            }
+        };
+        self.revision = revision;
+        self.window.push_back((Instant::now(), Arc::new(entry)));
+    }
+
+    fn trim(&mut self, config: &CacheConfig) {
+        let now = Instant::now();
+        while let Some((at, entry)) = self.window.front() {
+            if self.window.len() <= config.window_events && now.duration_since(*at) <= config.window_age {
+                break;
+            }
+            self.window_start = entry.revision;
+            self.first += 1;
+            self.window.pop_front();
+        }
+        while self
+            .kept
+            .front()
+            .is_some_and(|(at, _)| self.kept.len() > config.kept_snapshots || now.duration_since(*at) > config.keep_for)
+        {
+            self.kept.pop_front();
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! Objects as the store has them.
+
+use bytes::Bytes;
+use orlop_proto::Resource;
+
+use crate::store::{Key, Revision, StoreError};
+
+/// As stored: without its resourceVersion, which is the record's revision, so that equal objects have equal bytes.
+pub(super) fn encode<T: Resource>(object: &T) -> Bytes {
+    let mut object = object.clone();
+    object.set_type();
+    object.meta_mut().resource_version.clear();
+    object.encode_to_vec().into()
+}
+
+/// A stored object with its resourceVersion.
+pub(crate) fn decode<T: Resource>(key: &Key, value: &Bytes, revision: Revision) -> Result<T, StoreError> {
+    let mut object = T::decode(value.clone()).map_err(|error| StoreError::Damaged {
+        key: key.clone(),
+        reason: error.to_string(),
+    })?;
+    if Key::object(&T::KIND, object.namespace(), object.name()) != *key {
+        let reason = format!("it holds {}/{}", object.namespace(), object.name());
+        return Err(StoreError::Damaged {
+            key: key.clone(),
+            reason,
+        });
+    }
+    object.meta_mut().resource_version = revision.to_string();
+    Ok(object)
+}
