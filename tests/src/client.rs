@@ -1,0 +1,141 @@
+//! A plain blocking client of control, for tests and for `up`. It goes through control's unix socket, which it reaches by the
+//! holder's view of the file system; TLS is what grpcurl is for.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use orlop_proto::{
+    Resource,
+    api::v1::{
+        ApplyRequest, ApplyResult, DeleteRequest, GetRequest, ListRequest, apply_request::Input, objects_client::ObjectsClient,
+    },
+    cluster::v1::{CreateTokenRequest, join_client::JoinClient},
+    metrics::v1::{
+        ListNodesRequest, ListPodsRequest, ListServicesRequest, NodeMetrics, PodMetrics, ServiceMetrics,
+        metrics_client::MetricsClient,
+    },
+};
+use tokio::runtime::{Builder, Runtime};
+use tonic::transport::{Channel, Endpoint};
+
+use crate::layout::Members;
+
+/// The largest answer that is read: a list of many objects.
+const MAX_MESSAGE: usize = 256 << 20;
+
+/// A connection to control.
+pub struct Client {
+    runtime: Runtime,
+    channel: Channel,
+}
+
+impl Client {
+    /// Connects to a lab's control.
+    pub fn connect(members: &Members) -> Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
+        let socket = format!("unix:///proc/{}/root/run/orlop/control.sock", members.get("control")?.pid);
+        let endpoint = Endpoint::from_shared(socket)?.timeout(Duration::from_secs(30)).connect_timeout(Duration::from_secs(5));
+        let channel = runtime.block_on(endpoint.connect()).context("connecting to control's unix socket")?;
+        Ok(Self { runtime, channel })
+    }
+
+    /// Asks for something that needs the store.
+    pub fn ready(&self) -> Result<()> {
+        self.list_objects("namespaces", "", "").map(drop)
+    }
+
+    /// A join token without a limit of uses, good for a day.
+    pub fn create_token(&self) -> Result<String> {
+        let mut client = JoinClient::new(self.channel.clone());
+        let request = CreateTokenRequest { ttl_seconds: 24 * 3600, uses: 0 };
+        Ok(self.runtime.block_on(client.create_token(request)).context("making a join token")?.into_inner().token)
+    }
+
+    /// Applies a manifest; fails with all that failed in it.
+    pub fn apply(&self, manifest: &str) -> Result<Vec<ApplyResult>> {
+        let request = ApplyRequest { input: Some(Input::Manifest(manifest.to_owned())), namespace: String::new() };
+        let results = self.runtime.block_on(async {
+            let mut stream = self.objects().apply(request).await?.into_inner();
+            let mut results = Vec::new();
+            while let Some(result) = stream.message().await? {
+                results.push(result);
+            }
+            Ok::<_, tonic::Status>(results)
+        })?;
+        let failed: Vec<String> = results
+            .iter()
+            .filter(|result| result.action == "failed")
+            .map(|result| format!("{} {}: {}", result.resource, result.name, result.message))
+            .collect();
+        if failed.is_empty() { Ok(results) } else { bail!("{}", failed.join("; ")) }
+    }
+
+    /// All objects of a kind in a namespace (empty: all) that a label selector chooses.
+    pub fn list<T: Resource>(&self, namespace: &str, label_selector: &str) -> Result<Vec<T>> {
+        let objects = self.list_objects(T::KIND.resource, namespace, label_selector)?;
+        Ok(objects.into_iter().filter_map(T::from_object).collect())
+    }
+
+    /// One object; `None` when it is not there.
+    pub fn get<T: Resource>(&self, namespace: &str, name: &str) -> Result<Option<T>> {
+        let request =
+            GetRequest { resource: T::KIND.resource.to_owned(), namespace: namespace.to_owned(), name: name.to_owned() };
+        match self.runtime.block_on(self.objects().get(request)) {
+            Ok(object) => Ok(T::from_object(object.into_inner())),
+            Err(status) if status.code() == tonic::Code::NotFound => Ok(None),
+            Err(status) => Err(status).with_context(|| format!("getting {} {namespace}/{name}", T::KIND.resource)),
+        }
+    }
+
+    /// Deletes an object; what is not there is no error.
+    pub fn delete(&self, resource: &str, namespace: &str, name: &str, grace: Option<i64>) -> Result<()> {
+        let request = DeleteRequest {
+            resource: resource.to_owned(),
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            grace_period_seconds: grace,
+            ..DeleteRequest::default()
+        };
+        match self.runtime.block_on(self.objects().delete(request)) {
+            Err(status) if status.code() != tonic::Code::NotFound => {
+                Err(status).with_context(|| format!("deleting {resource} {namespace}/{name}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The latest metrics of all nodes.
+    pub fn node_metrics(&self) -> Result<Vec<NodeMetrics>> {
+        let mut client = MetricsClient::new(self.channel.clone());
+        Ok(self.runtime.block_on(client.list_nodes(ListNodesRequest::default()))?.into_inner().items)
+    }
+
+    /// The latest metrics of all pods of a namespace (empty: all).
+    pub fn pod_metrics(&self, namespace: &str) -> Result<Vec<PodMetrics>> {
+        let mut client = MetricsClient::new(self.channel.clone());
+        let request = ListPodsRequest { namespace: namespace.to_owned(), name: String::new() };
+        Ok(self.runtime.block_on(client.list_pods(request))?.into_inner().items)
+    }
+
+    /// The connections of all services of a namespace (empty: all), summed over the nodes.
+    pub fn service_metrics(&self, namespace: &str) -> Result<Vec<ServiceMetrics>> {
+        let mut client = MetricsClient::new(self.channel.clone());
+        let request = ListServicesRequest { namespace: namespace.to_owned(), name: String::new() };
+        Ok(self.runtime.block_on(client.list_services(request))?.into_inner().items)
+    }
+
+    fn list_objects(&self, resource: &str, namespace: &str, selector: &str) -> Result<Vec<orlop_proto::api::v1::Object>> {
+        let request = ListRequest {
+            resource: resource.to_owned(),
+            namespace: namespace.to_owned(),
+            label_selector: selector.to_owned(),
+            ..ListRequest::default()
+        };
+        let list = self.runtime.block_on(self.objects().list(request)).with_context(|| format!("listing {resource}"))?;
+        Ok(list.into_inner().items)
+    }
+
+    fn objects(&self) -> ObjectsClient<Channel> {
+        ObjectsClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
+    }
+}

@@ -1,0 +1,258 @@
+//! A lab in the hands of a test: comes up with [`Lab::start`], goes down when it is dropped, and also when the test dies.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use orlop_proto::{Resource, core::v1::Pod};
+
+use crate::{
+    client::Client,
+    images,
+    layout::{Members, Spec, StoreEngine},
+    supervisor::{Request, Response, ServiceStatus, send, sweep},
+};
+
+/// How a test's lab differs from the default: three nodes, the embedded store.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How many nodes.
+    pub nodes: u16,
+    /// Control's store.
+    pub store: StoreEngine,
+    /// Lines for `control.toml` (tables, or keys before them).
+    pub control_extra: String,
+    /// Lines for `node.toml`.
+    pub node_extra: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { nodes: 3, store: StoreEngine::Embedded, control_extra: String::new(), node_extra: String::new() }
+    }
+}
+
+/// A running lab.
+pub struct Lab {
+    /// What it was made from.
+    pub spec: Spec,
+    /// Its members.
+    pub members: Members,
+    /// A connection to its control.
+    pub client: Client,
+    supervisor: Option<(Child, ChildStdin)>,
+}
+
+/// The repository that this program was built from.
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
+}
+
+/// Where the workspace's programs are: beside this one, or one folder up (tests are in `deps`).
+pub fn binaries() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("finding this program")?;
+    let mut folder = own.parent().context("a program is in a folder")?;
+    if folder.ends_with("deps") {
+        folder = folder.parent().context("deps is in a folder")?;
+    }
+    Ok(folder.to_path_buf())
+}
+
+/// Where `cargo xtask` puts the static programs.
+pub fn static_binaries() -> PathBuf {
+    repository().join(".orlop").join("static")
+}
+
+impl Lab {
+    /// Brings up a lab. `name` tells its folder and logs apart from other tests' (lower-case letters, digits, dashes).
+    pub fn start(name: &str, options: &Options) -> Result<Self> {
+        sweep()?;
+        let orlop = repository().join(".orlop");
+        let id = format!("{name}-{}", std::process::id());
+        let spec = Spec {
+            directory: orlop.join("lab").join(&id),
+            id,
+            orlop: orlop.clone(),
+            binaries: binaries()?,
+            static_binaries: static_binaries(),
+            nodes: options.nodes,
+            store: options.store,
+            api_port: 0,
+            control_extra: options.control_extra.clone(),
+            node_extra: options.node_extra.clone(),
+        };
+        images::write_fixture_image(&spec.static_binaries.join("orlop-fixture"), &orlop.join("images"))?;
+        if spec.directory.exists() {
+            fs::remove_dir_all(&spec.directory).context("removing an earlier lab's folder")?;
+        }
+        spec.write()?;
+        let program = spec.binaries.join("orlop-lab");
+        let mut child = Command::new(&program)
+            .args(["supervise", "--tied"])
+            .arg(&spec.directory)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting {}: cargo xtask test builds it", program.display()))?;
+        let stdin = child.stdin.take().context("the supervisor has a stdin")?;
+        wait_until_up(&mut child, |_| {})?;
+        let members = Members::read(&spec.directory)?;
+        let client = Client::connect(&members)?;
+        let lab = Self { spec, members, client, supervisor: Some((child, stdin)) };
+        lab.wait_for_nodes()?;
+        Ok(lab)
+    }
+
+    /// The lab that `cargo xtask up` left running.
+    pub fn attach(directory: &Path) -> Result<Self> {
+        let (spec, members) = (Spec::read(directory)?, Members::read(directory)?);
+        let client = Client::connect(&members)?;
+        Ok(Self { spec, members, client, supervisor: None })
+    }
+
+    /// Waits until every node is Ready.
+    pub fn wait_for_nodes(&self) -> Result<()> {
+        self.wait("all nodes are Ready", Duration::from_secs(60), || {
+            let nodes = self.client.list::<orlop_proto::core::v1::Node>("", "")?;
+            let ready = nodes.iter().filter(|node| node_is_ready(node)).count();
+            Ok((ready == usize::from(self.spec.nodes)).then_some(()))
+        })
+    }
+
+    /// Polls until there is an answer; errors of the question count as "not yet", and the last one is told in the end.
+    pub fn wait<T>(&self, what: &str, limit: Duration, mut question: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let last = match question() {
+                Ok(Some(answer)) => return Ok(answer),
+                Ok(None) => None,
+                Err(error) => Some(error),
+            };
+            if Instant::now() > deadline {
+                match last {
+                    Some(error) => return Err(error.context(format!("waited {limit:?} until {what}"))),
+                    None => bail!("waited {limit:?} in vain until {what}"),
+                }
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Asks the supervisor.
+    pub fn request(&self, request: &Request) -> Result<()> {
+        send(&self.spec.directory, request).map(drop)
+    }
+
+    /// All services of the lab.
+    pub fn services(&self) -> Result<Vec<ServiceStatus>> {
+        match send(&self.spec.directory, &Request::Status)? {
+            Response::Services(services) => Ok(services),
+            other => bail!("an unexpected answer: {other:?}"),
+        }
+    }
+
+    /// One service, "node1/agent".
+    pub fn service(&self, name: &str) -> Result<ServiceStatus> {
+        self.services()?.into_iter().find(|service| service.name == name).with_context(|| format!("no service {name}"))
+    }
+
+    /// A command inside a node, as `cargo xtask exec NODE -- CMD`.
+    pub fn on_node(&self, node: &str, command: &[&str]) -> Result<Command> {
+        self.enter(node, &format!("{}/system/exec", self.spec.cgroup(node)), None, command)
+    }
+
+    /// A command inside a pod's network and cgroup, with this machine's files, as `cargo xtask exec NODE --pod ... -- CMD`.
+    pub fn in_pod(&self, pod: &Pod, command: &[&str]) -> Result<Command> {
+        let node = pod.spec.as_ref().map(|spec| spec.node_name.as_str()).unwrap_or_default();
+        let cgroup = self.pod_cgroup(node, pod.uid());
+        let pid = self.pod_process(node, pod.uid())?;
+        self.enter(node, &format!("{cgroup}/exec"), Some(pid), command)
+    }
+
+    /// A pod's cgroup, relative to the hierarchies' roots as this machine sees them.
+    pub fn pod_cgroup(&self, node: &str, uid: &str) -> String {
+        format!("{}/orlop/{}/{uid}", self.spec.cgroup(node), node.replace('.', "_"))
+    }
+
+    /// A process of a pod: what is in its network namespace.
+    pub fn pod_process(&self, node: &str, uid: &str) -> Result<i32> {
+        let hierarchies = crate::cgroup::hierarchies()?;
+        let root = hierarchies[0].mount.join(self.pod_cgroup(node, uid));
+        for entry in fs::read_dir(&root).with_context(|| format!("pod {uid} has no cgroup on {node}"))?.flatten() {
+            if entry.file_name() == "exec" {
+                continue;
+            }
+            let procs = fs::read_to_string(entry.path().join("cgroup.procs")).unwrap_or_default();
+            if let Some(pid) = procs.lines().next() {
+                return Ok(pid.parse()?);
+            }
+        }
+        bail!("pod {uid} has no process on {node}")
+    }
+
+    fn enter(&self, node: &str, cgroup: &str, network_of: Option<i32>, command: &[&str]) -> Result<Command> {
+        let holder = self.members.get(node)?.pid;
+        let mut enter = Command::new(self.spec.binaries.join("orlop-lab"));
+        enter.args(["enter", "--holder", &holder.to_string(), "--cgroup", cgroup]);
+        if let Some(pid) = network_of {
+            enter.args(["--network-of", &pid.to_string()]);
+        }
+        enter.arg("--").args(command);
+        Ok(enter)
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        let Some((mut child, stdin)) = self.supervisor.take() else { return };
+        drop(stdin);
+        let _ = child.wait();
+        // A failed test's logs are what explains it.
+        if !thread::panicking() && std::env::var_os("ORLOP_KEEP_LAB").is_none() {
+            let _ = fs::remove_dir_all(&self.spec.directory);
+        }
+    }
+}
+
+/// Reads the supervisor's progress until the lab is up.
+pub fn wait_until_up(child: &mut Child, mut progress: impl FnMut(&str)) -> Result<()> {
+    let stdout = child.stdout.take().context("the supervisor has a stdout")?;
+    for line in BufReader::new(stdout).lines() {
+        let line = line.context("reading the supervisor's progress")?;
+        if line == "up" {
+            return Ok(());
+        }
+        if let Some(reason) = line.strip_prefix("failed ") {
+            bail!("the lab did not come up: {reason}");
+        }
+        progress(&line);
+    }
+    bail!("the lab's supervisor ended early")
+}
+
+/// Whether a node's Ready condition is True.
+pub fn node_is_ready(node: &orlop_proto::core::v1::Node) -> bool {
+    let status = node.status.as_ref();
+    status.is_some_and(|status| status.conditions.iter().any(|condition| condition.r#type == "Ready" && condition.status == "True"))
+}
+
+/// Whether a pod's Ready condition is True.
+pub fn pod_is_ready(pod: &Pod) -> bool {
+    let status = pod.status.as_ref();
+    status.is_some_and(|status| status.conditions.iter().any(|condition| condition.r#type == "Ready" && condition.status == "True"))
+}
+
+/// What a command printed, or why it failed, with its stderr.
+pub fn output(mut command: Command) -> Result<String> {
+    let Output { status, stdout, stderr } = command.output().with_context(|| format!("running {command:?}"))?;
+    if !status.success() {
+        bail!("{command:?}: {status}: {}", String::from_utf8_lossy(&stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&stdout).into_owned())
+}

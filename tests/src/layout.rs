@@ -1,0 +1,125 @@
+//! Where everything of a lab is: folders, names, addresses.
+
+use std::{
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+/// Which engine control stores in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StoreEngine {
+    /// redb, inside the control process.
+    Embedded,
+    /// A real etcd beside control.
+    Etcd,
+}
+
+/// What a lab is made of. Written to `lab.json` in its folder, so that later commands find it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Spec {
+    /// Names the lab's cgroup and lock; lower-case letters, digits and dashes.
+    pub id: String,
+    /// The lab's folder, below `.orlop/lab/` of the repository.
+    pub directory: PathBuf,
+    /// The repository's `.orlop` folder.
+    pub orlop: PathBuf,
+    /// Where `orlop-control`, `orlop-node`, ... are.
+    pub binaries: PathBuf,
+    /// Where the static programs are: `orlop-pause`, `orlop-fixture`.
+    pub static_binaries: PathBuf,
+    /// How many nodes, `node1` to `nodeN`.
+    pub nodes: u16,
+    /// Control's store.
+    pub store: StoreEngine,
+    /// The API's port at 127.0.0.1 of the host; 0: the lab takes a free one and writes it here.
+    pub api_port: u16,
+    /// Lines that are added to `control.toml` and `node.toml`.
+    pub control_extra: String,
+    /// See `control_extra`.
+    pub node_extra: String,
+}
+
+/// A member of the lab: one network namespace, mount namespace and cgroup namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// "control", "node1", ..., or "switch", which has the bridge.
+    pub name: String,
+    /// Its address on the bridge.
+    pub address: Option<Ipv4Addr>,
+    /// The process that holds its namespaces.
+    pub pid: i32,
+}
+
+/// The running lab's members, in `members.json`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Members {
+    /// All of them.
+    pub members: Vec<Member>,
+    /// The supervisor itself.
+    pub supervisor: i32,
+    /// The API's port at 127.0.0.1 of the host.
+    pub api_port: u16,
+}
+
+impl Members {
+    /// Reads a lab's members.
+    pub fn read(directory: &Path) -> Result<Self> {
+        let path = directory.join("members.json");
+        let text = std::fs::read_to_string(&path).with_context(|| format!("{}: is the lab up? (cargo xtask up)", path.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))
+    }
+
+    /// The member with a name.
+    pub fn get(&self, name: &str) -> Result<&Member> {
+        self.members.iter().find(|member| member.name == name).with_context(|| {
+            let names: Vec<&str> = self.members.iter().map(|member| member.name.as_str()).collect();
+            format!("no member {name}; there are {}", names.join(", "))
+        })
+    }
+}
+
+/// Control's address on the bridge, and its name in certificates.
+pub const CONTROL_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 10);
+/// The API's port.
+pub const API_PORT: u16 = 6443;
+
+/// A node's address on the bridge; nodes count from 1.
+pub fn node_address(index: u16) -> Ipv4Addr {
+    let host = 11 + index - 1;
+    Ipv4Addr::new(192, 168, 77 + u8::try_from(host / 250).unwrap_or(0), u8::try_from(host % 250).unwrap_or(0))
+}
+
+impl Spec {
+    /// The names of the nodes.
+    pub fn node_names(&self) -> Vec<String> {
+        (1..=self.nodes).map(|index| format!("node{index}")).collect()
+    }
+
+    /// A member's durable folder.
+    pub fn member_directory(&self, member: &str) -> PathBuf {
+        self.directory.join(member)
+    }
+
+    /// A member's cgroup, relative to the hierarchies' roots.
+    pub fn cgroup(&self, member: &str) -> String {
+        format!("{}/{}/{member}", crate::cgroup::PARENT, self.id)
+    }
+
+    /// Reads `lab.json` from a lab's folder.
+    pub fn read(directory: &Path) -> Result<Self> {
+        let path = directory.join("lab.json");
+        let text = std::fs::read_to_string(&path).with_context(|| format!("{}: is the lab up? (cargo xtask up)", path.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))
+    }
+
+    /// Writes `lab.json`.
+    pub fn write(&self) -> Result<()> {
+        std::fs::create_dir_all(&self.directory).with_context(|| format!("making {}", self.directory.display()))?;
+        let path = self.directory.join("lab.json");
+        std::fs::write(&path, serde_json::to_vec_pretty(self)?).with_context(|| format!("writing {}", path.display()))
+    }
+}

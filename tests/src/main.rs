@@ -1,0 +1,109 @@
+//! `orlop-lab`: the lab from the command line. `cargo xtask up`, `down` and `exec` call it.
+
+mod demo;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use orlop_tests::{
+    lab,
+    layout::StoreEngine,
+    namespaces::{Target, enter, hold},
+    supervisor::{supervise, sweep},
+};
+
+#[derive(Parser)]
+#[command(name = "orlop-lab", about = "A cluster in namespaces of this machine")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Brings the demo cluster up and leaves it running.
+    Up {
+        /// How many nodes.
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=200))]
+        nodes: u16,
+        /// Control's store: embedded or etcd.
+        #[arg(long, default_value = "embedded", value_parser = parse_store)]
+        store: StoreEngine,
+        /// The API's port at 127.0.0.1.
+        #[arg(long, default_value_t = 6443)]
+        port: u16,
+    },
+    /// Takes the demo cluster down, and whatever dead labs left.
+    Down,
+    /// Runs a command inside a node, or inside a pod's network and cgroup.
+    Exec {
+        /// "node1", ..., or "control".
+        node: String,
+        /// NAMESPACE/NAME of a pod on that node.
+        #[arg(long)]
+        pod: Option<String>,
+        /// The command.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Runs a lab from its folder (internal).
+    #[command(hide = true)]
+    Supervise {
+        directory: PathBuf,
+        /// Ends with stdin.
+        #[arg(long)]
+        tied: bool,
+    },
+    /// Holds a member's namespaces (internal).
+    #[command(hide = true)]
+    Hold { name: String, cgroup: String, keep: PathBuf },
+    /// Becomes a command inside a member (internal).
+    #[command(hide = true)]
+    Enter {
+        #[arg(long)]
+        holder: i32,
+        #[arg(long)]
+        network_of: Option<i32>,
+        #[arg(long)]
+        cgroup: String,
+        #[arg(long, default_value_t = 0)]
+        listen_fds: u32,
+        #[arg(long)]
+        directory: Option<PathBuf>,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+}
+
+fn parse_store(text: &str) -> Result<StoreEngine, String> {
+    match text {
+        "embedded" => Ok(StoreEngine::Embedded),
+        "etcd" => Ok(StoreEngine::Etcd),
+        other => Err(format!("no store {other:?}: embedded or etcd")),
+    }
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().command {
+        Command::Up { nodes, store, port } => demo::up(nodes, store, port),
+        Command::Down => {
+            demo::down()?;
+            for id in sweep()? {
+                println!("removed what lab {id} left");
+            }
+            Ok(())
+        }
+        Command::Exec { node, pod, command } => demo::exec(&node, pod.as_deref(), &command),
+        Command::Supervise { directory, tied } => supervise(&directory, tied),
+        Command::Hold { name, cgroup, keep } => hold(&name, &cgroup, &keep),
+        Command::Enter { holder, network_of, cgroup, listen_fds, directory, command } => {
+            enter(&Target { holder, network_of, cgroup, listen_fds, directory }, &command)
+        }
+    }
+}
+
+/// The demo's folder.
+fn demo_directory() -> PathBuf {
+    lab::repository().join(".orlop").join("lab").join("demo")
+}

@@ -1,0 +1,143 @@
+//! What runs in a lab's members, and its configuration.
+
+use std::{
+    fs,
+    net::Ipv4Addr,
+    os::unix::fs::symlink,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+
+use super::service::Service;
+use crate::{
+    client::Client,
+    layout::{API_PORT, CONTROL_ADDRESS, Members, Spec, StoreEngine},
+};
+
+/// What a lab's logs show; `ORLOP_LAB_LOG` overrides it.
+const LOG_FILTER: &str = "info";
+
+/// Writes `control.toml`.
+pub fn write_control(spec: &Spec) -> Result<()> {
+    let directory = spec.member_directory("control");
+    fs::create_dir_all(directory.join("data")).context("making control's folder")?;
+    let store = match spec.store {
+        StoreEngine::Embedded => "[store]\nengine = \"embedded\"\n",
+        StoreEngine::Etcd => "[store]\nengine = \"etcd\"\n[store.etcd]\nendpoints = [\"http://127.0.0.1:2379\"]\n",
+    };
+    let text = format!(
+        "data_dir = {:?}\nunix_socket = \"/run/orlop/control.sock\"\n\
+         server_names = [\"localhost\", \"127.0.0.1\", \"{CONTROL_ADDRESS}\"]\n{}\n{store}",
+        directory.join("data"),
+        spec.control_extra,
+    );
+    fs::write(directory.join("control.toml"), text).context("writing control.toml")
+}
+
+/// Control itself.
+pub fn control(spec: &Spec) -> Service {
+    let config = spec.member_directory("control").join("control.toml");
+    let command = vec![program(spec, "orlop-control"), "--config".to_owned(), config.display().to_string()];
+    service(spec, "control", "control", command)
+}
+
+/// etcd beside control, reachable from there alone.
+pub fn etcd(spec: &Spec) -> Result<Service> {
+    let data = spec.member_directory("control").join("etcd");
+    fs::create_dir_all(&data).context("making etcd's folder")?;
+    let mut command = vec!["etcd".to_owned(), "--data-dir".to_owned(), data.display().to_string()];
+    for (flag, url) in [
+        ("--listen-client-urls", "http://127.0.0.1:2379"),
+        ("--advertise-client-urls", "http://127.0.0.1:2379"),
+        ("--listen-peer-urls", "http://127.0.0.1:2380"),
+    ] {
+        command.extend([flag.to_owned(), url.to_owned()]);
+    }
+    Ok(service(spec, "control", "etcd", command))
+}
+
+/// Writes `node.toml`.
+pub fn write_node(spec: &Spec, name: &str, address: Ipv4Addr, token: &str) -> Result<()> {
+    let directory = spec.member_directory(name);
+    fs::create_dir_all(directory.join("data")).context("making a node's folder")?;
+    let text = format!(
+        "node_name = \"{name}\"\nnode_address = \"{address}\"\ndata_dir = {:?}\nlog_dir = {:?}\n\
+         control = [\"https://{CONTROL_ADDRESS}:{API_PORT}\"]\njoin_token = \"{token}\"\nimage_dirs = [{:?}]\n\
+         pause_binary = {:?}\nlogger_binary = {:?}\n{}\n",
+        directory.join("data"),
+        directory.join("log"),
+        spec.orlop.join("images"),
+        spec.static_binaries.join("orlop-pause"),
+        spec.binaries.join("orlop-logger"),
+        spec.node_extra,
+    );
+    fs::write(directory.join("node.toml"), text).context("writing node.toml")
+}
+
+/// A node's containerd: its own root, state and socket; no CRI.
+pub fn containerd(spec: &Spec, name: &str) -> Result<Service> {
+    let directory = spec.member_directory(name).join("containerd");
+    fs::create_dir_all(&directory).context("making containerd's folder")?;
+    let config = directory.join("config.toml");
+    let text = format!(
+        "version = 2\nroot = {:?}\nstate = \"/run/containerd\"\n\
+         disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.snapshotter.v1.btrfs\", \
+         \"io.containerd.snapshotter.v1.zfs\", \"io.containerd.snapshotter.v1.devmapper\", \"io.containerd.snapshotter.v1.aufs\"]\n\
+         [grpc]\naddress = \"/run/containerd/containerd.sock\"\n",
+        directory.join("root"),
+    );
+    fs::write(&config, text).context("writing containerd's configuration")?;
+    let command = vec!["containerd".to_owned(), "--config".to_owned(), config.display().to_string()];
+    Ok(service(spec, name, "containerd", command))
+}
+
+/// A node's agent. The CNI plugin is put where operators put it.
+pub fn agent(spec: &Spec, name: &str) -> Service {
+    let config = spec.member_directory(name).join("node.toml");
+    let command = vec![program(spec, "orlop-node"), "--config".to_owned(), config.display().to_string()];
+    service(spec, name, "agent", command)
+}
+
+/// Puts the CNI plugin into a node's `/opt/cni/bin`.
+pub fn install_plugin(spec: &Spec, holder: i32) -> Result<()> {
+    let target = Path::new("/proc").join(holder.to_string()).join("root/opt/cni/bin/orlop-bridge");
+    symlink(spec.binaries.join("orlop-bridge"), &target).with_context(|| format!("linking {}", target.display()))
+}
+
+/// Waits until control answers.
+pub fn wait_for_control(members: &Members, deadline: Instant) -> Result<()> {
+    loop {
+        let last = match Client::connect(members).and_then(|client| client.ready()) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        if Instant::now() > deadline {
+            bail!("control does not answer on its unix socket: {last:#}");
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A token by which all nodes of the lab join.
+pub fn join_token(members: &Members) -> Result<String> {
+    Client::connect(members)?.create_token()
+}
+
+fn service(spec: &Spec, member: &str, name: &str, command: Vec<String>) -> Service {
+    let filter = std::env::var("ORLOP_LAB_LOG").unwrap_or_else(|_| LOG_FILTER.to_owned());
+    Service {
+        member: member.to_owned(),
+        name: name.to_owned(),
+        command,
+        environment: vec![("RUST_LOG".to_owned(), filter)],
+        cgroup: format!("{}/system/{name}", spec.cgroup(member)),
+        listeners: Vec::new(),
+    }
+}
+
+fn program(spec: &Spec, name: &str) -> String {
+    spec.binaries.join(name).display().to_string()
+}

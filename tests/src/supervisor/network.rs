@@ -1,0 +1,61 @@
+//! The lab's network: one bridge in a namespace of its own that has no way out, a cable to every member.
+
+use std::{
+    fs::File,
+    net::{Ipv4Addr, TcpListener},
+    os::fd::{AsFd, OwnedFd},
+    thread,
+};
+
+use anyhow::{Context, Result};
+use nix::sched::{CloneFlags, setns};
+
+use crate::{
+    layout::{Member, Members},
+    namespaces::run_tool,
+};
+
+/// The bridge's name in the switch.
+const BRIDGE: &str = "lab0";
+
+/// Makes the bridge and all cables.
+pub fn build(members: &Members) -> Result<()> {
+    let switch = members.get("switch")?;
+    in_network_of(switch, "ip", &["link", "add", BRIDGE, "type", "bridge", "forward_delay", "0"])?;
+    in_network_of(switch, "ip", &["link", "set", BRIDGE, "up"])?;
+    for member in &members.members {
+        if let Some(address) = member.address {
+            let (port, pid) = (format!("to-{}", member.name), member.pid.to_string());
+            in_network_of(switch, "ip", &["link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &pid])?;
+            in_network_of(switch, "ip", &["link", "set", &port, "master", BRIDGE, "up"])?;
+            in_network_of(member, "ip", &["addr", "add", &format!("{address}/16"), "dev", "eth0"])?;
+            in_network_of(member, "ip", &["link", "set", "eth0", "up"])?;
+        }
+    }
+    Ok(())
+}
+
+/// Pulls or plugs a member's cable.
+pub fn set_link(members: &Members, member: &str, up: bool) -> Result<()> {
+    let port = format!("to-{member}");
+    in_network_of(members.get("switch")?, "ip", &["link", "set", &port, if up { "up" } else { "down" }]).map(drop)
+}
+
+fn in_network_of(member: &Member, program: &str, arguments: &[&str]) -> Result<String> {
+    let namespace = format!("--net=/proc/{}/ns/net", member.pid);
+    let mut all = vec![namespace.as_str(), program];
+    all.extend(arguments);
+    run_tool("nsenter", &all).with_context(|| format!("in {}", member.name))
+}
+
+/// A listening socket inside a member's network namespace.
+pub fn listen_in(pid: i32, address: Ipv4Addr, port: u16) -> Result<OwnedFd> {
+    // A thread of its own enters the namespace and ends there: a namespace belongs to a thread.
+    let opened = thread::spawn(move || -> Result<OwnedFd> {
+        let namespace = File::open(format!("/proc/{pid}/ns/net")).context("opening control's network namespace")?;
+        setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).context("entering control's network namespace")?;
+        let listener = TcpListener::bind((address, port)).with_context(|| format!("listening on {address}:{port}"))?;
+        Ok(OwnedFd::from(listener))
+    });
+    opened.join().map_err(|_| anyhow::anyhow!("the thread that listens inside control panicked"))?
+}
