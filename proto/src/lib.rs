@@ -3,9 +3,15 @@
 //! The modules mirror the protobuf packages: [`meta`], [`core`], [`apps`], [`discovery`], [`coordination`] hold objects,
 //! [`api`], [`node`], [`cluster`] and [`metrics`] the services.
 
+mod int_or_string;
+pub mod json;
+pub mod quantity;
 mod resource;
+pub mod schema;
+pub mod time;
 
 pub use generated::orlop::{apps, api, cluster, coordination, core, discovery, meta, metrics, node};
+pub use int_or_string::IntOrString;
 pub use resource::{Resource, ResourceKind, object_kind};
 
 #[allow(missing_docs, reason = "the documentation stands in the .proto files; generated enums and clients have none")]

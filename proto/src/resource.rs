@@ -1,6 +1,8 @@
 //! What every kind has in common, so that code can be written once for all of them.
 
-use prost::Message;
+use prost::{DecodeError, Message};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
 
 use crate::{
     api::v1::{Object, object::Body},
@@ -8,6 +10,7 @@ use crate::{
     coordination::v1::Lease,
     core::v1::{Event, Namespace, Node, Pod, ReplicationController, Service},
     discovery::v1::EndpointSlice,
+    json::JsonError,
     meta::v1::ObjectMeta,
 };
 
@@ -25,7 +28,9 @@ pub struct ResourceKind {
 }
 
 /// A message that is an object of the model.
-pub trait Resource: Message + Default + Clone + PartialEq + Send + Sync + 'static {
+pub trait Resource:
+    Message + Default + Clone + PartialEq + Serialize + DeserializeOwned + Send + Sync + 'static
+{
     /// Its kind.
     const KIND: ResourceKind;
 
@@ -73,6 +78,72 @@ static EMPTY_META: ObjectMeta = ObjectMeta {
     owner_references: Vec::new(),
     finalizers: Vec::new(),
 };
+
+/// Evaluates an expression for whatever an object holds: `with_body!(body, object => object.name().to_owned())`, where
+/// `body` is an `object::Body`, or a reference to one.
+#[macro_export]
+macro_rules! with_body {
+    ($body:expr, $object:ident => $result:expr) => {
+        match $body {
+            $crate::api::v1::object::Body::Namespace($object) => $result,
+            $crate::api::v1::object::Body::Node($object) => $result,
+            $crate::api::v1::object::Body::Pod($object) => $result,
+            $crate::api::v1::object::Body::Service($object) => $result,
+            $crate::api::v1::object::Body::EndpointSlice($object) => $result,
+            $crate::api::v1::object::Body::ReplicationController($object) => $result,
+            $crate::api::v1::object::Body::ReplicaSet($object) => $result,
+            $crate::api::v1::object::Body::Event($object) => $result,
+            $crate::api::v1::object::Body::Lease($object) => $result,
+        }
+    };
+}
+
+/// Evaluates an expression with the message type of a [`ResourceKind`] (a place, not an expression with effects):
+/// `with_kind!(kind, T => Ok(list::<T>()), else Err(UnknownKind))`.
+#[macro_export]
+macro_rules! with_kind {
+    ($kind:expr, $message:ident => $result:expr, else $unknown:expr) => {
+        match $kind.resource {
+            "namespaces" => {
+                type $message = $crate::core::v1::Namespace;
+                $result
+            }
+            "nodes" => {
+                type $message = $crate::core::v1::Node;
+                $result
+            }
+            "pods" => {
+                type $message = $crate::core::v1::Pod;
+                $result
+            }
+            "services" => {
+                type $message = $crate::core::v1::Service;
+                $result
+            }
+            "endpointslices" => {
+                type $message = $crate::discovery::v1::EndpointSlice;
+                $result
+            }
+            "replicationcontrollers" => {
+                type $message = $crate::core::v1::ReplicationController;
+                $result
+            }
+            "replicasets" => {
+                type $message = $crate::apps::v1::ReplicaSet;
+                $result
+            }
+            "events" => {
+                type $message = $crate::core::v1::Event;
+                $result
+            }
+            "leases" => {
+                type $message = $crate::coordination::v1::Lease;
+                $result
+            }
+            _ => $unknown,
+        }
+    };
+}
 
 macro_rules! resources {
     ($($message:ident, $variant:ident, $api_version:literal, $resource:literal, $namespaced:literal;)*) => {
@@ -134,6 +205,30 @@ macro_rules! resources {
                 })
             }
 
+            /// Reads the JSON of an object of this kind; `apiVersion` and `kind` in it are not looked at.
+            pub fn from_value_as(kind: ResourceKind, value: &Value) -> Result<Self, Vec<JsonError>> {
+                match kind.kind {
+                    $(stringify!($message) => crate::json::from_value::<$message>(value).map(Resource::into_object),)*
+                    unknown => Err(vec![JsonError::unknown_kind(kind.api_version, unknown)]),
+                }
+            }
+
+            /// Decodes the message of an object of this kind (not of an `Object` around it).
+            pub fn decode_as(kind: ResourceKind, bytes: &[u8]) -> Result<Self, DecodeError> {
+                match kind.kind {
+                    $(stringify!($message) => <$message>::decode(bytes).map(Resource::into_object),)*
+                    unknown => Err(DecodeError::new_unexpected_type_url(unknown, "a kind of the model")),
+                }
+            }
+
+            /// Encodes the message of the object inside, without the `Object` around it.
+            pub fn encode_inner(&self) -> Vec<u8> {
+                match &self.body {
+                    $(Some(Body::$variant(message)) => message.encode_to_vec(),)*
+                    None => Vec::new(),
+                }
+            }
+
             /// Writes `apiVersion` and `kind` of the object inside.
             pub fn set_type(&mut self) {
                 match &mut self.body {
@@ -157,6 +252,18 @@ resources! {
     Lease, Lease, "coordination.k8s.io/v1", "leases", true;
 }
 
+impl Object {
+    /// The kind of the object inside; `None` when the body is not set.
+    pub fn kind(&self) -> Option<ResourceKind> {
+        object_kind(self)
+    }
+
+    /// The object's JSON, as Kubernetes writes it.
+    pub fn to_value(&self) -> Result<Value, serde_json::Error> {
+        serde_json::to_value(self)
+    }
+}
+
 impl ResourceKind {
     /// The kind with this plural.
     pub fn by_resource(resource: &str) -> Option<ResourceKind> {
@@ -165,6 +272,9 @@ impl ResourceKind {
 
     /// The kind that a manifest names.
     pub fn by_type(api_version: &str, kind: &str) -> Option<ResourceKind> {
-        Self::ALL.iter().find(|known| known.api_version == api_version && known.kind == kind).copied()
+        Self::ALL
+            .iter()
+            .find(|known| known.api_version == api_version && known.kind == kind)
+            .copied()
     }
 }
