@@ -1,0 +1,376 @@
+//! `control.toml`: every key has a default, an unknown key is an error.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Deserializer, de::Error as _};
+
+use crate::registry::RegistryConfig;
+
+/// What `orlop-control --config FILE` reads. Durations are written as `"40s"`, `"5m"`, `"24h"`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Durable state: the embedded store and `pki/`.
+    pub data_dir: PathBuf,
+    /// TLS listeners. Sockets passed by `LISTEN_FDS` take their place.
+    pub listen: Vec<SocketAddr>,
+    /// Plaintext gRPC for the administrators of this machine: mode 0600, only root and control's own user are let in, and
+    /// they are `system:masters`. An empty path switches it off.
+    pub unix_socket: PathBuf,
+    /// Plaintext listeners without any authentication: **whoever reaches them is `system:masters`**. For tests. Only loopback
+    /// addresses are taken unless `insecure_listen_anywhere` is set too.
+    pub insecure_listen: Vec<SocketAddr>,
+    /// Lets `insecure_listen` bind addresses that other machines reach.
+    pub insecure_listen_anywhere: bool,
+    /// Names and addresses that nodes and clients reach control by, for its certificate; `localhost`, `127.0.0.1` and `::1`
+    /// are always in it. A change makes a new certificate at the next start.
+    pub server_names: Vec<String>,
+    /// Where objects are kept.
+    pub store: StoreConfig,
+    /// ClusterIPs are taken from here.
+    pub service_cidr: Ipv4Net,
+    /// Nodes' pod ranges are taken from here.
+    pub pod_cidr: Ipv4Net,
+    /// How large a node's pod range is.
+    pub pod_cidr_prefix: u8,
+    /// When a node counts as lost.
+    pub node: NodeConfig,
+    /// Certificates' lives.
+    pub pki: PkiConfig,
+    /// What one client, and all of them, may use.
+    pub limits: Limits,
+}
+
+/// `[store]`.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StoreConfig {
+    /// "embedded" (default: a file in `data_dir`, one control process) or "etcd".
+    pub engine: Engine,
+    /// For `engine = "etcd"`.
+    pub etcd: EtcdConfig,
+}
+
+/// The store's engines.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// redb, in this process.
+    #[default]
+    Embedded,
+    /// An etcd cluster.
+    Etcd,
+}
+
+/// `[store.etcd]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EtcdConfig {
+    /// "http://127.0.0.1:2379", ... or "unix:/path".
+    pub endpoints: Vec<String>,
+}
+
+/// `[node]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NodeConfig {
+    /// `leaseDurationSeconds` of a node's Lease.
+    #[serde(deserialize_with = "duration")]
+    pub lease_duration: Duration,
+    /// A node whose Lease was not renewed for so long is NotReady.
+    #[serde(deserialize_with = "duration")]
+    pub monitor_grace: Duration,
+    /// Pods of a node that is NotReady for so long are replaced elsewhere.
+    #[serde(deserialize_with = "duration")]
+    pub eviction_delay: Duration,
+}
+
+/// `[pki]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PkiConfig {
+    /// How long a node's certificate is good; the agent renews it long before.
+    #[serde(deserialize_with = "duration")]
+    pub node_certificate: Duration,
+    /// How long the server's and the administrator's certificates are good; control makes new ones when a third of it is left.
+    #[serde(deserialize_with = "duration")]
+    pub own_certificates: Duration,
+}
+
+/// `[limits]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Connections at one time, over all listeners.
+    pub connections: usize,
+    /// Of these, connections without a client certificate.
+    pub anonymous_connections: usize,
+    /// TLS handshakes at one time.
+    pub handshakes: usize,
+    /// How long a handshake, and the first bytes after it, may take.
+    #[serde(deserialize_with = "duration")]
+    pub handshake_timeout: Duration,
+    /// Concurrent requests on one HTTP/2 connection.
+    pub streams_per_connection: u32,
+    /// Bytes of one request's headers.
+    pub header_bytes: u32,
+    /// Bytes of one request message, but for Apply.
+    pub message_bytes: usize,
+    /// Bytes of an Apply's message (a manifest).
+    pub manifest_bytes: usize,
+    /// Apply calls at one time; more of them wait.
+    pub concurrent_applies: usize,
+    /// Events that wait for a slow watcher before its watch ends with SLOW_WATCHER.
+    pub watch_buffer: usize,
+    /// How long the snapshots are kept that a List's `continue` reads from.
+    #[serde(deserialize_with = "duration")]
+    pub list_snapshots: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            data_dir: "/var/lib/orlop/control".into(),
+            listen: vec![SocketAddr::from(([127, 0, 0, 1], 6443))],
+            unix_socket: "/run/orlop/control.sock".into(),
+            insecure_listen: Vec::new(),
+            insecure_listen_anywhere: false,
+            server_names: Vec::new(),
+            store: StoreConfig::default(),
+            service_cidr: net([10, 96, 0, 0], 12),
+            pod_cidr: net([10, 244, 0, 0], 16),
+            pod_cidr_prefix: 24,
+            node: NodeConfig::default(),
+            pki: PkiConfig::default(),
+            limits: Limits::default(),
+        }
+    }
+}
+
+impl Default for EtcdConfig {
+    fn default() -> Self {
+        Self {
+            endpoints: vec!["http://127.0.0.1:2379".to_owned()],
+        }
+    }
+}
+
+impl Default for NodeConfig {
+    fn default() -> Self {
+        Self {
+            lease_duration: Duration::from_secs(40),
+            monitor_grace: Duration::from_secs(16),
+            eviction_delay: Duration::from_secs(20),
+        }
+    }
+}
+
+impl Default for PkiConfig {
+    fn default() -> Self {
+        let day = Duration::from_secs(24 * 3600);
+        Self {
+            node_certificate: day * 90,
+            own_certificates: day * 365,
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 20_000,
+            anonymous_connections: 512,
+            handshakes: 256,
+            handshake_timeout: Duration::from_secs(10),
+            streams_per_connection: 1024,
+            header_bytes: 16 << 10,
+            message_bytes: 4 << 20,
+            manifest_bytes: 64 << 20,
+            concurrent_applies: 8,
+            watch_buffer: 1024,
+            list_snapshots: Duration::from_secs(300),
+        }
+    }
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("read {path}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is not TOML of this shape.
+    #[error("{path}: {source}")]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A value makes no sense.
+    #[error("{field}: {reason}")]
+    Invalid {
+        /// The key.
+        field: &'static str,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// When it cannot be read, has an unknown key or a value that cannot work.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let config: Self = toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Whether the values make sense together.
+    ///
+    /// # Errors
+    /// The first that does not.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let invalid = |field, reason: &str| {
+            Err(ConfigError::Invalid {
+                field,
+                reason: reason.to_owned(),
+            })
+        };
+        if let Some(address) = self.insecure_listen.iter().find(|address| !address.ip().is_loopback())
+            && !self.insecure_listen_anywhere
+        {
+            return invalid("insecure_listen", &format!("{address} is not a loopback address"));
+        }
+        for (field, network) in [("service_cidr", self.service_cidr), ("pod_cidr", self.pod_cidr)] {
+            if network.trunc() != network {
+                return invalid(field, "has bits set behind its prefix");
+            }
+        }
+        if self.pod_cidr.contains(&self.service_cidr) || self.service_cidr.contains(&self.pod_cidr) {
+            return invalid("service_cidr", "overlaps with pod_cidr");
+        }
+        if self.pod_cidr_prefix < self.pod_cidr.prefix_len() || self.pod_cidr_prefix > 30 {
+            return invalid("pod_cidr_prefix", "must lie between pod_cidr's prefix and 30");
+        }
+        if self.node.monitor_grace.is_zero() || self.node.lease_duration.is_zero() {
+            return invalid("node", "durations must not be zero");
+        }
+        if self.store.engine == Engine::Etcd && self.store.etcd.endpoints.is_empty() {
+            return invalid("store.etcd.endpoints", "is empty");
+        }
+        if self.limits.connections == 0 || self.limits.handshakes == 0 || self.limits.anonymous_connections == 0 {
+            return invalid(
+                "limits",
+                "connections, anonymous_connections and handshakes must not be 0",
+            );
+        }
+        if self.limits.concurrent_applies == 0 || self.limits.watch_buffer == 0 {
+            return invalid("limits", "concurrent_applies and watch_buffer must not be 0");
+        }
+        Ok(())
+    }
+
+    /// The ranges that the registry gives addresses from.
+    pub fn registry(&self) -> RegistryConfig {
+        RegistryConfig {
+            service_cidr: self.service_cidr,
+            pod_cidr: self.pod_cidr,
+            pod_cidr_prefix: self.pod_cidr_prefix,
+        }
+    }
+
+    /// Where certificates and keys are.
+    pub fn pki_dir(&self) -> PathBuf {
+        self.data_dir.join("pki")
+    }
+}
+
+fn net(address: [u8; 4], prefix: u8) -> Ipv4Net {
+    Ipv4Net::new_assert(Ipv4Addr::from(address), prefix)
+}
+
+/// "40s", "1m 30s", "2160h".
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let signed: jiff::SignedDuration = text.parse().map_err(D::Error::custom)?;
+    signed
+        .try_into()
+        .map_err(|_| D::Error::custom("a duration must not be negative"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_is_the_default_and_it_is_sound() {
+        let config: Config = toml::from_str("").expect("parses");
+        config.check().expect("sound");
+        assert_eq!(config.pod_cidr.to_string(), "10.244.0.0/16");
+    }
+
+    #[test]
+    fn reads_what_the_documentation_names() {
+        let config: Config = toml::from_str(
+            r#"
+            data_dir = "/x"
+            listen = ["127.0.0.1:7000"]
+            server_names = ["control.example", "192.0.2.1"]
+            service_cidr = "10.96.0.0/16"
+            pod_cidr = "10.128.0.0/9"
+            [store]
+            engine = "etcd"
+            [store.etcd]
+            endpoints = ["http://127.0.0.1:1"]
+            [node]
+            lease_duration = "40s"
+            monitor_grace = "1m 30s"
+            "#,
+        )
+        .expect("parses");
+        config.check().expect("sound");
+        assert_eq!(config.node.monitor_grace, Duration::from_secs(90));
+        assert_eq!(config.store.engine, Engine::Etcd);
+    }
+
+    #[test]
+    fn refuses_what_cannot_work() {
+        assert!(toml::from_str::<Config>("listne = []").is_err());
+        assert!(toml::from_str::<Config>("[node]\nmonitor_grace = \"-3s\"").is_err());
+        for text in [
+            "insecure_listen = [\"0.0.0.0:80\"]",
+            "service_cidr = \"10.244.0.0/20\"",
+            "pod_cidr = \"10.244.0.1/16\"",
+            "pod_cidr_prefix = 8",
+            "pod_cidr_prefix = 31",
+        ] {
+            let config: Config = toml::from_str(text).expect("parses");
+            assert!(config.check().is_err(), "{text}");
+        }
+        let config: Config =
+            toml::from_str("insecure_listen = [\"0.0.0.0:80\"]\ninsecure_listen_anywhere = true").expect("parses");
+        config.check().expect("asked for");
+    }
+}

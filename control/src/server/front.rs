@@ -1,0 +1,236 @@
+//! What stands before the services: plain HTTP pages, and the question who may call what.
+
+use std::{
+    convert::Infallible,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use http::{Method as HttpMethod, Request, Response, StatusCode, header};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use prometheus_client::{encoding::text::encode, registry::Registry};
+use tokio::sync::Semaphore;
+use tonic::{Status, body::Body, service::Routes};
+use tower::ServiceExt;
+
+use super::{
+    PeerAddress, ServerMetrics,
+    identity::{Access, Identity},
+    metrics::Method,
+};
+use crate::pki::NodeKeys;
+
+/// Writes Prometheus text behind the server's own.
+pub type MetricsSource = Arc<dyn Fn() -> String + Send + Sync>;
+
+/// Whether control can serve; starts with "no".
+#[derive(Debug, Clone, Default)]
+pub struct Readiness(Arc<AtomicBool>);
+
+impl Readiness {
+    /// Says yes or no.
+    pub fn set(&self, ready: bool) {
+        self.0.store(ready, Ordering::Release);
+    }
+
+    /// What was said last.
+    pub fn get(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// The services and what guards them.
+pub struct Front {
+    routes: Routes,
+    keys: NodeKeys,
+    readiness: Readiness,
+    metrics: ServerMetrics,
+    registry: Registry,
+    sources: Vec<MetricsSource>,
+    applies: Arc<Semaphore>,
+}
+
+impl Front {
+    /// `routes` are the gRPC services, `sources` what else `/metrics` shows.
+    pub fn new(
+        routes: Routes,
+        keys: NodeKeys,
+        readiness: Readiness,
+        sources: Vec<MetricsSource>,
+        concurrent_applies: usize,
+    ) -> Self {
+        let metrics = ServerMetrics::default();
+        let mut registry = Registry::default();
+        metrics.register(&mut registry);
+        let applies = Arc::new(Semaphore::new(concurrent_applies));
+        Self {
+            routes: routes.prepare(),
+            keys,
+            readiness,
+            metrics,
+            registry,
+            sources,
+            applies,
+        }
+    }
+
+    pub(super) fn metrics(&self) -> &ServerMetrics {
+        &self.metrics
+    }
+
+    /// Answers one request. The connection has put [`Identity`] and [`PeerAddress`] into its extensions.
+    pub(super) async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+        let identity = request
+            .extensions()
+            .get::<Identity>()
+            .cloned()
+            .unwrap_or(Identity::Anonymous);
+        let is_grpc = request
+            .headers()
+            .get(header::CONTENT_TYPE)
+            .is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+        if !is_grpc {
+            return Ok(self.page(&request, &identity));
+        }
+        if let Err(status) = self.admit(&request, &identity).await {
+            self.metrics.refused.inc();
+            let peer = request.extensions().get::<PeerAddress>().and_then(|peer| peer.0);
+            tracing::warn!(
+                target: "audit",
+                caller = identity.describe().escape_debug().to_string(),
+                method = request.uri().path(),
+                ?peer,
+                code = ?status.code(),
+                "call refused"
+            );
+            return Ok(status.into_http());
+        }
+        // Large messages are taken in only when there is a place to work on them; until then HTTP/2 holds them back.
+        let place = if request.uri().path() == "/orlop.api.v1.Objects/Apply" {
+            Arc::clone(&self.applies).acquire_owned().await.ok()
+        } else {
+            None
+        };
+        let Ok(response) = self.routes.clone().oneshot(request).await;
+        Ok(match place {
+            Some(place) => response.map(|body| {
+                Body::new(body.map_frame(move |frame| {
+                    let _held_until_the_body_ends = &place;
+                    frame
+                }))
+            }),
+            None => response,
+        })
+    }
+
+    async fn admit(&self, request: &Request<Incoming>, identity: &Identity) -> Result<(), Status> {
+        let path = request.uri().path();
+        match identity.access(path) {
+            Access::Allowed => {}
+            Access::Denied => {
+                return Err(Status::permission_denied(format!(
+                    "{} may not call {path}",
+                    identity.describe()
+                )));
+            }
+            Access::Unauthenticated => return Err(Status::unauthenticated("a client certificate is needed")),
+        }
+        if let Identity::Node { name, key } = identity {
+            let current = self.keys.is_current(name, *key).await.map_err(|error| {
+                tracing::error!(%error, "node's key not checked");
+                Status::unavailable("the store cannot be reached")
+            })?;
+            if !current {
+                return Err(Status::unauthenticated("the node's name has another key"));
+            }
+        }
+        // Only methods that exist are counted by name: labels must stay few.
+        if self.is_known(path) {
+            self.metrics
+                .calls
+                .get_or_create(&Method {
+                    method: path.trim_start_matches('/').to_owned(),
+                })
+                .inc();
+        }
+        Ok(())
+    }
+
+    fn is_known(&self, path: &str) -> bool {
+        const SERVICES: [(&str, &[&str]); 4] = [
+            (
+                "orlop.api.v1.Objects",
+                &[
+                    "Create",
+                    "Get",
+                    "List",
+                    "Watch",
+                    "Update",
+                    "UpdateStatus",
+                    "Apply",
+                    "Delete",
+                ],
+            ),
+            (
+                "orlop.cluster.v1.Join",
+                &["Join", "Renew", "CreateToken", "RevokeToken"],
+            ),
+            ("orlop.node.v1.NodeLink", &["Session"]),
+            ("orlop.metrics.v1.Metrics", &["ListNodes", "ListPods", "ListServices"]),
+        ];
+        let Some((service, method)) = path.trim_start_matches('/').split_once('/') else {
+            return false;
+        };
+        SERVICES
+            .iter()
+            .any(|(name, methods)| *name == service && methods.contains(&method))
+    }
+
+    /// The pages that are not gRPC.
+    fn page(&self, request: &Request<Incoming>, identity: &Identity) -> Response<Body> {
+        let readable = *request.method() == HttpMethod::GET || *request.method() == HttpMethod::HEAD;
+        match request.uri().path() {
+            _ if !readable => text(StatusCode::METHOD_NOT_ALLOWED, "only GET, or gRPC\n"),
+            "/healthz" | "/livez" => text(StatusCode::OK, "ok\n"),
+            "/readyz" if self.readiness.get() => text(StatusCode::OK, "ok\n"),
+            "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
+            "/metrics" if matches!(identity, Identity::Admin { .. }) => self.prometheus(),
+            "/metrics" => {
+                tracing::warn!(target: "audit", caller = identity.describe(), page = "/metrics", "page refused");
+                text(StatusCode::FORBIDDEN, "only for administrators\n")
+            }
+            _ => text(
+                StatusCode::NOT_FOUND,
+                "not here; the API is gRPC: orlop.api.v1.Objects\n",
+            ),
+        }
+    }
+
+    fn prometheus(&self) -> Response<Body> {
+        let mut page = String::new();
+        if encode(&mut page, &self.registry).is_err() {
+            return text(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be written\n");
+        }
+        // Several parts make one page: OpenMetrics' end mark belongs only at the end, the classic format has none.
+        let mut page = page.replace("# EOF\n", "");
+        for source in &self.sources {
+            page.push_str(&source().replace("# EOF\n", ""));
+        }
+        let mut response = text(StatusCode::OK, page);
+        let kind = header::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+        response.headers_mut().insert(header::CONTENT_TYPE, kind);
+        response
+    }
+}
+
+fn text(status: StatusCode, body: impl Into<String>) -> Response<Body> {
+    let body = http_body_util::Full::new(bytes::Bytes::from(body.into()));
+    let mut response = Response::new(Body::new(body.map_err(|never| match never {})));
+    *response.status_mut() = status;
+    let kind = header::HeaderValue::from_static("text/plain; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    response
+}
