@@ -1,1 +1,140 @@
-fn main() {}
+//! Orlop's automation: `cargo xtask COMMAND`.
+
+mod build;
+mod run;
+mod setup;
+mod tidy;
+
+use std::process::{Command, ExitCode};
+
+use anyhow::{Result, bail};
+use clap::{Parser, Subcommand};
+
+use run::{repository, run, status};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Orlop's automation")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Installs what building and running need. The other commands call it; twice is as good as once.
+    Setup,
+    /// Brings up a cluster in namespaces of this machine, with a demo service, and leaves it running.
+    Up {
+        /// How many nodes.
+        #[arg(long, default_value_t = 3)]
+        nodes: u16,
+        /// Control's store: embedded or etcd.
+        #[arg(long, default_value = "embedded")]
+        store: String,
+        /// The API's port at 127.0.0.1.
+        #[arg(long, default_value_t = 6443)]
+        port: u16,
+        /// With the release build.
+        #[arg(long)]
+        release: bool,
+    },
+    /// Takes the cluster down and removes every trace of it.
+    Down,
+    /// Runs a command inside a node (network, mounts, cgroup), or inside a pod's network and cgroup.
+    Exec {
+        /// "node1", ..., or "control".
+        node: String,
+        /// NAMESPACE/NAME of a pod on that node.
+        #[arg(long)]
+        pod: Option<String>,
+        /// The command and its arguments.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Runs all tests, or those whose name contains FILTER.
+    Test {
+        /// A part of the tests' names.
+        filter: Option<String>,
+    },
+    /// Measures; the last line is one JSON object.
+    Bench {
+        /// connect
+        name: String,
+        /// Options of the benchmark.
+        #[arg(last = true)]
+        options: Vec<String>,
+    },
+    /// Formats, lints, checks documentation, licences and repetition of protobuf tags.
+    Tidy {
+        /// Only say what is not tidy.
+        #[arg(long)]
+        check: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Task::Setup => setup::setup().map(|()| ExitCode::SUCCESS),
+        Task::Up { nodes, store, port, release } => up(nodes, &store, port, release),
+        Task::Down => lab(&["down".to_owned()]),
+        Task::Exec { node, pod, command } => exec(node, pod, command),
+        Task::Test { filter } => test(filter.as_deref()).map(|()| ExitCode::SUCCESS),
+        Task::Bench { name, options } => bench(&name, &options),
+        Task::Tidy { check } => tidy::tidy(check).map(|()| ExitCode::SUCCESS),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn up(nodes: u16, store: &str, port: u16, release: bool) -> Result<ExitCode> {
+    setup::setup()?;
+    let profile = if release { build::Profile::Release } else { build::Profile::Dev };
+    build::everything(profile)?;
+    let program = profile.folder().join("orlop-lab");
+    let arguments = ["up", "--nodes", &nodes.to_string(), "--store", store, "--port", &port.to_string()].map(str::to_owned);
+    status(Command::new(program).args(arguments))
+}
+
+fn exec(node: String, pod: Option<String>, command: Vec<String>) -> Result<ExitCode> {
+    let mut arguments = vec!["exec".to_owned(), node];
+    if let Some(pod) = pod {
+        arguments.extend(["--pod".to_owned(), pod]);
+    }
+    arguments.push("--".to_owned());
+    arguments.extend(command);
+    lab(&arguments)
+}
+
+/// The lab's program, as `up` built it; `down` and `exec` do not build.
+fn lab(arguments: &[String]) -> Result<ExitCode> {
+    let built = [build::Profile::Dev, build::Profile::Release].map(|profile| profile.folder().join("orlop-lab"));
+    let newest = built.into_iter().filter(|path| path.exists()).max_by_key(|path| {
+        path.metadata().and_then(|metadata| metadata.modified()).unwrap_or(std::time::SystemTime::UNIX_EPOCH)
+    });
+    let Some(program) = newest else { bail!("nothing is built yet: cargo xtask up") };
+    status(Command::new(program).args(arguments))
+}
+
+fn test(filter: Option<&str>) -> Result<()> {
+    setup::setup()?;
+    build::everything(build::Profile::Dev)?;
+    println!("== tests of the parts");
+    let mut parts = run::cargo();
+    parts.args(["test", "--workspace", "--exclude", "orlop-ebpf", "--exclude", "orlop-tests", "--no-fail-fast"]);
+    parts.args(filter);
+    let parts = run(&mut parts);
+    println!("== end-to-end tests, each in a lab of its own");
+    let mut whole = run::cargo();
+    whole.args(["test", "--package", "orlop-tests", "--no-fail-fast"]).args(filter).args(["--", "--test-threads=1"]);
+    let whole = run(&mut whole);
+    parts.and(whole)
+}
+
+fn bench(name: &str, options: &[String]) -> Result<ExitCode> {
+    setup::setup()?;
+    build::everything(build::Profile::Release)?;
+    let program = build::Profile::Release.folder().join("orlop-bench");
+    status(Command::new(program).arg(name).args(options).current_dir(repository()))
+}
