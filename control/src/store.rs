@@ -5,7 +5,13 @@
 //! Invariant: every write has a [`Revision`], one greater than every earlier one; a record's revision is that of its last
 //! write. Watches are ordered, gap-free, never split a revision, and can be resumed after any revision that is not compacted.
 
-use std::{fmt, pin::Pin};
+#[cfg(test)]
+mod contract;
+pub mod embedded;
+
+mod frame;
+
+use std::{collections::HashSet, fmt, pin::Pin};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -109,6 +115,61 @@ pub struct Operation {
 pub struct Transaction {
     /// In any order; a key appears once.
     pub operations: Vec<Operation>,
+}
+
+/// Operations in one transaction.
+pub const MAX_OPERATIONS: usize = 128;
+/// Bytes of keys and values in one transaction.
+pub const MAX_TRANSACTION_BYTES: usize = 1_536 * 1024;
+
+impl Transaction {
+    /// One operation.
+    pub fn one(key: Key, expected: Expected, write: Write) -> Self {
+        Self {
+            operations: vec![Operation { key, expected, write }],
+        }
+    }
+
+    /// With one more operation.
+    #[must_use]
+    pub fn and(mut self, key: Key, expected: Expected, write: Write) -> Self {
+        self.operations.push(Operation { key, expected, write });
+        self
+    }
+
+    /// Bytes of its keys and values.
+    pub fn bytes(&self) -> usize {
+        let size = |operation: &Operation| match &operation.write {
+            Write::Put(value) => operation.key.as_str().len() + value.len(),
+            Write::Delete | Write::Check => operation.key.as_str().len(),
+        };
+        self.operations.iter().map(size).sum()
+    }
+
+    /// Whether it is within the limits; both engines ask this before they begin.
+    fn check_limits(&self) -> Result<(), StoreError> {
+        if self.operations.len() > MAX_OPERATIONS {
+            let count = self.operations.len();
+            return Err(StoreError::TooLarge(format!(
+                "{count} operations, at most {MAX_OPERATIONS}"
+            )));
+        }
+        let bytes = self.bytes();
+        if bytes > MAX_TRANSACTION_BYTES {
+            return Err(StoreError::TooLarge(format!(
+                "{bytes} bytes, at most {MAX_TRANSACTION_BYTES}"
+            )));
+        }
+        let mut seen = HashSet::new();
+        match self
+            .operations
+            .iter()
+            .find(|operation| !seen.insert(operation.key.as_str()))
+        {
+            Some(twice) => Err(StoreError::TooLarge(format!("{} appears twice", twice.key))),
+            None => Ok(()),
+        }
+    }
 }
 
 /// One change that a watch saw.

@@ -1,0 +1,273 @@
+//! The embedded engine: redb, for one control process.
+//!
+//! A writer thread takes all transactions that wait into one durable redb commit. Each keeps its own conditions, revision and
+//! result; nobody is told anything (not even of a conflict, which may be with a neighbour in the same commit) before that commit
+//! returned. A log of changes in the same file is what watches resume from; it is compacted by age and size.
+
+mod log;
+mod watch;
+mod writer;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use tokio::sync::{broadcast, mpsc, oneshot, watch as latest};
+
+use super::{ChangeSet, Key, Listing, Record, Revision, Store, StoreError, Transaction, Watch, frame};
+
+/// Key with prefix -> revision of the last write, framed value.
+const RECORDS: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("records_v1");
+/// Revision -> encoded [`log::LogEntry`].
+const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log_v1");
+/// The counters below.
+const COUNTERS: TableDefinition<'_, &str, u64> = TableDefinition::new("counters_v1");
+/// The revision of the last write.
+const REVISION: &str = "revision";
+/// The log has everything after this revision.
+const COMPACTED: &str = "compacted";
+/// Bytes in the log.
+const LOG_BYTES: &str = "log_bytes";
+
+/// Bounds of the embedded engine.
+#[derive(Debug, Clone)]
+pub struct EmbeddedConfig {
+    /// How long changes are kept for watches.
+    pub log_age: Duration,
+    /// Bytes of changes that are kept at most.
+    pub log_bytes: u64,
+    /// Bytes of redb's page cache.
+    pub cache_bytes: usize,
+    /// How often a watch that has nothing to tell gives a bookmark.
+    pub bookmark_interval: Duration,
+}
+
+impl Default for EmbeddedConfig {
+    fn default() -> Self {
+        Self {
+            log_age: Duration::from_secs(600),
+            log_bytes: 64 * 1024 * 1024,
+            cache_bytes: 16 * 1024 * 1024,
+            bookmark_interval: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Why the file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process has it.
+    #[error("{path} is in use by another process")]
+    InUse {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It is not a database of ours, or is damaged beyond repair.
+    #[error("{path} cannot be opened")]
+    Database {
+        /// The file.
+        path: PathBuf,
+        /// What redb says.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The writer thread cannot be started.
+    #[error("the writer thread cannot be started")]
+    Thread(#[source] std::io::Error),
+}
+
+/// The embedded store. Closing waits for what was accepted: drop it and the writer ends after its last commit.
+pub struct EmbeddedStore {
+    shared: Arc<Shared>,
+    requests: Option<mpsc::Sender<Request>>,
+    writer: Option<std::thread::JoinHandle<()>>,
+}
+
+struct Shared {
+    database: Database,
+    config: EmbeddedConfig,
+    /// The last revision whose commit returned.
+    revision: latest::Sender<Revision>,
+    /// What each commit changed, sent after `revision` was set.
+    live: broadcast::Sender<Arc<Vec<ChangeSet>>>,
+}
+
+struct Request {
+    transaction: Transaction,
+    reply: oneshot::Sender<Result<Revision, StoreError>>,
+}
+
+/// Requests that wait for the writer; who comes later waits for a place.
+const QUEUE: usize = 4096;
+/// Commits that a watch may be behind before it goes back to the log.
+const LIVE: usize = 1024;
+
+impl EmbeddedStore {
+    /// Opens or creates the file, exclusively.
+    pub fn open(path: &Path, config: EmbeddedConfig) -> Result<Self, OpenError> {
+        let broken = |source: Box<dyn std::error::Error + Send + Sync>| OpenError::Database {
+            path: path.to_owned(),
+            source,
+        };
+        let database = redb::Builder::new()
+            .set_cache_size(config.cache_bytes)
+            .create(path)
+            .map_err(|error| match error {
+                redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
+                other => broken(Box::new(other)),
+            })?;
+        let revision = prepare(&database).map_err(|error| broken(Box::new(error)))?;
+        let shared = Arc::new(Shared {
+            database,
+            config,
+            revision: latest::Sender::new(revision),
+            live: broadcast::Sender::new(LIVE),
+        });
+        let (requests, queue) = mpsc::channel(QUEUE);
+        let writer = std::thread::Builder::new()
+            .name("store-writer".to_owned())
+            .spawn({
+                let shared = shared.clone();
+                move || writer::run(&shared, queue)
+            })
+            .map_err(OpenError::Thread)?;
+        Ok(Self {
+            shared,
+            requests: Some(requests),
+            writer: Some(writer),
+        })
+    }
+}
+
+impl Drop for EmbeddedStore {
+    fn drop(&mut self) {
+        self.requests.take();
+        if let Some(writer) = self.writer.take() {
+            // A panic of the writer was reported by its thread; whoever waited was told "unavailable".
+            let _ = writer.join();
+        }
+    }
+}
+
+/// Makes the tables and reads the revision.
+fn prepare(database: &Database) -> Result<Revision, redb::Error> {
+    let mut transaction = database.begin_write()?;
+    transaction.set_quick_repair(true);
+    let revision = {
+        transaction.open_table(RECORDS)?;
+        transaction.open_table(LOG)?;
+        let counters = transaction.open_table(COUNTERS)?;
+        counters.get(REVISION)?.map_or(0, |guard| guard.value())
+    };
+    transaction.commit()?;
+    Ok(revision)
+}
+
+fn unavailable(error: impl Into<redb::Error>) -> StoreError {
+    StoreError::Unavailable(Box::new(error.into()))
+}
+
+/// The key as redb has it.
+fn full(key: &Key) -> String {
+    format!("{}{key}", frame::PREFIX)
+}
+
+/// The key without the engine's prefix.
+fn short(full: &str) -> Key {
+    Key::from_text(full.strip_prefix(frame::PREFIX).unwrap_or(full))
+}
+
+impl Shared {
+    fn get(&self, key: &Key) -> Result<Option<Record>, StoreError> {
+        let read = self.database.begin_read().map_err(unavailable)?;
+        let records = read.open_table(RECORDS).map_err(unavailable)?;
+        let Some(guard) = records.get(full(key).as_str()).map_err(unavailable)? else {
+            return Ok(None);
+        };
+        let (revision, framed) = guard.value();
+        Ok(Some(Record {
+            key: key.clone(),
+            value: frame::unframe(key, framed)?,
+            revision,
+        }))
+    }
+
+    fn list(&self, prefix: &str) -> Result<Listing, StoreError> {
+        let start = format!("{}{prefix}", frame::PREFIX);
+        let read = self.database.begin_read().map_err(unavailable)?;
+        let counters = read.open_table(COUNTERS).map_err(unavailable)?;
+        let revision = counters
+            .get(REVISION)
+            .map_err(unavailable)?
+            .map_or(0, |guard| guard.value());
+        let table = read.open_table(RECORDS).map_err(unavailable)?;
+        let mut records = Vec::new();
+        for row in table.range(start.as_str()..).map_err(unavailable)? {
+            let (key, value) = row.map_err(unavailable)?;
+            if !key.value().starts_with(&start) {
+                break;
+            }
+            let (written, framed) = value.value();
+            let key = short(key.value());
+            if let Some(value) = frame::unframe_or_report(&key, framed) {
+                records.push(Record {
+                    key,
+                    value,
+                    revision: written,
+                });
+            }
+        }
+        Ok(Listing { revision, records })
+    }
+}
+
+/// Runs what may wait for the disk outside of the async threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(StoreError::Unavailable(Box::new(error))),
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the store's writer has ended")]
+struct WriterGone;
+
+#[async_trait]
+impl Store for EmbeddedStore {
+    async fn get(&self, key: &Key) -> Result<Option<Record>, StoreError> {
+        // One look-up, nearly always in redb's cache or the page cache: cheaper here than on another thread.
+        self.shared.get(key)
+    }
+
+    async fn list(&self, prefix: &str) -> Result<Listing, StoreError> {
+        let (shared, prefix) = (self.shared.clone(), prefix.to_owned());
+        blocking(move || shared.list(&prefix)).await
+    }
+
+    async fn commit(&self, transaction: Transaction) -> Result<Revision, StoreError> {
+        transaction.check_limits()?;
+        let gone = || StoreError::Unavailable(Box::new(WriterGone));
+        let (reply, result) = oneshot::channel();
+        let requests = self.requests.as_ref().ok_or_else(gone)?;
+        requests
+            .send(Request { transaction, reply })
+            .await
+            .map_err(|_| gone())?;
+        result.await.map_err(|_| gone())?
+    }
+
+    async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch, StoreError> {
+        watch::open(self.shared.clone(), prefix.to_owned(), after).await
+    }
+
+    async fn revision(&self) -> Result<Revision, StoreError> {
+        Ok(*self.shared.revision.borrow())
+    }
+}

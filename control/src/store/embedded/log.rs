@@ -1,0 +1,126 @@
+//! The log of changes that watches resume from.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use prost::Message as _;
+use redb::{ReadableDatabase as _, ReadableTable as _, Table};
+
+use super::{COMPACTED, COUNTERS, LOG, LOG_BYTES, Shared, short, unavailable};
+use crate::store::{ChangeSet, Key, Revision, StoreError, frame};
+
+/// What one revision changed.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct LogEntry {
+    /// Milliseconds since 1970.
+    #[prost(uint64, tag = "1")]
+    pub(super) time: u64,
+    #[prost(message, repeated, tag = "2")]
+    pub(super) changes: Vec<LogChange>,
+}
+
+/// A change to one key; values are framed.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct LogChange {
+    #[prost(string, tag = "1")]
+    pub(super) key: String,
+    #[prost(bytes = "bytes", optional, tag = "2")]
+    pub(super) now: Option<bytes::Bytes>,
+    #[prost(bytes = "bytes", optional, tag = "3")]
+    pub(super) before: Option<bytes::Bytes>,
+}
+
+/// At most so many entries of the log are read at once.
+const CHUNK: usize = 512;
+/// Entries that one commit removes at most beyond the number that it adds: compaction never makes a commit long.
+const COMPACT_AT_ONCE: usize = 256;
+
+pub(super) fn now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl LogEntry {
+    pub(super) fn into_set(self, revision: Revision) -> ChangeSet {
+        let change = |change: LogChange| {
+            frame::change(
+                short(&change.key),
+                revision,
+                change.now.as_deref(),
+                change.before.as_deref(),
+            )
+        };
+        ChangeSet {
+            revision,
+            changes: self.changes.into_iter().filter_map(change).collect(),
+        }
+    }
+}
+
+/// Removes entries that are too old or too many. `added` is the number of entries in this commit.
+pub(super) fn compact(
+    shared: &Shared,
+    log: &mut Table<'_, u64, &'static [u8]>,
+    counters: &mut Table<'_, &'static str, u64>,
+    added: usize,
+) -> Result<(), redb::Error> {
+    let age = u64::try_from(shared.config.log_age.as_millis()).unwrap_or(u64::MAX);
+    let oldest = now().saturating_sub(age);
+    let mut bytes = counters.get(LOG_BYTES)?.map_or(0, |guard| guard.value());
+    let mut compacted = None;
+    for _ in 0..added + COMPACT_AT_ONCE {
+        let Some((revision, time, size)) = first(log)? else {
+            break;
+        };
+        if bytes <= shared.config.log_bytes && time >= oldest {
+            break;
+        }
+        log.remove(revision)?;
+        bytes = bytes.saturating_sub(size);
+        compacted = Some(revision);
+    }
+    if let Some(compacted) = compacted {
+        counters.insert(COMPACTED, compacted)?;
+    }
+    counters.insert(LOG_BYTES, bytes)?;
+    Ok(())
+}
+
+/// Revision, time and size of the oldest entry. One that cannot be read counts as very old.
+fn first(log: &Table<'_, u64, &'static [u8]>) -> Result<Option<(Revision, u64, u64)>, redb::Error> {
+    let Some((revision, value)) = log.first()? else {
+        return Ok(None);
+    };
+    let size = value.value().len() as u64;
+    let time = LogEntry::decode(value.value()).map_or(0, |entry| entry.time);
+    Ok(Some((revision.value(), time, size)))
+}
+
+/// The next changes after a revision, all keys. Empty: there are none.
+pub(super) fn read(shared: &Shared, after: Revision) -> Result<Vec<ChangeSet>, StoreError> {
+    let read = shared.database.begin_read().map_err(unavailable)?;
+    let counters = read.open_table(COUNTERS).map_err(unavailable)?;
+    let compacted = counters
+        .get(COMPACTED)
+        .map_err(unavailable)?
+        .map_or(0, |guard| guard.value());
+    if after < compacted {
+        return Err(StoreError::Compacted {
+            requested: after,
+            oldest: compacted,
+        });
+    }
+    let log = read.open_table(LOG).map_err(unavailable)?;
+    let mut sets = Vec::new();
+    for row in log.range(after + 1..).map_err(unavailable)?.take(CHUNK) {
+        let (revision, value) = row.map_err(unavailable)?;
+        let entry = LogEntry::decode(value.value()).map_err(|error| {
+            let key = Key::internal("log", &revision.value().to_string());
+            StoreError::Damaged {
+                key,
+                reason: error.to_string(),
+            }
+        })?;
+        sets.push(entry.into_set(revision.value()));
+    }
+    Ok(sets)
+}
