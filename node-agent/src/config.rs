@@ -120,10 +120,14 @@ pub enum ConfigError {
 impl Config {
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let config: Config = toml::from_str(&text)
-            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let config: Config = toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })?;
         config.validate()?;
         Ok(config)
     }
@@ -139,22 +143,35 @@ impl Config {
             (Some(token), _) => Ok(Some(token.trim().to_owned())),
             (None, Some(path)) => std::fs::read_to_string(path)
                 .map(|text| Some(text.trim().to_owned()))
-                .map_err(|source| ConfigError::Read { path: path.clone(), source }),
+                .map_err(|source| ConfigError::Read {
+                    path: path.clone(),
+                    source,
+                }),
             (None, None) => Ok(None),
         }
     }
 
     fn validate(&self) -> Result<(), ConfigError> {
-        let invalid = |key, reason: &str| Err(ConfigError::Invalid { key, reason: reason.to_owned() });
+        let invalid = |key, reason: &str| {
+            Err(ConfigError::Invalid {
+                key,
+                reason: reason.to_owned(),
+            })
+        };
         let label = |part: &str| {
             !part.is_empty()
                 && part.len() <= 63
-                && part.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+                && part
+                    .bytes()
+                    .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
                 && !part.starts_with('-')
                 && !part.ends_with('-')
         };
         if self.node_name.len() > 253 || !self.node_name.split('.').all(label) {
-            return invalid("node_name", "must be a DNS-1123 subdomain: lower case letters, digits, '-' and '.'");
+            return invalid(
+                "node_name",
+                "must be a DNS-1123 subdomain: lower case letters, digits, '-' and '.'",
+            );
         }
         if self.control.iter().any(|address| !address.starts_with("https://")) {
             return invalid("control", "addresses must begin with https://");
@@ -165,7 +182,11 @@ impl Config {
         if self.metrics_interval_seconds == 0 {
             return invalid("metrics_interval_seconds", "must be at least 1");
         }
-        for (key, path) in [("data_dir", &self.data_dir), ("run_dir", &self.run_dir), ("log_dir", &self.log_dir)] {
+        for (key, path) in [
+            ("data_dir", &self.data_dir),
+            ("run_dir", &self.run_dir),
+            ("log_dir", &self.log_dir),
+        ] {
             if !path.is_absolute() {
                 return invalid(key, "must be an absolute path");
             }
@@ -201,7 +222,10 @@ mod tests {
 
     #[test]
     fn instance_has_no_dots() {
-        let config = Config { node_name: "a.b.c".into(), ..Config::default() };
+        let config = Config {
+            node_name: "a.b.c".into(),
+            ..Config::default()
+        };
         assert_eq!(config.instance(), "a_b_c");
     }
 }

@@ -29,6 +29,9 @@ impl Desired {
     /// The services of a namespace, in the order of their names.
     pub fn services_in<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = &'a Arc<link::Service>> {
         let from = (namespace.to_owned(), String::new());
-        self.services.range(from..).take_while(move |(key, _)| key.0 == namespace).map(|(_, service)| service)
+        self.services
+            .range(from..)
+            .take_while(move |(key, _)| key.0 == namespace)
+            .map(|(_, service)| service)
     }
 }

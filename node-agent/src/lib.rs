@@ -3,6 +3,8 @@
 pub mod config;
 pub mod dataplane;
 pub mod desired;
+pub mod ledger;
+pub mod link;
 pub mod network;
 pub mod reconciler;
 pub mod runtime;

@@ -1,0 +1,573 @@
+//! The ledger: what the node was last told, on disk, so that it goes on without control and after a reboot.
+//!
+//! Layout under `DATA_DIR/ledger`: `node` (ranges, routes, the generation, whether a snapshot was ever complete),
+//! `pods/UID` (one pod each, synced before it is acted on) and `services` (all of them, written behind the maps). Every
+//! file is written to a temporary name, synced and renamed; the folder is synced after that. A file is framed with a magic, a format version
+//! and a SHA-256 of its body: one that does not match is moved to `damaged/` and reported, and everything else goes on.
+//!
+//! Invariant: every session with control gets a generation, greater than all earlier ones; a write of an older generation
+//! than the last accepted one is refused.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use imbl::OrdMap;
+use orlop_proto::{core::v1::Pod, node::v1 as link};
+use prost::Message;
+use sha2::{Digest, Sha256};
+
+use crate::desired::Desired;
+
+const MAGIC: &[u8; 8] = b"orlopldg";
+const FORMAT: u32 = 1;
+const HEADER: usize = 8 + 4 + 32;
+
+/// What a session with control is known by: later ones are greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Generation(pub u64);
+
+/// Why the ledger could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum LedgerError {
+    /// The file system refused.
+    #[error("{path}: {source}")]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The write belongs to a session that a later one has replaced.
+    #[error("generation {given:?} is older than {current:?}")]
+    Stale {
+        /// The writer's.
+        given: Generation,
+        /// The last accepted one.
+        current: Generation,
+    },
+    /// A pod whose uid cannot be a file's name.
+    #[error("pod uid {0:?} is not usable as a file name")]
+    BadUid(String),
+}
+
+/// What was put aside while loading.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    /// The file, where it was.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// The node's ledger. One owner writes it.
+#[derive(Debug)]
+pub struct Ledger {
+    dir: PathBuf,
+    generation: Generation,
+    node: NodeFile,
+}
+
+/// The body of the file `node`.
+#[derive(Clone, PartialEq, Message)]
+struct NodeFile {
+    #[prost(uint64, tag = "1")]
+    generation: u64,
+    #[prost(bool, tag = "2")]
+    complete: bool,
+    #[prost(message, optional, tag = "3")]
+    ranges: Option<link::Welcome>,
+    #[prost(message, repeated, tag = "4")]
+    routes: Vec<link::Route>,
+}
+
+/// The body of the file `services`.
+#[derive(Clone, PartialEq, Message)]
+struct ServicesFile {
+    #[prost(message, repeated, tag = "1")]
+    services: Vec<link::Service>,
+}
+
+impl Ledger {
+    /// Opens the ledger under `data_dir` and reads what it holds. Damaged files are moved aside and named.
+    pub fn open(data_dir: &Path) -> Result<(Self, Desired, Vec<Damage>), LedgerError> {
+        let dir = data_dir.join("ledger");
+        for path in [dir.join("pods"), dir.join("damaged")] {
+            fs::create_dir_all(&path).map_err(|source| LedgerError::Io { path, source })?;
+        }
+        let mut damage = Vec::new();
+        remove_temporary(&dir)?;
+        remove_temporary(&dir.join("pods"))?;
+
+        let node: NodeFile = read_or_put_aside(&dir, &dir.join("node"), &mut damage)?.unwrap_or_default();
+        let mut pods = OrdMap::new();
+        for path in list(&dir.join("pods"))? {
+            let Some(pod) = read_or_put_aside::<Pod>(&dir, &path, &mut damage)? else {
+                continue;
+            };
+            let uid = pod.metadata.as_ref().map(|meta| meta.uid.clone()).unwrap_or_default();
+            if path.file_name().and_then(|name| name.to_str()) == Some(uid.as_str()) {
+                pods.insert(uid, Arc::new(pod));
+            } else {
+                put_aside(&dir, &path, format!("holds the pod {uid:?}"), &mut damage)?;
+            }
+        }
+        let services: ServicesFile = read_or_put_aside(&dir, &dir.join("services"), &mut damage)?.unwrap_or_default();
+        let desired = Desired {
+            pods,
+            services: services
+                .services
+                .into_iter()
+                .map(|service| ((service.namespace.clone(), service.name.clone()), Arc::new(service)))
+                .collect(),
+            routes: node
+                .routes
+                .iter()
+                .map(|route| (route.node_name.clone(), Arc::new(route.clone())))
+                .collect(),
+            ranges: node.ranges.clone().map(Arc::new),
+            // A damaged file may hide a pod that still runs here: nothing is swept before control has named all again.
+            complete: node.complete && damage.is_empty(),
+        };
+        let mut ledger = Self {
+            dir,
+            generation: Generation(node.generation),
+            node,
+        };
+        if desired.complete != ledger.node.complete {
+            let node = NodeFile {
+                complete: desired.complete,
+                ..ledger.node.clone()
+            };
+            ledger.write_node(node)?;
+        }
+        Ok((ledger, desired, damage))
+    }
+
+    /// Begins a session: all writes of earlier ones are refused from now on.
+    pub fn begin_session(&mut self) -> Result<Generation, LedgerError> {
+        let generation = Generation(self.generation.0 + 1);
+        let mut node = self.node.clone();
+        node.generation = generation.0;
+        self.write_node(node)?;
+        self.generation = generation;
+        Ok(generation)
+    }
+
+    /// Writes and removes pods; durable when it returns. Removals come after the writes.
+    pub fn write_pods(
+        &mut self,
+        generation: Generation,
+        pods: &[Arc<Pod>],
+        removed: &[String],
+    ) -> Result<(), LedgerError> {
+        self.check(generation)?;
+        if pods.is_empty() && removed.is_empty() {
+            return Ok(());
+        }
+        let dir = self.dir.join("pods");
+        let mut renames = Vec::with_capacity(pods.len());
+        for pod in pods {
+            let uid = pod.metadata.as_ref().map_or("", |meta| meta.uid.as_str());
+            let path = dir.join(file_name(uid)?);
+            let temporary = write_temporary(&path, &pod.encode_to_vec())?;
+            renames.push((temporary, path));
+        }
+        for (temporary, path) in renames {
+            fs::rename(&temporary, &path).map_err(|source| LedgerError::Io { path, source })?;
+        }
+        for uid in removed {
+            let path = dir.join(file_name(uid)?);
+            match fs::remove_file(&path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(LedgerError::Io { path, source });
+                }
+                _ => {}
+            }
+        }
+        sync_dir(&dir)
+    }
+
+    /// Writes ranges, routes and whether a whole snapshot has arrived; durable when it returns. Writes nothing when nothing differs.
+    pub fn write_node_state(&mut self, generation: Generation, desired: &Desired) -> Result<(), LedgerError> {
+        self.check(generation)?;
+        let node = NodeFile {
+            generation: generation.0,
+            complete: desired.complete,
+            ranges: desired.ranges.as_deref().cloned(),
+            routes: desired.routes.values().map(|route| (**route).clone()).collect(),
+        };
+        if node == self.node {
+            Ok(())
+        } else {
+            self.write_node(node)
+        }
+    }
+
+    /// What writes the services' file, to be used on a thread that may block, behind the maps.
+    pub fn services_writer(&self, generation: Generation) -> Result<ServicesWriter, LedgerError> {
+        self.check(generation)?;
+        Ok(ServicesWriter {
+            path: self.dir.join("services"),
+        })
+    }
+
+    fn write_node(&mut self, node: NodeFile) -> Result<(), LedgerError> {
+        write_file(&self.dir.join("node"), &node.encode_to_vec())?;
+        self.node = node;
+        Ok(())
+    }
+
+    fn check(&self, given: Generation) -> Result<(), LedgerError> {
+        if given < self.generation {
+            return Err(LedgerError::Stale {
+                given,
+                current: self.generation,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Writes the file with all services.
+#[derive(Debug)]
+pub struct ServicesWriter {
+    path: PathBuf,
+}
+
+impl ServicesWriter {
+    /// Writes all services; durable when it returns.
+    pub fn write(&self, services: &OrdMap<(String, String), Arc<link::Service>>) -> Result<(), LedgerError> {
+        // Field by field, so that the records are not copied into one message first.
+        let mut body = Vec::new();
+        for service in services.values() {
+            prost::encoding::message::encode(1, &**service, &mut body);
+        }
+        write_file(&self.path, &body)
+    }
+}
+
+/// Whether a pod with this uid can be kept: it becomes a file's name.
+pub(crate) fn is_usable_uid(uid: &str) -> bool {
+    let fine = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+    !uid.is_empty() && uid.len() <= 128 && uid.bytes().all(fine)
+}
+
+fn file_name(uid: &str) -> Result<&str, LedgerError> {
+    if is_usable_uid(uid) {
+        Ok(uid)
+    } else {
+        Err(LedgerError::BadUid(uid.to_owned()))
+    }
+}
+
+fn frame(body: &[u8]) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[..8].copy_from_slice(MAGIC);
+    header[8..12].copy_from_slice(&FORMAT.to_be_bytes());
+    header[12..].copy_from_slice(&Sha256::digest(body));
+    header
+}
+
+fn unframe(bytes: &[u8]) -> Result<&[u8], String> {
+    let (header, body) = bytes.split_at_checked(HEADER).ok_or("shorter than its header")?;
+    if &header[..8] != MAGIC {
+        return Err("not a ledger file".to_owned());
+    }
+    let format = u32::from_be_bytes(header[8..12].try_into().map_err(|_| "no format")?);
+    if format != FORMAT {
+        return Err(format!("format {format}, and only {FORMAT} is known"));
+    }
+    if header[12..] != Sha256::digest(body)[..] {
+        return Err("the checksum does not match".to_owned());
+    }
+    Ok(body)
+}
+
+fn write_temporary(path: &Path, body: &[u8]) -> Result<PathBuf, LedgerError> {
+    let temporary = path.with_extension("tmp");
+    let write = || -> io::Result<()> {
+        let mut file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)?;
+        file.write_all(&frame(body))?;
+        file.write_all(body)?;
+        file.sync_all()
+    };
+    write().map_err(|source| LedgerError::Io {
+        path: temporary.clone(),
+        source,
+    })?;
+    Ok(temporary)
+}
+
+fn write_file(path: &Path, body: &[u8]) -> Result<(), LedgerError> {
+    let temporary = write_temporary(path, body)?;
+    fs::rename(&temporary, path).map_err(|source| LedgerError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    path.parent().map_or(Ok(()), sync_dir)
+}
+
+fn sync_dir(dir: &Path) -> Result<(), LedgerError> {
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(|source| LedgerError::Io {
+            path: dir.to_owned(),
+            source,
+        })
+}
+
+fn list(dir: &Path) -> Result<Vec<PathBuf>, LedgerError> {
+    let entries = || -> io::Result<Vec<PathBuf>> { fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect() };
+    entries().map_err(|source| LedgerError::Io {
+        path: dir.to_owned(),
+        source,
+    })
+}
+
+/// What a crash left half-written was never acted on.
+fn remove_temporary(dir: &Path) -> Result<(), LedgerError> {
+    for path in list(dir)? {
+        if path.extension().is_some_and(|extension| extension == "tmp") {
+            fs::remove_file(&path).map_err(|source| LedgerError::Io { path, source })?;
+        }
+    }
+    Ok(())
+}
+
+fn read_or_put_aside<M: Message + Default>(
+    ledger: &Path,
+    path: &Path,
+    damage: &mut Vec<Damage>,
+) -> Result<Option<M>, LedgerError> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => {
+            put_aside(ledger, path, error.to_string(), damage)?;
+            return Ok(None);
+        }
+    };
+    match unframe(&bytes).and_then(|body| M::decode(body).map_err(|error| error.to_string())) {
+        Ok(message) => Ok(Some(message)),
+        Err(reason) => {
+            put_aside(ledger, path, reason, damage)?;
+            Ok(None)
+        }
+    }
+}
+
+fn put_aside(ledger: &Path, path: &Path, reason: String, damage: &mut Vec<Damage>) -> Result<(), LedgerError> {
+    let stamp = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis());
+    let name = path
+        .file_name()
+        .map_or_else(|| "unnamed".to_owned(), |name| name.to_string_lossy().into_owned());
+    let aside = ledger.join("damaged").join(format!("{name}.{stamp}"));
+    fs::rename(path, &aside).map_err(|source| LedgerError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    tracing::error!(file = %path.display(), aside = %aside.display(), reason, "damaged ledger file put aside");
+    damage.push(Damage {
+        path: path.to_owned(),
+        reason,
+    });
+    Ok(())
+}
+
+/// Used by those who check the folder from outside, in tests.
+#[doc(hidden)]
+pub fn files(data_dir: &Path) -> BTreeMap<String, u64> {
+    list(&data_dir.join("ledger/pods"))
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(|path| Some((path.file_name()?.to_str()?.to_owned(), fs::metadata(&path).ok()?.len())))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use orlop_proto::meta::v1::ObjectMeta;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn pod(uid: &str) -> Arc<Pod> {
+        let metadata = ObjectMeta {
+            uid: uid.into(),
+            name: format!("pod-{uid}"),
+            namespace: "default".into(),
+            ..Default::default()
+        };
+        Arc::new(Pod {
+            metadata: Some(metadata),
+            ..Default::default()
+        })
+    }
+
+    fn service(name: &str) -> Arc<link::Service> {
+        Arc::new(link::Service {
+            namespace: "default".into(),
+            name: name.into(),
+            ..Default::default()
+        })
+    }
+
+    fn filled(dir: &Path) -> Desired {
+        let (mut ledger, _, damage) = Ledger::open(dir).unwrap();
+        assert!(damage.is_empty());
+        let generation = ledger.begin_session().unwrap();
+        ledger.write_pods(generation, &[pod("a"), pod("b")], &[]).unwrap();
+        let mut desired = Desired {
+            complete: true,
+            ..Desired::default()
+        };
+        desired.ranges = Some(Arc::new(link::Welcome {
+            pod_cidrs: vec!["10.244.1.0/24".into()],
+            ..Default::default()
+        }));
+        desired.routes.insert(
+            "n2".into(),
+            Arc::new(link::Route {
+                node_name: "n2".into(),
+                ..Default::default()
+            }),
+        );
+        desired
+            .services
+            .insert(("default".into(), "web".into()), service("web"));
+        ledger.write_node_state(generation, &desired).unwrap();
+        ledger
+            .services_writer(generation)
+            .unwrap()
+            .write(&desired.services)
+            .unwrap();
+        desired.pods = [("a".to_owned(), pod("a")), ("b".to_owned(), pod("b"))]
+            .into_iter()
+            .collect();
+        desired
+    }
+
+    #[test]
+    fn what_was_written_is_there_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let written = filled(dir.path());
+        let (mut ledger, read, damage) = Ledger::open(dir.path()).unwrap();
+        assert!(damage.is_empty());
+        assert!(read.complete);
+        assert_eq!(read.pods, written.pods);
+        assert_eq!(read.services, written.services);
+        assert_eq!(read.routes, written.routes);
+        assert_eq!(read.ranges, written.ranges);
+        let generation = ledger.begin_session().unwrap();
+        assert_eq!(generation, Generation(2));
+        ledger
+            .write_pods(generation, &[], &["a".into(), "never-there".into()])
+            .unwrap();
+        let (_, read, _) = Ledger::open(dir.path()).unwrap();
+        assert_eq!(read.pods.keys().collect::<Vec<_>>(), ["b"]);
+    }
+
+    #[test]
+    fn an_older_session_cannot_write() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut ledger, _, _) = Ledger::open(dir.path()).unwrap();
+        let old = ledger.begin_session().unwrap();
+        let new = ledger.begin_session().unwrap();
+        ledger.write_pods(new, &[pod("a")], &[]).unwrap();
+        assert!(matches!(
+            ledger.write_pods(old, &[], &["a".into()]),
+            Err(LedgerError::Stale { .. })
+        ));
+        assert!(matches!(
+            ledger.write_node_state(old, &Desired::default()),
+            Err(LedgerError::Stale { .. })
+        ));
+        assert!(ledger.services_writer(old).is_err());
+        let (mut ledger, read, _) = Ledger::open(dir.path()).unwrap();
+        assert_eq!(read.pods.len(), 1);
+        assert!(ledger.begin_session().unwrap() > new);
+    }
+
+    #[test]
+    fn a_damaged_file_is_put_aside_and_the_rest_stays() {
+        for (file, garbage) in [
+            ("pods/a", &b"garbage"[..]),
+            ("services", b""),
+            ("node", b"orlopldg\0\0\0\x09"),
+            ("pods/a", b"\0"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            filled(dir.path());
+            let path = dir.path().join("ledger").join(file);
+            fs::write(&path, garbage).unwrap();
+            let (_, read, damage) = Ledger::open(dir.path()).unwrap();
+            assert_eq!(damage.len(), 1, "{file}");
+            assert_eq!(damage[0].path, path);
+            assert!(!path.exists());
+            assert!(
+                !read.complete,
+                "{file}: nothing may be swept on the word of a damaged ledger"
+            );
+            assert!(read.pods.contains_key("b"));
+            assert_eq!(list(&dir.path().join("ledger/damaged")).unwrap().len(), 1);
+            let (_, read, damage) = Ledger::open(dir.path()).unwrap();
+            assert!(damage.is_empty());
+            assert!(!read.complete, "{file}: nor at the next start");
+        }
+    }
+
+    #[test]
+    fn a_crash_before_the_rename_leaves_the_old_state() {
+        let dir = tempfile::tempdir().unwrap();
+        filled(dir.path());
+        write_temporary(&dir.path().join("ledger/pods/c"), &pod("c").encode_to_vec()).unwrap();
+        fs::write(dir.path().join("ledger/pods/a.tmp"), b"half").unwrap();
+        let (_, read, damage) = Ledger::open(dir.path()).unwrap();
+        assert!(damage.is_empty());
+        assert_eq!(read.pods.len(), 2);
+        assert_eq!(files(dir.path()).len(), 2);
+    }
+
+    #[test]
+    fn hostile_uids_write_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut ledger, _, _) = Ledger::open(dir.path()).unwrap();
+        let generation = ledger.begin_session().unwrap();
+        for uid in ["", "..", "../x", "a/b", "a\0", "a.tmp", &"x".repeat(129)] {
+            assert!(
+                matches!(
+                    ledger.write_pods(generation, &[pod(uid)], &[]),
+                    Err(LedgerError::BadUid(_))
+                ),
+                "{uid:?}"
+            );
+        }
+        assert!(files(dir.path()).is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn any_flipped_byte_is_noticed(at in 0usize..4096, bit in 0u8..8) {
+            let body = pod("a").encode_to_vec();
+            let mut bytes = frame(&body).to_vec();
+            bytes.extend_from_slice(&body);
+            let at = at % bytes.len();
+            bytes[at] ^= 1 << bit;
+            prop_assert!(unframe(&bytes).is_err());
+        }
+    }
+}

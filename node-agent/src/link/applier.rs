@@ -1,0 +1,324 @@
+//! Makes what control says durable and real: the ledger for pods, the dataplane for services, [`Desired`] for the rest.
+//!
+//! One task takes all Updates that wait, so a burst costs one batch of map writes and one sync. A snapshot is gathered and
+//! takes effect at its end mark, as one change; only then is swept what it did not name.
+
+mod batch;
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use orlop_proto::node::v1 as link;
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+
+use self::batch::Batch;
+use crate::{
+    dataplane::{Dataplane, ServiceChanges},
+    desired::Desired,
+    ledger::{Generation, Ledger, LedgerError},
+};
+
+/// Services are written to the ledger at most this often.
+const WRITE_BEHIND: Duration = Duration::from_secs(3);
+/// The first wait after a failure of the dataplane or the ledger; doubles up to [`RETRY_MAX`].
+const RETRY_MIN: Duration = Duration::from_millis(200);
+const RETRY_MAX: Duration = Duration::from_secs(10);
+
+/// A step of a session, in the order in which control sent it.
+#[derive(Debug)]
+enum Input {
+    Welcome(u64, link::Welcome),
+    Update(u64, link::Update),
+}
+
+/// How far a session's Updates are durable and applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Applied {
+    /// The session, as [`ApplierHandle`] counts them.
+    pub session: u64,
+    /// The highest such version.
+    pub version: u64,
+}
+
+/// Feeds the applier. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct ApplierHandle {
+    inputs: mpsc::Sender<Input>,
+    applied: watch::Receiver<Applied>,
+}
+
+impl ApplierHandle {
+    /// A session begins with control's Welcome; whatever an earlier one still has under way is dropped.
+    pub async fn welcome(&self, session: u64, welcome: link::Welcome) {
+        let _closed = self.inputs.send(Input::Welcome(session, welcome)).await;
+    }
+
+    /// Hands an Update on. Waits when the applier is far behind.
+    pub async fn update(&self, session: u64, update: link::Update) {
+        let _closed = self.inputs.send(Input::Update(session, update)).await;
+    }
+
+    /// Follows how far it is.
+    pub fn applied(&self) -> watch::Receiver<Applied> {
+        self.applied.clone()
+    }
+}
+
+/// The task's state.
+pub struct Applier {
+    inputs: mpsc::Receiver<Input>,
+    applied: watch::Sender<Applied>,
+    desired: Desired,
+    publish: watch::Sender<Arc<Desired>>,
+    ledger: Arc<Mutex<Ledger>>,
+    dataplane: Arc<dyn Dataplane>,
+    session: u64,
+    /// What this session may write as; `None` while the ledger could not be told that it began.
+    generation: Option<Generation>,
+    batch: Batch,
+    /// The maps are to be made equal to all of `desired.services`.
+    resync: bool,
+    services_dirty: Option<Instant>,
+    retry: Option<(Instant, Duration)>,
+}
+
+impl Applier {
+    /// `desired` is what the ledger held; it is published at once.
+    pub fn new(
+        ledger: Ledger,
+        desired: Desired,
+        dataplane: Arc<dyn Dataplane>,
+    ) -> (Self, ApplierHandle, watch::Receiver<Arc<Desired>>) {
+        let (sender, inputs) = mpsc::channel(64);
+        let (applied, applied_receiver) = watch::channel(Applied::default());
+        let (publish, published) = watch::channel(Arc::new(desired.clone()));
+        let applier = Self {
+            inputs,
+            applied,
+            // What an earlier life was told goes into the maps before control is reached.
+            resync: desired.complete,
+            desired,
+            publish,
+            ledger: Arc::new(Mutex::new(ledger)),
+            dataplane,
+            session: 0,
+            generation: None,
+            batch: Batch::default(),
+            services_dirty: None,
+            retry: None,
+        };
+        (
+            applier,
+            ApplierHandle {
+                inputs: sender,
+                applied: applied_receiver,
+            },
+            published,
+        )
+    }
+
+    /// Runs until `stop`; then writes what the ledger lacks.
+    pub async fn run(mut self, stop: CancellationToken) {
+        self.flush().await;
+        loop {
+            let retry_at = self.retry.map(|(at, _)| at);
+            let write_at = self.services_dirty;
+            tokio::select! {
+                // Cancel-safe: `recv` loses nothing.
+                input = self.inputs.recv() => {
+                    let Some(input) = input else { break };
+                    self.absorb(input);
+                    while let Ok(input) = self.inputs.try_recv() {
+                        self.absorb(input);
+                    }
+                    self.flush().await;
+                }
+                // Cancel-safe: timers only.
+                () = sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => self.flush().await,
+                () = sleep_until(write_at.unwrap_or_else(Instant::now)), if write_at.is_some() => self.write_services().await,
+                () = stop.cancelled() => break,
+            }
+        }
+        if self.services_dirty.is_some() && self.generation.is_some() {
+            self.write_services().await;
+        }
+    }
+
+    fn absorb(&mut self, input: Input) {
+        match input {
+            Input::Welcome(session, welcome) if session > self.session => {
+                self.session = session;
+                self.generation = None;
+                self.batch = Batch::begin(Arc::new(welcome));
+            }
+            Input::Update(session, update) if session == self.session => self.batch.absorb(update, &self.desired),
+            // An earlier session's: a later one has replaced it.
+            Input::Welcome(..) | Input::Update(..) => {}
+        }
+    }
+
+    async fn flush(&mut self) {
+        let services = self.flush_services().await;
+        let pods = self.flush_ledger().await;
+        if services && pods {
+            self.retry = None;
+        } else {
+            let wait = self.retry.map_or(RETRY_MIN, |(_, wait)| (wait * 2).min(RETRY_MAX));
+            self.retry = Some((Instant::now() + wait, wait));
+        }
+        if pods && self.session > 0 && self.batch.in_force() {
+            let applied = Applied {
+                session: self.session,
+                version: self.batch.version,
+            };
+            self.applied
+                .send_if_modified(|last| std::mem::replace(last, applied) != applied);
+        }
+    }
+
+    /// Brings the maps up to date. A failure is made good by a resync, later, and holds nothing else up: the node's
+    /// condition shows it.
+    async fn flush_services(&mut self) -> bool {
+        let (upserts, removals, complete) = self.batch.take_services(&mut self.desired);
+        if complete {
+            self.resync = true;
+        }
+        if !upserts.is_empty() || !removals.is_empty() || complete {
+            self.services_dirty.get_or_insert_with(|| Instant::now() + WRITE_BEHIND);
+            self.publish_quietly();
+        }
+        let changes = if self.resync {
+            ServiceChanges {
+                upserts: self.desired.services.values().cloned().collect(),
+                removals: Vec::new(),
+                complete: true,
+            }
+        } else if upserts.is_empty() && removals.is_empty() {
+            return true;
+        } else {
+            ServiceChanges {
+                upserts,
+                removals,
+                complete: false,
+            }
+        };
+        match self.dataplane.apply(changes).await {
+            Ok(()) => {
+                self.resync = false;
+                true
+            }
+            Err(error) => {
+                tracing::error!(error = %Chain(&error), "services could not be written to the maps; trying again with all of them");
+                self.resync = true;
+                false
+            }
+        }
+    }
+
+    /// Makes pods, routes and ranges durable, and only then hands them on.
+    async fn flush_ledger(&mut self) -> bool {
+        if self.session == 0 {
+            return true;
+        }
+        let mut next = self.desired.clone();
+        let (pods, removed) = self.batch.pending(&mut next);
+        let changed = !pods.is_empty()
+            || !removed.is_empty()
+            || next.routes != self.desired.routes
+            || next.ranges != self.desired.ranges
+            || next.complete != self.desired.complete;
+        if !changed && self.generation.is_some() {
+            self.batch.written();
+            return true;
+        }
+        let (ledger, known, state) = (Arc::clone(&self.ledger), self.generation, next.clone());
+        let written = tokio::task::spawn_blocking(move || {
+            let mut ledger = ledger.lock().unwrap_or_else(PoisonError::into_inner);
+            let generation = known.map_or_else(|| ledger.begin_session(), Ok)?;
+            ledger.write_pods(generation, &pods, &removed)?;
+            ledger.write_node_state(generation, &state)?;
+            Ok::<_, LedgerError>(generation)
+        });
+        match written.await {
+            Ok(Ok(generation)) => {
+                self.generation = Some(generation);
+                self.batch.written();
+                self.desired = next;
+                if changed {
+                    self.publish.send_replace(Arc::new(self.desired.clone()));
+                }
+                true
+            }
+            Ok(Err(error)) => {
+                tracing::error!(error = %Chain(&error), "the ledger cannot be written; what it is to hold is not acted on");
+                false
+            }
+            Err(error) => {
+                tracing::error!(%error, "writing the ledger failed");
+                false
+            }
+        }
+    }
+
+    /// A service's change wakes nobody: containers that start later read it.
+    fn publish_quietly(&self) {
+        self.publish.send_if_modified(|published| {
+            *published = Arc::new(Desired {
+                services: self.desired.services.clone(),
+                ..(**published).clone()
+            });
+            false
+        });
+    }
+
+    async fn write_services(&mut self) {
+        self.services_dirty = None;
+        let Some(generation) = self.generation else {
+            self.services_dirty = Some(Instant::now() + RETRY_MAX);
+            return;
+        };
+        let (ledger, services) = (Arc::clone(&self.ledger), self.desired.services.clone());
+        let written = tokio::task::spawn_blocking(move || {
+            // The lock is not held while the file is written: it is this task's alone.
+            let writer = ledger
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .services_writer(generation)?;
+            writer.write(&services)
+        });
+        let failed = match written.await {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(Chain(&error).to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(error) = failed {
+            tracing::warn!(error, "services could not be written to the ledger; trying again");
+            self.services_dirty = Some(Instant::now() + RETRY_MAX);
+        }
+    }
+}
+
+/// An error with all that caused it.
+pub(crate) struct Chain<'a>(pub &'a (dyn std::error::Error + 'static));
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut text = self.0.to_string();
+        let mut source = self.0.source();
+        while let Some(error) = source {
+            // Many errors name their source in their own text already.
+            let cause = error.to_string();
+            if !text.contains(&cause) {
+                text = format!("{text}: {cause}");
+            }
+            source = error.source();
+        }
+        formatter.write_str(&text)
+    }
+}

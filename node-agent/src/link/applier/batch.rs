@@ -1,0 +1,248 @@
+//! What Updates ask for, folded per key until it is applied. Pure.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use orlop_proto::{
+    core::v1::Pod,
+    node::v1::{self as link, change::Change as Kind},
+};
+
+use crate::{dataplane::ServiceId, desired::Desired};
+
+/// What a session has asked for and what is not applied yet.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    /// The last version that was absorbed.
+    pub version: u64,
+    welcome: Option<Arc<link::Welcome>>,
+    /// Gathers the snapshot until its end mark.
+    snapshot: Option<Snapshot>,
+    /// By uid: the pod, or its removal.
+    pods: BTreeMap<String, Option<Arc<Pod>>>,
+    services: BTreeMap<ServiceId, Option<Arc<link::Service>>>,
+    /// `services` is all there are.
+    all_services: bool,
+    routes: BTreeMap<String, Option<Arc<link::Route>>>,
+    complete: bool,
+}
+
+#[derive(Debug, Default)]
+struct Snapshot {
+    pods: BTreeMap<String, Arc<Pod>>,
+    services: BTreeMap<ServiceId, Arc<link::Service>>,
+    routes: BTreeMap<String, Arc<link::Route>>,
+}
+
+impl Batch {
+    pub fn begin(welcome: Arc<link::Welcome>) -> Self {
+        Self {
+            welcome: Some(welcome),
+            snapshot: Some(Snapshot::default()),
+            ..Self::default()
+        }
+    }
+
+    /// Takes an Update in. `desired` is what is in force: what a snapshot does not name of it is to go.
+    pub fn absorb(&mut self, update: link::Update, desired: &Desired) {
+        self.version = update.version;
+        for change in update.changes.into_iter().filter_map(|change| change.change) {
+            if let Kind::Pod(pod) = &change
+                && !crate::ledger::is_usable_uid(&uid(pod))
+            {
+                tracing::error!(
+                    uid = uid(pod),
+                    "control sent a pod whose uid cannot be kept; it is ignored"
+                );
+                continue;
+            }
+            match &mut self.snapshot {
+                Some(snapshot) => snapshot.absorb(change),
+                None => self.delta(change),
+            }
+        }
+        if update.snapshot_end
+            && let Some(snapshot) = self.snapshot.take()
+        {
+            self.snapshot_ends(snapshot, desired);
+        }
+    }
+
+    /// Whether what was absorbed counts: a snapshot does at its end mark.
+    pub fn in_force(&self) -> bool {
+        self.snapshot.is_none()
+    }
+
+    /// The services that differ, put into `desired`; and whether they are part of a whole snapshot.
+    pub fn take_services(&mut self, desired: &mut Desired) -> (Vec<Arc<link::Service>>, Vec<ServiceId>, bool) {
+        let mut upserts = Vec::new();
+        let mut removals = Vec::new();
+        let complete = std::mem::take(&mut self.all_services);
+        for (id, service) in std::mem::take(&mut self.services) {
+            match service {
+                Some(service) if desired.services.get(&id) == Some(&service) => {}
+                Some(service) => {
+                    desired.services.insert(id, Arc::clone(&service));
+                    upserts.push(service);
+                }
+                None => {
+                    if desired.services.remove(&id).is_some() {
+                        removals.push(id);
+                    }
+                }
+            }
+        }
+        (upserts, removals, complete)
+    }
+
+    /// What is to be written to the ledger: pods that differ and uids that go. `next` becomes what is in force after that.
+    pub fn pending(&self, next: &mut Desired) -> (Vec<Arc<Pod>>, Vec<String>) {
+        let mut pods = Vec::new();
+        let mut removed = Vec::new();
+        for (uid, pod) in &self.pods {
+            match pod {
+                Some(pod) if next.pods.get(uid).is_some_and(|known| same_orders(known, pod)) => {}
+                Some(pod) => {
+                    next.pods.insert(uid.clone(), Arc::clone(pod));
+                    pods.push(Arc::clone(pod));
+                }
+                None => {
+                    if next.pods.remove(uid).is_some() {
+                        removed.push(uid.clone());
+                    }
+                }
+            }
+        }
+        for (name, route) in &self.routes {
+            match route {
+                Some(route) => next.routes.insert(name.clone(), Arc::clone(route)),
+                None => next.routes.remove(name),
+            };
+        }
+        if let Some(welcome) = &self.welcome
+            && next.ranges.as_ref() != Some(welcome)
+        {
+            next.ranges = Some(Arc::clone(welcome));
+        }
+        next.complete |= self.complete;
+        (pods, removed)
+    }
+
+    /// What [`Batch::pending`] returned is durable.
+    pub fn written(&mut self) {
+        self.pods.clear();
+        self.routes.clear();
+        self.welcome = None;
+        self.complete = false;
+    }
+
+    fn delta(&mut self, change: Kind) {
+        match change {
+            Kind::Pod(pod) => {
+                self.pods.insert(uid(&pod), Some(Arc::new(pod)));
+            }
+            Kind::PodRemoved(key) => {
+                self.pods.insert(key.uid, None);
+            }
+            Kind::Service(service) => {
+                self.services.insert(id(&service), Some(Arc::new(service)));
+            }
+            Kind::ServiceRemoved(key) => {
+                self.services.insert((key.namespace, key.name), None);
+            }
+            Kind::Route(route) => {
+                self.routes.insert(route.node_name.clone(), Some(Arc::new(route)));
+            }
+            Kind::RouteRemoved(node) => {
+                self.routes.insert(node, None);
+            }
+        }
+    }
+
+    fn snapshot_ends(&mut self, snapshot: Snapshot, desired: &Desired) {
+        self.complete = true;
+        self.all_services = true;
+        let gone = |keys: Vec<String>| keys.into_iter().map(|key| (key, None));
+        self.pods = gone(
+            desired
+                .pods
+                .keys()
+                .filter(|uid| !snapshot.pods.contains_key(*uid))
+                .cloned()
+                .collect(),
+        )
+        .collect();
+        self.pods
+            .extend(snapshot.pods.into_iter().map(|(uid, pod)| (uid, Some(pod))));
+        let routes = desired
+            .routes
+            .keys()
+            .filter(|node| !snapshot.routes.contains_key(*node))
+            .cloned()
+            .collect();
+        self.routes = routes_gone(routes);
+        self.routes
+            .extend(snapshot.routes.into_iter().map(|(node, route)| (node, Some(route))));
+        self.services = desired
+            .services
+            .keys()
+            .filter(|id| !snapshot.services.contains_key(*id))
+            .map(|id| (id.clone(), None))
+            .collect();
+        self.services
+            .extend(snapshot.services.into_iter().map(|(id, service)| (id, Some(service))));
+    }
+}
+
+impl Snapshot {
+    fn absorb(&mut self, change: Kind) {
+        match change {
+            Kind::Pod(pod) => {
+                self.pods.insert(uid(&pod), Arc::new(pod));
+            }
+            Kind::Service(service) => {
+                self.services.insert(id(&service), Arc::new(service));
+            }
+            Kind::Route(route) => {
+                self.routes.insert(route.node_name.clone(), Arc::new(route));
+            }
+            Kind::PodRemoved(key) => {
+                self.pods.remove(&key.uid);
+            }
+            Kind::ServiceRemoved(key) => {
+                self.services.remove(&(key.namespace, key.name));
+            }
+            Kind::RouteRemoved(node) => {
+                self.routes.remove(&node);
+            }
+        }
+    }
+}
+
+fn routes_gone(nodes: Vec<String>) -> BTreeMap<String, Option<Arc<link::Route>>> {
+    nodes.into_iter().map(|node| (node, None)).collect()
+}
+
+fn uid(pod: &Pod) -> String {
+    pod.metadata.as_ref().map(|meta| meta.uid.clone()).unwrap_or_default()
+}
+
+fn id(service: &link::Service) -> ServiceId {
+    (service.namespace.clone(), service.name.clone())
+}
+
+/// Whether two states of a pod ask the same of the node: what it reported itself comes back in the status and is no order,
+/// except that control may have ended the pod.
+fn same_orders(known: &Pod, new: &Pod) -> bool {
+    let ended = |pod: &Pod| {
+        pod.status
+            .as_ref()
+            .is_some_and(|status| status.phase == "Failed" || status.phase == "Succeeded")
+    };
+    let orders = |pod: &Pod| {
+        pod.metadata.clone().map(|mut meta| {
+            meta.resource_version.clear();
+            meta
+        })
+    };
+    known.spec == new.spec && ended(known) == ended(new) && orders(known) == orders(new)
+}
