@@ -125,11 +125,6 @@ pub struct Limits {
     pub manifest_bytes: usize,
     /// Apply calls at one time; more of them wait.
     pub concurrent_applies: usize,
-    /// Events that wait for a slow watcher before its watch ends with SLOW_WATCHER.
-    pub watch_buffer: usize,
-    /// How long the snapshots are kept that a List's `continue` reads from.
-    #[serde(deserialize_with = "duration")]
-    pub list_snapshots: Duration,
 }
 
 impl Default for Config {
@@ -192,8 +187,6 @@ impl Default for Limits {
             message_bytes: 4 << 20,
             manifest_bytes: 64 << 20,
             concurrent_applies: 8,
-            watch_buffer: 1024,
-            list_snapshots: Duration::from_secs(300),
         }
     }
 }
@@ -286,8 +279,8 @@ impl Config {
                 "connections, anonymous_connections and handshakes must not be 0",
             );
         }
-        if self.limits.concurrent_applies == 0 || self.limits.watch_buffer == 0 {
-            return invalid("limits", "concurrent_applies and watch_buffer must not be 0");
+        if self.limits.concurrent_applies == 0 {
+            return invalid("limits", "concurrent_applies must not be 0");
         }
         Ok(())
     }

@@ -1,9 +1,11 @@
 //! Orlop's control plane.
 
+pub mod api;
 pub mod cache;
 pub mod config;
 pub mod kinds;
 pub mod pki;
 pub mod registry;
+pub mod run;
 pub mod server;
 pub mod store;

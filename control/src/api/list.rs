@@ -1,0 +1,166 @@
+//! List, in pages of one revision.
+
+use std::{ops::Bound, sync::Arc};
+
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use futures::future::BoxFuture;
+use orlop_proto::{
+    ResourceKind,
+    api::v1::{ListRequest, ObjectList},
+};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tonic::Status;
+
+use super::{ObjectsService, errors, kind_of, select::Selection};
+use crate::{
+    cache::{ObjectKey, Snapshot},
+    kinds::{KindVisitor, visit_kind},
+    registry::Registered,
+    store::Revision,
+};
+
+/// What `continue` holds: opaque to clients, and of no worth to who changes it, since it only says where to go on.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Continue {
+    /// Of the snapshot that all pages are of.
+    revision: Revision,
+    /// Of the last object of the page before.
+    namespace: String,
+    name: String,
+    /// Of the request's selection: another one would make a list that never was.
+    selection: String,
+}
+
+impl Continue {
+    fn to_text(&self) -> String {
+        BASE64_URL_SAFE_NO_PAD.encode(serde_json::to_vec(self).unwrap_or_default())
+    }
+
+    fn from_text(text: &str) -> Option<Self> {
+        let bytes = BASE64_URL_SAFE_NO_PAD.decode(text).ok()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+}
+
+/// Lists a kind.
+pub(super) async fn list(service: &ObjectsService, request: ListRequest) -> Result<ObjectList, Status> {
+    let kind = kind_of(&request.resource)?;
+    let selection = Selection::parse(
+        &kind,
+        &request.namespace,
+        &request.label_selector,
+        &request.field_selector,
+    )?;
+    let limit = usize::try_from(request.limit).map_err(|_| errors::invalid("limit", "must not be negative"))?;
+    let fingerprint = fingerprint(&kind, &request);
+    let begin = match request.r#continue.as_str() {
+        "" => None,
+        text => {
+            let begin = Continue::from_text(text)
+                .filter(|begin| begin.selection == fingerprint)
+                .ok_or_else(|| {
+                    errors::invalid("continue", "is not from a list with this resource and these selectors")
+                })?;
+            Some(begin)
+        }
+    };
+    if begin.is_none() {
+        service.catch_up().await?;
+    }
+    let page = Page {
+        service: service.clone(),
+        selection,
+        limit,
+        begin,
+        fingerprint,
+    };
+    match visit_kind(&kind, page) {
+        Some(answer) => answer.await,
+        None => Err(Status::internal("a kind without a cache")),
+    }
+}
+
+struct Page {
+    service: ObjectsService,
+    selection: Selection,
+    limit: usize,
+    begin: Option<Continue>,
+    fingerprint: String,
+}
+
+impl KindVisitor for Page {
+    type Output = BoxFuture<'static, Result<ObjectList, Status>>;
+
+    fn visit<T: Registered>(self) -> Self::Output {
+        Box::pin(async move { self.read::<T>() })
+    }
+}
+
+impl Page {
+    fn read<T: Registered>(self) -> Result<ObjectList, Status> {
+        let reader = self.service.cache().reader::<T>();
+        let snapshot = match &self.begin {
+            None => reader.snapshot(),
+            Some(begin) => reader.snapshot_at(begin.revision).ok_or_else(|| {
+                let message = format!("the list at revision {} is no longer kept; begin anew", begin.revision);
+                errors::out_of_range("COMPACTED", message, self.service.cache().revision())
+            })?,
+        };
+        let (objects, last) = self.select(&snapshot);
+        let mut answer = ObjectList {
+            resource_version: snapshot.revision.to_string(),
+            ..ObjectList::default()
+        };
+        if let Some(last) = last {
+            reader.keep(&snapshot);
+            let next = Continue {
+                revision: snapshot.revision,
+                namespace: last.namespace.to_string(),
+                name: last.name.to_string(),
+                selection: self.fingerprint,
+            };
+            answer.r#continue = next.to_text();
+        }
+        answer.items = objects.iter().map(|object| T::clone(object).into_object()).collect();
+        Ok(answer)
+    }
+
+    /// The page's objects, and the last one's key when there are more.
+    fn select<T: Registered>(&self, snapshot: &Snapshot<T>) -> (Vec<Arc<T>>, Option<ObjectKey>) {
+        let namespace = self.selection.namespace();
+        let start = match &self.begin {
+            Some(begin) => Bound::Excluded(ObjectKey::new(&begin.namespace, &begin.name)),
+            None => Bound::Included(ObjectKey::new(namespace, "")),
+        };
+        let mut objects: Vec<Arc<T>> = Vec::new();
+        let mut last = None;
+        let inside = snapshot
+            .objects
+            .range((start, Bound::Unbounded))
+            .take_while(|(key, _)| namespace.is_empty() || &*key.namespace == namespace);
+        for (key, object) in inside.filter(|(_, object)| self.selection.matches(&***object)) {
+            if self.limit > 0 && objects.len() == self.limit {
+                return (objects, last);
+            }
+            objects.push(Arc::clone(object));
+            last = Some(key.clone());
+        }
+        (objects, None)
+    }
+}
+
+fn fingerprint(kind: &ResourceKind, request: &ListRequest) -> String {
+    let mut hash = Sha256::new();
+    for part in [
+        kind.resource,
+        &request.namespace,
+        &request.label_selector,
+        &request.field_selector,
+    ] {
+        hash.update(part.len().to_le_bytes());
+        hash.update(part);
+    }
+    hex::encode(&hash.finalize()[..8])
+}

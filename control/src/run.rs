@@ -1,0 +1,173 @@
+//! Starts and stops all of control.
+//!
+//! The order is that of the data: store, cache, registry, then those who act on the cache, then those who let others in.
+//! The end is the reverse: first nobody comes in any more, then nobody acts, then the store is closed.
+
+use std::{io, sync::Arc, time::Duration};
+
+use orlop_proto::{FILE_DESCRIPTOR_SET, cluster::v1::join_server::JoinServer};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
+
+use crate::{
+    api::ObjectsService,
+    cache::Cache,
+    config::{Config, Engine},
+    pki::{Authority, JoinService, NodeKeys, PkiError},
+    registry::Registry,
+    server::{Front, Listener, MetricsSource, Readiness, Server, ServerTls, bind},
+    store::{
+        Store,
+        embedded::{EmbeddedConfig, EmbeddedStore},
+    },
+};
+
+/// Between attempts to write what every cluster has from the beginning.
+const RETRY: Duration = Duration::from_secs(1);
+/// How long the parts may take to end.
+const DRAIN: Duration = Duration::from_secs(3);
+
+/// Why control could not start, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The store cannot be opened.
+    #[error("store")]
+    Store(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The CA, or the server's certificate.
+    #[error("certificates")]
+    Pki(#[from] PkiError),
+    /// A listener.
+    #[error("server")]
+    Server(#[from] io::Error),
+    /// The services' descriptors.
+    #[error("reflection")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// What the parts share.
+pub struct Parts {
+    /// Writes, and reads through its cache.
+    pub registry: Registry,
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// Cancelled at the end.
+    pub shutdown: CancellationToken,
+    /// Tasks that are waited for at the end.
+    pub tasks: TaskTracker,
+}
+
+/// Runs control until `shutdown`. `inherited` listeners take the place of the configured ones.
+///
+/// # Errors
+/// When something cannot be started.
+pub async fn run(config: Config, inherited: Vec<Listener>, shutdown: CancellationToken) -> Result<(), RunError> {
+    let config = Arc::new(config);
+    std::fs::create_dir_all(&config.data_dir)?;
+    let authority = Arc::new(Authority::open(&config.pki_dir(), &config.pki)?);
+    authority.admin()?;
+    let tls = ServerTls::new(Arc::clone(&authority), &config.server_names)?;
+    // Bound before the store is read: whoever connects early waits for the answer instead of being refused.
+    let listeners = bind(&config, inherited).await?;
+    let store = open_store(&config).await?;
+    let cache = Cache::start(Arc::clone(&store)).await;
+    let registry = Registry::new(Arc::clone(&store), cache, config.registry());
+    let parts = Parts {
+        registry,
+        config: Arc::clone(&config),
+        shutdown: shutdown.clone(),
+        tasks: TaskTracker::new(),
+    };
+    if !bootstrap(&parts.registry, &shutdown).await {
+        return Ok(());
+    }
+
+    let (routes, sources) = services(&parts, &store, &authority).await?;
+    let readiness = Readiness::default();
+    let keys = NodeKeys::new(Arc::clone(&store));
+    let front = Front::new(
+        routes,
+        keys,
+        readiness.clone(),
+        sources,
+        config.limits.concurrent_applies,
+    );
+    let server = Server::new(front, tls, config.limits.clone());
+    parts.tasks.spawn(server.tls().keep_fresh(shutdown.clone()));
+
+    readiness.set(true);
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::warn!(%error, "the service manager was not told");
+    }
+    tracing::info!(ca = authority.hash(), "control is ready");
+    server.serve(listeners, shutdown).await?;
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Stopping]) {
+        tracing::warn!(%error, "the service manager was not told");
+    }
+    parts.tasks.close();
+    if tokio::time::timeout(DRAIN, parts.tasks.wait()).await.is_err() {
+        tracing::warn!(tasks = parts.tasks.len(), "tasks cut off at shutdown");
+    }
+    Ok(())
+}
+
+async fn open_store(config: &Config) -> Result<Arc<dyn Store>, RunError> {
+    match config.store.engine {
+        Engine::Embedded => {
+            let path = config.data_dir.join("store.redb");
+            let open = move || EmbeddedStore::open(&path, EmbeddedConfig::default());
+            let opened = tokio::task::spawn_blocking(open)
+                .await
+                .map_err(|error| RunError::Store(error.into()))?;
+            Ok(Arc::new(opened.map_err(|error| RunError::Store(error.into()))?))
+        }
+        Engine::Etcd => Err(RunError::Store("this build has no etcd engine".into())),
+    }
+}
+
+/// Writes what every cluster has; `false` when the end came before that.
+async fn bootstrap(registry: &Registry, shutdown: &CancellationToken) -> bool {
+    loop {
+        match registry.ensure_bootstrap().await {
+            Ok(()) => return true,
+            Err(error) => tracing::warn!(%error, "the first objects are not written"),
+        }
+        tokio::select! {
+            () = shutdown.cancelled() => return false,
+            () = tokio::time::sleep(RETRY) => {}
+        }
+    }
+}
+
+/// All gRPC services, and what else `/metrics` shows.
+async fn services(
+    parts: &Parts,
+    store: &Arc<dyn Store>,
+    authority: &Arc<Authority>,
+) -> Result<(Routes, Vec<MetricsSource>), RunError> {
+    let limits = &parts.config.limits;
+    let (health, health_service) = tonic_health::server::health_reporter();
+    for name in [
+        "",
+        "orlop.api.v1.Objects",
+        "orlop.cluster.v1.Join",
+        "orlop.node.v1.NodeLink",
+        "orlop.metrics.v1.Metrics",
+    ] {
+        health
+            .set_service_status(name, tonic_health::ServingStatus::Serving)
+            .await;
+    }
+    let describe = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let objects = ObjectsService::new(parts.registry.clone(), parts.shutdown.clone());
+    let join = JoinService::new(Arc::clone(store), Arc::clone(authority));
+    let routes = Routes::new(objects.into_server(limits.manifest_bytes))
+        .add_service(JoinServer::new(join).max_decoding_message_size(limits.message_bytes))
+        .add_service(health_service)
+        .add_service(describe().build_v1()?)
+        .add_service(describe().build_v1alpha()?);
+    Ok((routes, Vec::new()))
+}
