@@ -1,0 +1,87 @@
+//! Network namespaces by path.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::AsFd,
+        unix::fs::{MetadataExt, OpenOptionsExt},
+    },
+    path::Path,
+};
+
+use nix::sched::{CloneFlags, setns};
+
+use crate::error::{Failure, code};
+
+/// The container's namespace and our own, both open.
+#[derive(Debug)]
+pub struct Namespaces {
+    container: File,
+    host: File,
+}
+
+impl Namespaces {
+    /// Opens both. Refuses what is not a network namespace, and the host's own.
+    pub fn open(path: &Path) -> Result<Self, Failure> {
+        let host = File::open("/proc/self/ns/net").map_err(|e| Failure::io("opening /proc/self/ns/net", &e))?;
+        // Without O_NONBLOCK a FIFO would hold us for ever.
+        let container = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(|e| {
+                let gone = matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
+                let code = if gone {
+                    code::UNKNOWN_CONTAINER
+                } else {
+                    code::INVALID_ENVIRONMENT
+                };
+                Failure::new(code, format!("CNI_NETNS {}", path.display())).with(e)
+            })?;
+        let invalid =
+            |why: &str| Failure::new(code::INVALID_ENVIRONMENT, format!("CNI_NETNS {} {why}", path.display()));
+        if !is_network_namespace(&container) {
+            return Err(invalid("is not a network namespace"));
+        }
+        let identity = |file: &File| file.metadata().map(|m| (m.dev(), m.ino()));
+        let (a, b) = (identity(&container), identity(&host));
+        if a.and_then(|a| Ok(a == b?))
+            .map_err(|e| Failure::io("stat of a namespace", &e))?
+        {
+            return Err(invalid("is the host's own network namespace"));
+        }
+        Ok(Self { container, host })
+    }
+
+    /// The container's, for the kernel to put an interface into.
+    pub fn container(&self) -> &File {
+        &self.container
+    }
+
+    /// Runs `f` in the container's namespace: sockets that it opens and files of `/proc/sys/net` that it writes are of there.
+    /// The calling thread is back afterwards; if it cannot go back the process ends, for all that followed would be done
+    /// in the wrong place.
+    pub fn inside<T>(&self, f: impl FnOnce() -> T) -> Result<T, Failure> {
+        setns(self.container.as_fd(), CloneFlags::CLONE_NEWNET)
+            .map_err(|e| Failure::io("entering the container's network namespace", &e.into()))?;
+        let value = f();
+        if let Err(error) = setns(self.host.as_fd(), CloneFlags::CLONE_NEWNET) {
+            eprintln!("orlop-bridge: cannot go back to the host's network namespace: {error}");
+            std::process::abort();
+        }
+        Ok(value)
+    }
+}
+
+fn is_network_namespace(file: &File) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|stat| stat.f_type == libc::NSFS_MAGIC)
+        && namespace_type(file) == libc::CLONE_NEWNET
+}
+
+/// The `CLONE_NEW...` of a namespace's file.
+fn namespace_type(file: &File) -> libc::c_int {
+    const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
+    // SAFETY: the request takes no argument and answers with a number.
+    unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(file), NS_GET_NSTYPE) }
+}

@@ -1,0 +1,511 @@
+//! The verbs.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::IpAddr,
+    os::fd::AsRawFd,
+    time::{Duration, Instant},
+};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use crate::{
+    announce,
+    config::{Config, Ipam},
+    delegate,
+    error::{Failure, code},
+    ipam::{self, Leases},
+    link::{Link, Net, Veth},
+    names,
+    netns::Namespaces,
+    request::{Attachment, Env},
+    result::{CniResult, Interface, Ip, Route, mac_text},
+};
+
+/// How long the bridge may take to let the new port's frames pass. It takes a millisecond.
+const FORWARDING_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Wires the container. What a failed call did is undone before it returns.
+pub async fn add(config: &Config, at: &Attachment, env: &Env) -> Result<CniResult, Failure> {
+    let namespaces = Namespaces::open(&at.netns)?;
+    let host = Net::open()?;
+    let inside = namespaces.inside(Net::open)??;
+    if inside.link(&at.ifname).await?.is_some() {
+        let msg = format!("container {} has an interface {} already", at.container_id, at.ifname);
+        return Err(Failure::new(code::ALREADY_ADDED, msg));
+    }
+    let mut done = Done::default();
+    let wiring = Wiring {
+        env,
+        config,
+        at,
+        namespaces: &namespaces,
+        host: &host,
+        inside: &inside,
+    };
+    match wiring.run(&mut done).await {
+        Ok(result) => Ok(result.after(config.prev_result.clone())),
+        Err(failure) => Err(undo(&wiring, &done, failure).await),
+    }
+}
+
+/// Unwires the container. Everything may be gone already, the namespace too.
+pub async fn del(config: &Config, at: &Attachment, env: &Env) -> Result<(), Failure> {
+    // The link first: an address is free only when nobody has it any more. With one end of a veth both go.
+    Net::open()?
+        .delete(&names::host_interface(&config.name, &at.container_id, &at.ifname))
+        .await?;
+    match &config.ipam {
+        Ipam::None => Ok(()),
+        Ipam::Orlop(ipam) => Leases::open(ipam, &config.name)?.release(&at.container_id, &at.ifname),
+        Ipam::Foreign(plugin) => delegate::silent(plugin, "DEL", &config.raw, env).await,
+    }
+}
+
+/// Whether all that ADD made is still as it made it.
+pub async fn check(config: &Config, at: &Attachment, env: &Env) -> Result<(), Failure> {
+    let Some(previous) = &config.prev_result else {
+        return Err(Failure::new(code::INVALID_CONFIG, "prevResult is missing"));
+    };
+    match &config.ipam {
+        Ipam::None => {}
+        Ipam::Orlop(ipam) => check_lease(&Leases::open(ipam, &config.name)?, at, previous)?,
+        Ipam::Foreign(plugin) => delegate::silent(plugin, "CHECK", &config.raw, env).await?,
+    }
+    let namespaces = Namespaces::open(&at.netns)?;
+    let host = Net::open()?;
+    let inside = namespaces.inside(Net::open)??;
+    check_host(config, at, previous, &host).await?;
+    check_container(at, previous, &inside).await
+}
+
+/// Whether ADD can be served. A full range does not count: the node is well, and other pods' ends make room.
+pub async fn status(config: &Config, env: &Env) -> Result<(), Failure> {
+    let unavailable = |f: Failure| Failure {
+        code: code::NOT_AVAILABLE,
+        ..f
+    };
+    match &config.ipam {
+        Ipam::None => {}
+        Ipam::Orlop(ipam) => {
+            ipam::check(ipam)?;
+            Leases::open(ipam, &config.name).map_err(unavailable)?;
+        }
+        Ipam::Foreign(plugin) => delegate::silent(plugin, "STATUS", &config.raw, env).await?,
+    }
+    match Net::open()?.link(&config.bridge.name).await? {
+        Some(link) if !link.bridge => {
+            let msg = format!("{} is there and is not a bridge", link.name);
+            Err(Failure::new(code::NOT_AVAILABLE, msg))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Clears this network's veths and leases that are not of a valid attachment.
+pub async fn gc(config: &Config, env: &Env) -> Result<(), Failure> {
+    let Some(valid) = &config.valid_attachments else {
+        // To take a missing list for an empty one would unwire every pod.
+        return Err(Failure::new(
+            code::INVALID_CONFIG,
+            "cni.dev/valid-attachments is missing",
+        ));
+    };
+    let name = |(id, ifname): &(String, String)| names::host_interface(&config.name, id, ifname);
+    let keep: BTreeSet<String> = valid.iter().map(name).collect();
+    let prefix = names::host_prefix(&config.name);
+    let host = Net::open()?;
+    for link in host.links().await? {
+        if link.name.len() == 15 && link.name.starts_with(&prefix) && !keep.contains(&link.name) {
+            host.delete(&link.name).await?;
+        }
+    }
+    match &config.ipam {
+        Ipam::None => Ok(()),
+        Ipam::Orlop(ipam) => Leases::open(ipam, &config.name)?.retain(|id, ifname| {
+            valid
+                .iter()
+                .any(|(valid_id, valid_name)| id == valid_id && ifname == valid_name)
+        }),
+        Ipam::Foreign(plugin) => delegate::silent(plugin, "GC", &config.raw, env).await,
+    }
+}
+
+/// What an ADD has done so far, for it to be undone.
+#[derive(Debug, Default)]
+struct Done {
+    leased: bool,
+    veth: Option<String>,
+}
+
+struct Wiring<'a> {
+    env: &'a Env,
+    config: &'a Config,
+    at: &'a Attachment,
+    namespaces: &'a Namespaces,
+    host: &'a Net,
+    inside: &'a Net,
+}
+
+impl Wiring<'_> {
+    async fn run(&self, done: &mut Done) -> Result<CniResult, Failure> {
+        let bridge_config = &self.config.bridge;
+        let bridge = self
+            .host
+            .ensure_bridge(&bridge_config.name, bridge_config.mtu, bridge_config.promisc_mode)
+            .await?;
+        let mut given = self.lease(done).await?;
+        if bridge_config.is_gateway {
+            self.make_gateway(&bridge, &mut given).await?;
+        }
+        let host_end = self.veth(&bridge, done).await?;
+        let container_end = self.configure(&given).await?;
+        let mut addresses = given.ips;
+        for ip in &mut addresses {
+            ip.interface = Some(2);
+        }
+        self.announce(&host_end, &container_end, &addresses).await?;
+        let named = |link: &Link, sandbox: String| Interface {
+            name: link.name.clone(),
+            mac: mac_text(&link.mac),
+            mtu: Some(link.mtu),
+            sandbox,
+            ..Interface::default()
+        };
+        let sandbox = self.at.netns.to_string_lossy().into_owned();
+        let dns = if self.config.dns == crate::result::Dns::default() {
+            given.dns
+        } else {
+            self.config.dns.clone()
+        };
+        Ok(CniResult {
+            interfaces: vec![
+                named(&bridge, String::new()),
+                named(&host_end, String::new()),
+                named(&container_end, sandbox),
+            ],
+            ips: addresses,
+            routes: given.routes,
+            dns,
+        })
+    }
+
+    /// Addresses and routes, without interfaces.
+    async fn lease(&self, done: &mut Done) -> Result<CniResult, Failure> {
+        match &self.config.ipam {
+            Ipam::None => Ok(CniResult::default()),
+            Ipam::Orlop(ipam) => {
+                let (id, ifname) = (&self.at.container_id, &self.at.ifname);
+                let mut leases = Leases::open(ipam, &self.config.name)?;
+                let reservation = leases.reserve(ipam, id, ifname, &self.config.requested)?;
+                done.leased = reservation.fresh;
+                Ok(CniResult {
+                    ips: reservation.ips,
+                    routes: ipam.routes.clone(),
+                    ..CniResult::default()
+                })
+            }
+            Ipam::Foreign(plugin) => {
+                let given = delegate::add(plugin, &self.config.raw, self.env).await?;
+                done.leased = true;
+                Ok(CniResult {
+                    interfaces: Vec::new(),
+                    ..given
+                })
+            }
+        }
+    }
+
+    /// The bridge gets the gateways' addresses; with `isDefaultGateway` pods get default routes.
+    async fn make_gateway(&self, bridge: &Link, given: &mut CniResult) -> Result<(), Failure> {
+        for ip in &mut given.ips {
+            // The first address of the subnet, as the reference plugins have it.
+            let first = || ip.address.hosts().next();
+            ip.gateway = ip.gateway.or_else(first);
+        }
+        for gateway in ipam::gateways(&given.ips) {
+            self.ensure_gateway(bridge, gateway).await?;
+        }
+        if !self.config.bridge.is_default_gateway {
+            return Ok(());
+        }
+        for ip in &given.ips {
+            let default: IpNet = if ip.address.addr().is_ipv4() {
+                Ipv4Net::default().into()
+            } else {
+                Ipv6Net::default().into()
+            };
+            if !given.routes.iter().any(|route| route.dst == default) {
+                given.routes.push(Route {
+                    dst: default,
+                    gw: ip.gateway,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn ensure_gateway(&self, bridge: &Link, gateway: IpNet) -> Result<(), Failure> {
+        let present = self.host.addresses(bridge.index).await?;
+        if present.contains(&gateway) {
+            return Ok(());
+        }
+        for other in present {
+            let same_family = other.addr().is_ipv4() == gateway.addr().is_ipv4();
+            let overlap = other.contains(&gateway.addr()) || gateway.contains(&other.addr());
+            if !same_family || (other.addr().is_ipv6() && !overlap) {
+                continue;
+            }
+            if !self.config.bridge.force_address {
+                let msg = format!("bridge {} has address {other}, not {gateway}", bridge.name);
+                return Err(Failure::new(code::INVALID_CONFIG, msg).with("forceAddress would replace it"));
+            }
+            self.host.delete_address(bridge.index, other).await?;
+        }
+        if gateway.addr().is_ipv6() {
+            enable_ipv6(&bridge.name)?;
+        }
+        self.host.add_address(bridge.index, gateway).await
+    }
+
+    /// Makes the veth; gives the host's end.
+    async fn veth(&self, bridge: &Link, done: &mut Done) -> Result<Link, Failure> {
+        let (config, at) = (self.config, self.at);
+        let (network, id, ifname) = (&*config.name, &*at.container_id, &*at.ifname);
+        let host_name = names::host_interface(network, id, ifname);
+        let veth = Veth {
+            host_name: &host_name,
+            host_mac: names::mac("host", network, id, ifname),
+            name: ifname,
+            mac: config
+                .mac
+                .unwrap_or_else(|| names::mac("container", network, id, ifname)),
+            netns: self.namespaces.container().as_raw_fd(),
+            mtu: if config.bridge.mtu == 0 {
+                bridge.mtu
+            } else {
+                config.bridge.mtu
+            },
+            bridge: bridge.index,
+        };
+        if !self.host.create_veth(&veth).await? {
+            // Either this very attachment is being added by another call, then the container has it now (a veth comes
+            // whole), or an earlier life of the container left the name behind.
+            if self.inside.link(ifname).await?.is_some() {
+                return Err(Failure::new(
+                    code::ALREADY_ADDED,
+                    format!("container {id} is being added by another call"),
+                ));
+            }
+            self.host.delete(&host_name).await?;
+            if !self.host.create_veth(&veth).await? {
+                return Err(Failure::new(
+                    code::TRY_AGAIN,
+                    format!("link {host_name} is there again and again"),
+                ));
+            }
+        }
+        done.veth = Some(host_name.clone());
+        let vanished = || Failure::new(code::NETLINK, format!("link {host_name} vanished"));
+        let link = self.host.link(&host_name).await?.ok_or_else(vanished)?;
+        if config.bridge.hairpin_mode || config.bridge.port_isolation {
+            self.host
+                .set_port(link.index, config.bridge.hairpin_mode, config.bridge.port_isolation)
+                .await?;
+        }
+        Ok(link)
+    }
+
+    /// Gives the container's end its addresses and routes; the link as it is then.
+    async fn configure(&self, given: &CniResult) -> Result<Link, Failure> {
+        let ifname = &self.at.ifname;
+        let vanished = || Failure::new(code::NETLINK, format!("link {ifname} vanished"));
+        let link = self.inside.link(ifname).await?.ok_or_else(vanished)?;
+        if given.ips.iter().any(|ip| ip.address.addr().is_ipv6()) {
+            self.namespaces.inside(|| enable_ipv6(ifname))??;
+        }
+        self.inside.set_up(link.index).await?;
+        for ip in &given.ips {
+            self.inside.add_address(link.index, ip.address).await?;
+        }
+        for route in &given.routes {
+            let gw = route.gw.or_else(|| gateway_for(route.dst, &given.ips));
+            self.inside
+                .add_route(link.index, &Route { gw, ..route.clone() })
+                .await?;
+        }
+        Ok(link)
+    }
+
+    /// Waits until the bridge lets frames through, then tells the neighbours.
+    async fn announce(&self, host_end: &Link, container_end: &Link, ips: &[Ip]) -> Result<(), Failure> {
+        let deadline = Instant::now() + FORWARDING_PATIENCE;
+        while !self
+            .host
+            .link(&host_end.name)
+            .await?
+            .is_some_and(|link| link.forwarding)
+        {
+            if Instant::now() >= deadline {
+                let msg = format!("the bridge's port {} does not come up", host_end.name);
+                return Err(Failure::new(code::TRY_AGAIN, msg));
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        if ips.is_empty() {
+            return Ok(());
+        }
+        let failed = |e: &std::io::Error| Failure::io("announcing the container's addresses", e);
+        let socket = self.namespaces.inside(announce::open)?.map_err(|e| failed(&e))?;
+        let mac = <[u8; 6]>::try_from(&*container_end.mac)
+            .map_err(|_| Failure::new(code::NETLINK, "the container's interface has no hardware address"))?;
+        for ip in ips {
+            announce::send(&socket, container_end.index, mac, ip.address.addr()).map_err(|e| failed(&e))?;
+        }
+        Ok(())
+    }
+}
+
+/// Undoes what was done, all of it even if some of it fails, and adds to the failure what could not be undone.
+async fn undo(wiring: &Wiring<'_>, done: &Done, failure: Failure) -> Failure {
+    let (config, at, env) = (wiring.config, wiring.at, wiring.env);
+    let mut left = Vec::new();
+    if let Some(name) = &done.veth {
+        left.extend(wiring.host.delete(name).await.err());
+    }
+    if done.leased {
+        let released = match &config.ipam {
+            Ipam::None => Ok(()),
+            Ipam::Orlop(ipam) => {
+                Leases::open(ipam, &config.name).and_then(|mut l| l.release(&at.container_id, &at.ifname))
+            }
+            Ipam::Foreign(plugin) => delegate::silent(plugin, "DEL", &config.raw, env).await,
+        };
+        left.extend(released.err());
+    }
+    if left.is_empty() {
+        return failure;
+    }
+    let left = left.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    let details = format!("{}; not undone: {left}", failure.details);
+    failure.with(details.trim_start_matches("; "))
+}
+
+fn gateway_for(dst: IpNet, ips: &[Ip]) -> Option<IpAddr> {
+    ips.iter()
+        .filter_map(|ip| ip.gateway)
+        .find(|gw| gw.is_ipv4() == dst.addr().is_ipv4())
+}
+
+/// Some hosts start interfaces without IPv6; and the automatic link-local address needs no wait for duplicates either,
+/// which a port in hairpin mode would even take for found. Of the calling thread's namespace.
+fn enable_ipv6(ifname: &str) -> Result<(), Failure> {
+    for (key, value) in [("disable_ipv6", "0"), ("accept_dad", "0")] {
+        let path = format!("/proc/sys/net/ipv6/conf/{ifname}/{key}");
+        // A read-only /proc/sys is common in containers; what is as wanted needs no write.
+        if fs::read_to_string(&path).is_ok_and(|now| now.trim() == value) {
+            continue;
+        }
+        fs::write(&path, value).map_err(|e| Failure::io(format!("writing {path}"), &e))?;
+    }
+    Ok(())
+}
+
+fn mismatch(msg: String) -> Failure {
+    Failure::new(code::CHECK_FAILED, msg)
+}
+
+fn check_lease(leases: &Leases, at: &Attachment, previous: &CniResult) -> Result<(), Failure> {
+    let held = leases.held(&at.container_id, &at.ifname);
+    let index = previous
+        .container_interface(&at.netns, &at.ifname)
+        .map(|(index, _)| index);
+    let ours = previous
+        .ips
+        .iter()
+        .filter(|ip| ip.interface == index)
+        .map(|ip| ip.address.addr());
+    match ours.into_iter().find(|ip| !held.contains(ip)) {
+        Some(ip) => Err(mismatch(format!(
+            "address {ip} is not leased to container {}",
+            at.container_id
+        ))),
+        None => Ok(()),
+    }
+}
+
+async fn check_host(config: &Config, at: &Attachment, previous: &CniResult, host: &Net) -> Result<(), Failure> {
+    let name = &config.bridge.name;
+    let bridge = host.link(name).await?.filter(|link| link.bridge);
+    let bridge = bridge.ok_or_else(|| mismatch(format!("bridge {name} is gone")))?;
+    let host_name = names::host_interface(&config.name, &at.container_id, &at.ifname);
+    let port = host
+        .link(&host_name)
+        .await?
+        .ok_or_else(|| mismatch(format!("link {host_name} is gone")))?;
+    for (link, role) in [(&bridge, "bridge"), (&port, "port")] {
+        let told = previous
+            .interfaces
+            .iter()
+            .find(|i| i.name == link.name && i.sandbox.is_empty());
+        let told = told.ok_or_else(|| mismatch(format!("prevResult does not name the {role} {}", link.name)))?;
+        if !told.mac.is_empty() && !told.mac.eq_ignore_ascii_case(&mac_text(&link.mac)) {
+            return Err(mismatch(format!(
+                "{} has another hardware address than {}",
+                link.name, told.mac
+            )));
+        }
+        if !link.up {
+            return Err(mismatch(format!("{} is down", link.name)));
+        }
+    }
+    if port.controller != Some(bridge.index) {
+        return Err(mismatch(format!("{host_name} is not a port of {name}")));
+    }
+    if config.bridge.hairpin_mode && !port.hairpin {
+        return Err(mismatch(format!("{host_name} is not in hairpin mode")));
+    }
+    if config.bridge.is_gateway {
+        let present = host.addresses(bridge.index).await?;
+        if let Some(lost) = ipam::gateways(&previous.ips)
+            .into_iter()
+            .find(|gateway| !present.contains(gateway))
+        {
+            return Err(mismatch(format!("bridge {name} has lost {lost}")));
+        }
+    }
+    Ok(())
+}
+
+async fn check_container(at: &Attachment, previous: &CniResult, inside: &Net) -> Result<(), Failure> {
+    let ifname = &at.ifname;
+    let told = previous.container_interface(&at.netns, ifname);
+    let (index, told) = told.ok_or_else(|| mismatch(format!("prevResult does not name {ifname}")))?;
+    let link = inside
+        .link(ifname)
+        .await?
+        .ok_or_else(|| mismatch(format!("{ifname} is gone")))?;
+    if !link.up {
+        return Err(mismatch(format!("{ifname} is down")));
+    }
+    if !told.mac.is_empty() && !told.mac.eq_ignore_ascii_case(&mac_text(&link.mac)) {
+        return Err(mismatch(format!(
+            "{ifname} has another hardware address than {}",
+            told.mac
+        )));
+    }
+    let present = inside.addresses(link.index).await?;
+    let ours = || previous.ips.iter().filter(|ip| ip.interface == Some(index));
+    if let Some(lost) = ours().find(|ip| !present.contains(&ip.address)) {
+        return Err(mismatch(format!("{ifname} has lost {}", lost.address)));
+    }
+    let ips: Vec<Ip> = ours().cloned().collect();
+    for route in &previous.routes {
+        let gw = route.gw.or_else(|| gateway_for(route.dst, &ips));
+        if !inside.has_route(link.index, &Route { gw, ..route.clone() }).await? {
+            return Err(mismatch(format!("the route to {} is gone", route.dst)));
+        }
+    }
+    Ok(())
+}
