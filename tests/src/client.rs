@@ -34,7 +34,7 @@ impl Client {
     pub fn connect(members: &Members) -> Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
         let socket = format!("unix:///proc/{}/root/run/orlop/control.sock", members.get("control")?.pid);
-        let endpoint = Endpoint::from_shared(socket)?.timeout(Duration::from_secs(30)).connect_timeout(Duration::from_secs(5));
+        let endpoint = Endpoint::from_shared(socket)?.timeout(Duration::from_secs(300)).connect_timeout(Duration::from_secs(5));
         let channel = runtime.block_on(endpoint.connect()).context("connecting to control's unix socket")?;
         Ok(Self { runtime, channel })
     }
@@ -53,7 +53,14 @@ impl Client {
 
     /// Applies a manifest; fails with all that failed in it.
     pub fn apply(&self, manifest: &str) -> Result<Vec<ApplyResult>> {
-        let request = ApplyRequest { input: Some(Input::Manifest(manifest.to_owned())), namespace: String::new() };
+        self.apply_slowly(manifest, Duration::from_secs(30))
+    }
+
+    /// As [`Self::apply`], with a time limit of its own.
+    pub fn apply_slowly(&self, manifest: &str, limit: Duration) -> Result<Vec<ApplyResult>> {
+        let input = ApplyRequest { input: Some(Input::Manifest(manifest.to_owned())), namespace: String::new() };
+        let mut request = tonic::Request::new(input);
+        request.set_timeout(limit);
         let results = self.runtime.block_on(async {
             let mut stream = self.objects().apply(request).await?.into_inner();
             let mut results = Vec::new();

@@ -11,3 +11,4 @@ pub mod lab;
 pub mod layout;
 pub mod namespaces;
 pub mod supervisor;
+pub mod workload;

@@ -24,7 +24,7 @@ clients:  get IP PORT COUNT [mapped]   COUNT connections, one request each; prin
 others:   sleep                        until SIGTERM
           burn SECONDS                 one CPU busy, then sleep
           exit CODE [SECONDS]          ends with CODE after SECONDS
-          print LINES                  numbered lines to stdout, then sleep
+          tick MILLISECONDS            a numbered line to stdout every so often
           env                          prints the environment, then sleep";
 
 fn main() -> ExitCode {
@@ -71,11 +71,11 @@ fn run(words: &[&str]) -> Result<ExitCode, Error> {
             thread::sleep(Duration::from_secs_f64(seconds.parse()?));
             return Ok(ExitCode::from(code.parse::<u8>()?));
         }
-        ["print", lines] => {
-            for line in 0..lines.parse::<u64>()? {
-                println!("line {line}");
+        ["tick", milliseconds] => {
+            for number in 0u64.. {
+                println!("tick {number}");
+                thread::sleep(Duration::from_millis(milliseconds.parse()?));
             }
-            sleep();
         }
         ["env"] => {
             for (name, value) in env::vars() {
