@@ -175,6 +175,13 @@ impl Lab {
         self.enter(node, &format!("{cgroup}/exec"), Some(pid), command)
     }
 
+    /// A command inside a pod's network, in a cgroup beside the nodes' own: no program of a node sees its sockets.
+    pub fn in_pod_outside(&self, pod: &Pod, command: &[&str]) -> Result<Command> {
+        let node = pod.spec.as_ref().map(|spec| spec.node_name.as_str()).unwrap_or_default();
+        let pid = self.pod_process(node, pod.uid())?;
+        self.enter(node, &self.spec.cgroup("baseline"), Some(pid), command)
+    }
+
     /// A pod's cgroup, relative to the hierarchies' roots as this machine sees them.
     pub fn pod_cgroup(&self, node: &str, uid: &str) -> String {
         format!("{}/orlop/{}/{uid}", self.spec.cgroup(node), node.replace('.', "_"))

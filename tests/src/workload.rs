@@ -76,6 +76,14 @@ impl Lab {
         self.in_pod(pod, &words)
     }
 
+    /// The same in a sibling cgroup that has no programs: the baseline of benchmarks.
+    pub fn fixture_outside(&self, pod: &Pod, arguments: &[&str]) -> Result<Command> {
+        let program = self.spec.static_binaries.join("orlop-fixture").display().to_string();
+        let mut words = vec![program.as_str()];
+        words.extend(arguments);
+        self.in_pod_outside(pod, &words)
+    }
+
     /// What the fixture's client prints.
     pub fn ask(&self, pod: &Pod, arguments: &[&str]) -> Result<String> {
         output(self.fixture(pod, arguments)?)
