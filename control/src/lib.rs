@@ -4,6 +4,7 @@ pub mod api;
 pub mod cache;
 pub mod config;
 pub mod kinds;
+pub mod model;
 pub mod pki;
 pub mod registry;
 pub mod run;
