@@ -1,6 +1,6 @@
 //! Containers: the [`Runtime`] trait that the reconciler drives, and what it observes.
 //!
-//! containerd implements it. The trait is level-triggered: [`Runtime::observe`] is authoritative, [`Runtime::changed`] only
+//! [`containerd`] implements it. The trait is level-triggered: [`Runtime::observe`] is authoritative, [`Runtime::changed`] only
 //! wakes. What a later life of the agent must know about a container travels in its labels, so `observe` after a restart says the
 //! same as before it.
 
@@ -9,6 +9,15 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, sync::Arc};
 use async_trait::async_trait;
 use jiff::Timestamp;
 use tokio::sync::Notify;
+
+pub mod archives;
+pub mod cgroup;
+pub mod containerd;
+mod files;
+pub mod image_source;
+mod pause_image;
+pub mod reference;
+mod spec;
 
 /// The containers of this node. All calls are idempotent and have their own deadline; those for different pods run at once.
 #[async_trait]
@@ -120,6 +129,8 @@ pub struct ObservedContainer {
 /// The process of a container or sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ProcessState {
+    /// It was made, but never started; unless a start is under way nobody will.
+    Created,
     /// It runs.
     Running {
         /// Its pid as the agent sees it.
@@ -230,6 +241,8 @@ pub struct ContainerSpec {
     pub id: String,
     /// Its name in the pod.
     pub name: String,
+    /// The pod's host name.
+    pub hostname: String,
     /// Which start of it this is.
     pub restart_count: u32,
     /// The back-off, in milliseconds, that went before this start.

@@ -1,0 +1,177 @@
+//! The [`Runtime`](super::Runtime) on containerd's own API (1.6 to 2.x, no CRI).
+//!
+//! A pod is a lease, a pause container and the pod's containers, all in one shim, in containerd's namespace `orlop`. What the
+//! agent must know again after a restart stands in the containers' labels; the agent keeps nothing of its own on disk here, but
+//! the files that are mounted into containers.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+
+use async_trait::async_trait;
+use tokio::sync::Notify;
+
+use super::{
+    ContainerSpec, Image, ImageRequest, Observed, PodId, Runtime, RuntimeError, SandboxSpec, archives::Archives,
+    cgroup::Cgroups, image_source::ImageSource, spec,
+};
+use crate::config::Config;
+
+mod client;
+mod container;
+mod content;
+mod events;
+mod images;
+mod labels;
+mod observe;
+mod sandbox;
+mod tasks;
+mod users;
+
+use client::Client;
+
+/// containerd's namespace that everything of ours is in.
+pub const NAMESPACE: &str = "orlop";
+
+/// How this node uses containerd.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// containerd's socket.
+    pub socket: PathBuf,
+    /// Below it: `pods/UID`, what is mounted into containers.
+    pub run_dir: PathBuf,
+    /// Containers' logs.
+    pub log_dir: PathBuf,
+    /// Image archives.
+    pub image_dirs: Vec<PathBuf>,
+    /// The static pause program.
+    pub pause_binary: PathBuf,
+    /// The logger that the shim starts.
+    pub logger_binary: PathBuf,
+    /// The cgroup that pods are in, below the root of the hierarchy: `/orlop/INSTANCE`.
+    pub cgroup_parent: String,
+    /// containerd's snapshotter.
+    pub snapshotter: String,
+}
+
+impl Options {
+    /// As the configuration says.
+    pub fn from_config(config: &Config) -> Self {
+        Self {
+            socket: config.containerd_socket.clone(),
+            run_dir: config.run_dir.clone(),
+            log_dir: config.log_dir.clone(),
+            image_dirs: config.image_dirs.clone(),
+            pause_binary: config.pause_binary.clone(),
+            logger_binary: config.logger_binary.clone(),
+            cgroup_parent: format!("/orlop/{}", config.instance()),
+            snapshotter: "overlayfs".to_owned(),
+        }
+    }
+}
+
+/// containerd as a [`Runtime`].
+pub struct Containerd {
+    client: Client,
+    options: Options,
+    cgroups: Cgroups,
+    platform: spec::Platform,
+    sources: Vec<Arc<dyn ImageSource>>,
+    /// Imports run one at a time per image: one import serves all pods that wait for it.
+    imports: tokio::sync::Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    changed: Arc<Notify>,
+    /// Ended with the value: the event subscription.
+    subscription: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        self.subscription.abort();
+    }
+}
+
+impl Containerd {
+    /// Uses the containerd at the socket, which need not be there yet: connections are made, and made again, when they are
+    /// needed. Must be called inside a tokio runtime.
+    pub fn new(options: Options) -> Result<Self, RuntimeError> {
+        let client = Client::new(&options.socket)?;
+        let cgroups = Cgroups::detect()?;
+        let changed = Arc::new(Notify::new());
+        let subscription = tokio::spawn(events::subscribe(client.clone(), changed.clone()));
+        Ok(Self {
+            platform: spec::Platform::detect(&cgroups),
+            sources: vec![Arc::new(Archives::new(options.image_dirs.clone()))],
+            imports: tokio::sync::Mutex::default(),
+            client,
+            options,
+            cgroups,
+            changed,
+            subscription,
+        })
+    }
+
+    fn pod_dir(&self, uid: &str) -> PathBuf {
+        self.options.run_dir.join("pods").join(uid)
+    }
+
+    fn log_dir(&self, pod: &PodId) -> PathBuf {
+        self.options
+            .log_dir
+            .join(format!("{}_{}_{}", pod.namespace, pod.name, pod.uid))
+    }
+
+    fn cgroup(&self, uid: &str, container_id: &str) -> String {
+        format!("{}/{uid}/{container_id}", self.options.cgroup_parent)
+    }
+}
+
+#[async_trait]
+impl Runtime for Containerd {
+    async fn observe(&self) -> Result<Observed, RuntimeError> {
+        self.observe_all().await
+    }
+
+    fn changed(&self) -> Arc<Notify> {
+        self.changed.clone()
+    }
+
+    async fn ensure_image(&self, request: &ImageRequest) -> Result<Image, RuntimeError> {
+        self.image(request).await
+    }
+
+    async fn create_sandbox(&self, spec: &SandboxSpec) -> Result<(), RuntimeError> {
+        self.make_sandbox(spec).await
+    }
+
+    async fn start_container(&self, spec: &ContainerSpec) -> Result<(), RuntimeError> {
+        self.make_container(spec).await
+    }
+
+    async fn signal(&self, id: &str, signal: i32) -> Result<(), RuntimeError> {
+        self.kill_task(id, signal.unsigned_abs()).await
+    }
+
+    async fn remove_container(&self, pod: &PodId, id: &str) -> Result<(), RuntimeError> {
+        self.delete_container(pod, id).await
+    }
+
+    async fn remove_sandbox(&self, pod: &PodId, id: &str) -> Result<(), RuntimeError> {
+        self.delete_container(pod, id).await
+    }
+
+    async fn remove_pod(&self, pod: &PodId) -> Result<(), RuntimeError> {
+        self.delete_pod(pod).await
+    }
+
+    async fn version(&self) -> Result<String, RuntimeError> {
+        let answer = self
+            .client
+            .call(
+                "asking for the version",
+                self.client.version().version(self.client.request(())),
+            )
+            .await?;
+        Ok(format!(
+            "containerd://{}",
+            answer.version.split('~').next().unwrap_or(&answer.version)
+        ))
+    }
+}

@@ -1,0 +1,167 @@
+//! containerd's content store: blobs by digest.
+
+use std::{collections::HashMap, time::Duration};
+
+use containerd_client::services::v1::{
+    Info, InfoRequest, ReadContentRequest, UpdateRequest, WriteAction, WriteContentRequest,
+};
+use prost_types::FieldMask;
+use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::client::{Client, Refusal as _};
+use crate::runtime::RuntimeError;
+
+/// What of a blob is sent at once.
+const CHUNK: usize = 1 << 19;
+/// A write that makes no progress for so long has failed.
+const WRITE_DEADLINE: Duration = Duration::from_secs(600);
+
+/// Whether the store has the blob.
+pub async fn exists(client: &Client, digest: &str) -> Result<bool, RuntimeError> {
+    let request = client.request(InfoRequest {
+        digest: digest.to_owned(),
+    });
+    Ok(client
+        .call("looking for a blob", client.content().info(request))
+        .await
+        .found()?
+        .is_some())
+}
+
+/// Reads a small blob; one larger than `limit` is an error.
+pub async fn read(client: &Client, digest: &str, limit: usize) -> Result<Vec<u8>, RuntimeError> {
+    let request = client.request(ReadContentRequest {
+        digest: digest.to_owned(),
+        offset: 0,
+        size: 0,
+    });
+    let mut stream = client.call("reading a blob", client.content().read(request)).await?;
+    let mut bytes = Vec::new();
+    while let Some(part) = client
+        .call("reading a blob", async {
+            stream.message().await.map(tonic::Response::new)
+        })
+        .await?
+    {
+        bytes.extend_from_slice(&part.data);
+        if bytes.len() > limit {
+            return Err(RuntimeError::BadImage {
+                reference: digest.to_owned(),
+                why: format!("its JSON is larger than {limit} bytes"),
+            });
+        }
+    }
+    Ok(bytes)
+}
+
+/// Sets labels of a blob that is there.
+pub async fn label(client: &Client, digest: &str, labels: HashMap<String, String>) -> Result<(), RuntimeError> {
+    let paths = labels.keys().map(|key| format!("labels.{key}")).collect();
+    let request = client.request(UpdateRequest {
+        info: Some(Info {
+            digest: digest.to_owned(),
+            labels,
+            ..Info::default()
+        }),
+        update_mask: Some(FieldMask { paths }),
+    });
+    client
+        .call("labelling a blob", client.content().update(request))
+        .await?;
+    Ok(())
+}
+
+/// A blob to be written.
+pub struct Blob<'a> {
+    /// Its digest, which containerd checks.
+    pub digest: &'a str,
+    /// Its size, which containerd checks.
+    pub size: u64,
+    /// What the garbage collector follows from it.
+    pub labels: HashMap<String, String>,
+}
+
+/// Writes a blob, held by a lease; one that is there already gets the labels only.
+pub async fn write(
+    client: &Client,
+    lease: &str,
+    blob: Blob<'_>,
+    mut from: impl AsyncRead + Unpin + Send,
+) -> Result<(), RuntimeError> {
+    if exists(client, blob.digest).await? {
+        // Held by the lease too: it may be on its way out.
+        hold(client, lease, blob.digest).await?;
+        if !blob.labels.is_empty() {
+            label(client, blob.digest, blob.labels).await?;
+        }
+        return Ok(());
+    }
+    let name = format!("orlop-{}-{}", uuid::Uuid::new_v4().simple(), blob.digest);
+    let total = i64::try_from(blob.size).map_err(|_| RuntimeError::InvalidSpec("a blob's size".to_owned()))?;
+    let message = |action: WriteAction, offset: i64, data: Vec<u8>| WriteContentRequest {
+        action: action.into(),
+        r#ref: name.clone(),
+        total,
+        expected: blob.digest.to_owned(),
+        offset,
+        data,
+        labels: HashMap::new(),
+    };
+    let (sender, receiver) = tokio::sync::mpsc::channel(2);
+    let feed = async {
+        let mut offset = 0;
+        loop {
+            let mut chunk = Vec::with_capacity(CHUNK);
+            (&mut from).take(CHUNK as u64).read_to_end(&mut chunk).await?;
+            if chunk.is_empty() {
+                break;
+            }
+            let length = chunk.len();
+            if sender.send(message(WriteAction::Write, offset, chunk)).await.is_err() {
+                return Ok(());
+            }
+            offset += i64::try_from(length).unwrap_or(0);
+        }
+        let commit = WriteContentRequest {
+            labels: blob.labels.clone(),
+            ..message(WriteAction::Commit, offset, Vec::new())
+        };
+        // A failed send means that the call has ended: its own error says why.
+        sender.send(commit).await.ok();
+        drop(sender);
+        Ok::<(), std::io::Error>(())
+    };
+    let mut content = client.content();
+    let request = client.leased(lease, ReceiverStream::new(receiver));
+    let call = client.call_within(WRITE_DEADLINE, "writing a blob", async {
+        let mut answers = content.write(request).await?.into_inner();
+        let mut last = None;
+        while let Some(answer) = answers.message().await? {
+            last = Some(answer);
+        }
+        Ok(tonic::Response::new(last))
+    });
+    let (fed, answered) = tokio::join!(feed, call);
+    fed.map_err(|source| RuntimeError::Io {
+        doing: "reading an image's blob".to_owned(),
+        source,
+    })?;
+    answered.made()?;
+    Ok(())
+}
+
+async fn hold(client: &Client, lease: &str, digest: &str) -> Result<(), RuntimeError> {
+    let request = client.request(containerd_client::services::v1::AddResourceRequest {
+        id: lease.to_owned(),
+        resource: Some(containerd_client::services::v1::Resource {
+            id: digest.to_owned(),
+            r#type: "content".to_owned(),
+        }),
+    });
+    client
+        .call("holding a blob", client.leases().add_resource(request))
+        .await
+        .made()?;
+    Ok(())
+}

@@ -1,0 +1,469 @@
+//! Images: found in sources, written to the content store, unpacked to snapshots.
+
+use std::{collections::HashMap, sync::Arc};
+
+use containerd_client::{
+    services::v1::{
+        ApplyRequest, CreateImageRequest, CreateRequest, DeleteRequest, GetImageRequest, Image as Record,
+        UpdateImageRequest,
+        snapshots::{CommitSnapshotRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest},
+    },
+    types,
+};
+use jiff::{SignedDuration, Timestamp};
+use serde::Deserialize;
+
+use super::{
+    Containerd,
+    client::Refusal as _,
+    content::{self, Blob},
+};
+use crate::runtime::{
+    Image, ImageConfig, ImageRequest, PullPolicy, RuntimeError,
+    image_source::{Descriptor, FoundImage, Manifest, Platform, digest_of},
+    pause_image,
+    reference::{Reference, is_digest},
+};
+
+/// No JSON file of an image may be larger.
+const MAX_JSON: usize = 4 << 20;
+/// An import that was cut off is collected after this time.
+const LEASE_HOURS: i64 = 1;
+
+/// The part of an image's configuration that is used.
+#[derive(Deserialize)]
+struct Configuration {
+    #[serde(default)]
+    architecture: String,
+    #[serde(default)]
+    os: String,
+    #[serde(default)]
+    config: Option<Process>,
+    rootfs: RootFs,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "PascalCase", default)]
+struct Process {
+    entrypoint: Option<Vec<String>>,
+    cmd: Option<Vec<String>>,
+    env: Option<Vec<String>>,
+    working_dir: Option<String>,
+    user: Option<String>,
+    stop_signal: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RootFs {
+    #[serde(default)]
+    diff_ids: Vec<String>,
+}
+
+/// An image index, as other tools may have imported one.
+#[derive(Deserialize)]
+struct Index {
+    manifests: Vec<Descriptor>,
+}
+
+impl Containerd {
+    /// Makes an image ready: see [`crate::runtime::Runtime::ensure_image`].
+    pub(super) async fn image(&self, request: &ImageRequest) -> Result<Image, RuntimeError> {
+        let reference = Reference::parse(&request.reference)?;
+        let name = reference.to_string();
+        let turn = self.turn(&name).await;
+        let _turn = turn.lock().await;
+        let present = self.record(&name).await?;
+        let target = match (request.policy, present) {
+            (PullPolicy::Never, None) => {
+                return Err(RuntimeError::ImageNeverPull {
+                    reference: request.reference.clone(),
+                });
+            }
+            (PullPolicy::Never | PullPolicy::IfNotPresent, Some(target)) => target,
+            (_, present) => match (self.find(&reference).await?, present) {
+                (Some(found), Some(target)) if digest_of(&found.manifest) == target => target,
+                (Some(found), _) => self.import(&name, &found).await?,
+                (None, Some(target)) => target,
+                (None, None) => {
+                    let dirs: Vec<String> = self
+                        .options
+                        .image_dirs
+                        .iter()
+                        .map(|dir| dir.display().to_string())
+                        .collect();
+                    return Err(RuntimeError::ImageNotFound {
+                        reference: name,
+                        why: format!("no archive in {} has it", dirs.join(", ")),
+                    });
+                }
+            },
+        };
+        self.load(&name, &target).await
+    }
+
+    /// The pause image, built from the program when containerd has none, or another program's.
+    pub(super) async fn pause(&self) -> Result<Image, RuntimeError> {
+        let name = pause_image::name();
+        let turn = self.turn(&name).await;
+        let _turn = turn.lock().await;
+        let program = self.options.pause_binary.clone();
+        let built = tokio::task::spawn_blocking(move || pause_image::build(&program))
+            .await
+            .map_err(std::io::Error::other)
+            .and_then(|built| built)
+            .map_err(|source| RuntimeError::Io {
+                doing: format!("reading {}", self.options.pause_binary.display()),
+                source,
+            })?;
+        let digest = digest_of(&built.manifest);
+        let target = match self.record(&name).await? {
+            Some(target) if target == digest => target,
+            _ => self.import(&name, &built).await?,
+        };
+        self.load(&name, &target).await
+    }
+
+    /// The lock of an image's name.
+    async fn turn(&self, name: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut imports = self.imports.lock().await;
+        imports.retain(|_, turn| Arc::strong_count(turn) > 1);
+        imports.entry(name.to_owned()).or_default().clone()
+    }
+
+    async fn find(&self, reference: &Reference) -> Result<Option<FoundImage>, RuntimeError> {
+        for source in &self.sources {
+            if let Some(found) = source.find(reference).await? {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The digest that the image's record points to.
+    async fn record(&self, name: &str) -> Result<Option<String>, RuntimeError> {
+        let request = self.client.request(GetImageRequest { name: name.to_owned() });
+        let answer = self
+            .client
+            .call("looking for an image", self.client.images().get(request))
+            .await
+            .found()?;
+        Ok(answer
+            .and_then(|answer| answer.image?.target)
+            .map(|target| target.digest))
+    }
+
+    /// Writes the image's blobs and record; returns the manifest's digest.
+    async fn import(&self, name: &str, found: &FoundImage) -> Result<String, RuntimeError> {
+        let lease = format!("orlop-import-{}", uuid::Uuid::new_v4().simple());
+        let expire = Timestamp::now() + SignedDuration::from_hours(LEASE_HOURS);
+        let labels = HashMap::from([("containerd.io/gc.expire".to_owned(), format!("{expire:.0}"))]);
+        let request = self.client.request(CreateRequest {
+            id: lease.clone(),
+            labels,
+        });
+        self.client
+            .call("creating a lease", self.client.leases().create(request))
+            .await?;
+        let result = self.import_leased(name, &lease, found).await;
+        let request = self.client.request(DeleteRequest { id: lease, sync: false });
+        self.client
+            .call("deleting a lease", self.client.leases().delete(request))
+            .await
+            .found()?;
+        result
+    }
+
+    async fn import_leased(&self, name: &str, lease: &str, found: &FoundImage) -> Result<String, RuntimeError> {
+        let bad = |why: String| RuntimeError::BadImage {
+            reference: name.to_owned(),
+            why,
+        };
+        let manifest: Manifest =
+            serde_json::from_slice(&found.manifest).map_err(|error| bad(format!("its manifest: {error}")))?;
+        let blobs = || manifest.layers.iter().chain([&manifest.config]);
+        if let Some(blob) = blobs().find(|blob| !is_digest(&blob.digest)) {
+            return Err(bad(format!("{:?} is no sha256 digest", blob.digest)));
+        }
+        for blob in blobs() {
+            let from = found
+                .blobs
+                .open(&blob.digest)
+                .await
+                .map_err(|source| RuntimeError::Io {
+                    doing: format!("opening blob {}", blob.digest),
+                    source,
+                })?;
+            let write = Blob {
+                digest: &blob.digest,
+                size: blob.size,
+                labels: HashMap::new(),
+            };
+            content::write(&self.client, lease, write, from).await?;
+        }
+        let mut labels: HashMap<String, String> = manifest
+            .layers
+            .iter()
+            .enumerate()
+            .map(|(at, layer)| (format!("containerd.io/gc.ref.content.l.{at}"), layer.digest.clone()))
+            .collect();
+        labels.insert(
+            "containerd.io/gc.ref.content.config".to_owned(),
+            manifest.config.digest.clone(),
+        );
+        let digest = digest_of(&found.manifest);
+        let size = found.manifest.len();
+        let write = Blob {
+            digest: &digest,
+            size: size as u64,
+            labels,
+        };
+        content::write(&self.client, lease, write, std::io::Cursor::new(found.manifest.clone())).await?;
+        // Unpacked before the record is there: an image that is listed can be run.
+        self.unpack(name, lease, &manifest).await?;
+        let image = Record {
+            name: name.to_owned(),
+            target: Some(types::Descriptor {
+                media_type: found.media_type.clone(),
+                digest: digest.clone(),
+                size: i64::try_from(size).unwrap_or(i64::MAX),
+                annotations: HashMap::new(),
+            }),
+            ..Record::default()
+        };
+        let request = CreateImageRequest {
+            image: Some(image.clone()),
+            source_date_epoch: None,
+        };
+        let request = self.client.request(request);
+        let created = self
+            .client
+            .call("creating an image", self.client.images().create(request))
+            .await
+            .made()?;
+        if created.is_none() {
+            let request = self.client.request(UpdateImageRequest {
+                image: Some(image),
+                update_mask: Some(prost_types::FieldMask {
+                    paths: vec!["target".to_owned()],
+                }),
+                source_date_epoch: None,
+            });
+            self.client
+                .call("updating an image", self.client.images().update(request))
+                .await?;
+        }
+        tracing::info!(image = name, digest, "imported an image");
+        Ok(digest)
+    }
+
+    /// Reads an image that has a record, and unpacks it where that has not been done.
+    async fn load(&self, name: &str, target: &str) -> Result<Image, RuntimeError> {
+        let bad = |why: String| RuntimeError::BadImage {
+            reference: name.to_owned(),
+            why,
+        };
+        let mut digest = target.to_owned();
+        let mut bytes = content::read(&self.client, &digest, MAX_JSON).await?;
+        if let Ok(index) = serde_json::from_slice::<Index>(&bytes) {
+            digest = index
+                .manifests
+                .into_iter()
+                .find(|manifest| manifest.platform.as_ref().is_none_or(Platform::is_ours))
+                .ok_or_else(|| bad("it is not for this platform".to_owned()))?
+                .digest;
+            bytes = content::read(&self.client, &digest, MAX_JSON).await?;
+        }
+        let manifest: Manifest =
+            serde_json::from_slice(&bytes).map_err(|error| bad(format!("its manifest: {error}")))?;
+        let configuration = self.configuration(name, &manifest).await?;
+        let chain_id = chain_ids(&configuration.rootfs.diff_ids).pop().unwrap_or_default();
+        if !chain_id.is_empty() && !self.has_snapshot(&chain_id).await? {
+            // No lease of its own: the record holds the content, and each snapshot is held by the configuration once labelled.
+            self.unpack(name, "", &manifest).await?;
+        }
+        let process = configuration.config.unwrap_or_default();
+        Ok(Image {
+            name: name.to_owned(),
+            id: manifest.config.digest,
+            digest,
+            chain_id,
+            config: ImageConfig {
+                entrypoint: process.entrypoint.unwrap_or_default(),
+                cmd: process.cmd.unwrap_or_default(),
+                env: process.env.unwrap_or_default(),
+                working_dir: process.working_dir.unwrap_or_default(),
+                user: process.user.unwrap_or_default(),
+                stop_signal: process.stop_signal.unwrap_or_default(),
+            },
+        })
+    }
+
+    async fn configuration(&self, name: &str, manifest: &Manifest) -> Result<Configuration, RuntimeError> {
+        let bad = |why: String| RuntimeError::BadImage {
+            reference: name.to_owned(),
+            why,
+        };
+        let bytes = content::read(&self.client, &manifest.config.digest, MAX_JSON).await?;
+        let configuration: Configuration =
+            serde_json::from_slice(&bytes).map_err(|error| bad(format!("its configuration: {error}")))?;
+        let platform = Platform {
+            architecture: configuration.architecture.clone(),
+            os: configuration.os.clone(),
+        };
+        if !platform.architecture.is_empty() && !platform.is_ours() {
+            return Err(bad(format!("it is for {}/{}", platform.os, platform.architecture)));
+        }
+        if configuration.rootfs.diff_ids.len() != manifest.layers.len() {
+            return Err(bad(
+                "its configuration names another number of layers than its manifest".to_owned(),
+            ));
+        }
+        Ok(configuration)
+    }
+
+    /// Applies the layers, one snapshot each, and lets the configuration's blob hold the last.
+    async fn unpack(&self, name: &str, lease: &str, manifest: &Manifest) -> Result<(), RuntimeError> {
+        let configuration = self.configuration(name, manifest).await?;
+        let diff_ids = &configuration.rootfs.diff_ids;
+        let chain = chain_ids(diff_ids);
+        let mut parent = "";
+        for ((layer, diff_id), chain_id) in manifest.layers.iter().zip(diff_ids).zip(&chain) {
+            if !self.has_snapshot(chain_id).await? {
+                self.unpack_layer(name, lease, layer, diff_id, parent, chain_id).await?;
+            }
+            parent = chain_id;
+        }
+        if parent.is_empty() {
+            return Ok(());
+        }
+        let label = format!("containerd.io/gc.ref.snapshot.{}", self.options.snapshotter);
+        let labels = HashMap::from([(label, parent.to_owned())]);
+        content::label(&self.client, &manifest.config.digest, labels).await
+    }
+
+    async fn unpack_layer(
+        &self,
+        name: &str,
+        lease: &str,
+        layer: &Descriptor,
+        diff_id: &str,
+        parent: &str,
+        chain_id: &str,
+    ) -> Result<(), RuntimeError> {
+        let key = format!("orlop-extract-{}", uuid::Uuid::new_v4().simple());
+        let request = PrepareSnapshotRequest {
+            snapshotter: self.options.snapshotter.clone(),
+            key: key.clone(),
+            parent: parent.to_owned(),
+            labels: HashMap::new(),
+        };
+        let request = if lease.is_empty() {
+            self.client.request(request)
+        } else {
+            self.client.leased(lease, request)
+        };
+        let prepared = self
+            .client
+            .call("preparing a snapshot", self.client.snapshots().prepare(request))
+            .await?;
+        let result = self.apply(name, layer, diff_id, prepared.mounts, &key, chain_id).await;
+        if result.is_err() {
+            let request = RemoveSnapshotRequest {
+                snapshotter: self.options.snapshotter.clone(),
+                key,
+            };
+            let request = self.client.request(request);
+            self.client
+                .call("removing a snapshot", self.client.snapshots().remove(request))
+                .await
+                .found()
+                .ok();
+        }
+        result
+    }
+
+    async fn apply(
+        &self,
+        name: &str,
+        layer: &Descriptor,
+        diff_id: &str,
+        mounts: Vec<types::Mount>,
+        key: &str,
+        chain_id: &str,
+    ) -> Result<(), RuntimeError> {
+        let request = self.client.request(ApplyRequest {
+            diff: Some(types::Descriptor {
+                media_type: layer.media_type.clone(),
+                digest: layer.digest.clone(),
+                size: i64::try_from(layer.size).unwrap_or(i64::MAX),
+                annotations: HashMap::new(),
+            }),
+            mounts,
+            ..ApplyRequest::default()
+        });
+        let deadline = std::time::Duration::from_secs(600);
+        let applied = self
+            .client
+            .call_within(deadline, "unpacking a layer", self.client.diff().apply(request))
+            .await?;
+        let applied = applied.applied.map(|applied| applied.digest).unwrap_or_default();
+        if applied != diff_id {
+            return Err(RuntimeError::BadImage {
+                reference: name.to_owned(),
+                why: format!(
+                    "layer {} unpacks to {applied}, its configuration says {diff_id}",
+                    layer.digest
+                ),
+            });
+        }
+        let request = self.client.request(CommitSnapshotRequest {
+            snapshotter: self.options.snapshotter.clone(),
+            name: chain_id.to_owned(),
+            key: key.to_owned(),
+            labels: HashMap::new(),
+        });
+        let committed = self
+            .client
+            .call("committing a snapshot", self.client.snapshots().commit(request))
+            .await;
+        if committed.made()?.is_none() {
+            // Another image with the same layers was faster.
+            let request = RemoveSnapshotRequest {
+                snapshotter: self.options.snapshotter.clone(),
+                key: key.to_owned(),
+            };
+            let request = self.client.request(request);
+            self.client
+                .call("removing a snapshot", self.client.snapshots().remove(request))
+                .await
+                .found()?;
+        }
+        Ok(())
+    }
+
+    async fn has_snapshot(&self, key: &str) -> Result<bool, RuntimeError> {
+        let request = StatSnapshotRequest {
+            snapshotter: self.options.snapshotter.clone(),
+            key: key.to_owned(),
+        };
+        let request = self.client.request(request);
+        let answer = self
+            .client
+            .call("looking for a snapshot", self.client.snapshots().stat(request))
+            .await;
+        Ok(answer.found()?.is_some())
+    }
+}
+
+/// The chain ids of layers, as the OCI image specification defines them.
+fn chain_ids(diff_ids: &[String]) -> Vec<String> {
+    let mut chain: Vec<String> = Vec::new();
+    for diff_id in diff_ids {
+        let next = match chain.last() {
+            Some(parent) => digest_of(format!("{parent} {diff_id}").as_bytes()),
+            None => diff_id.clone(),
+        };
+        chain.push(next);
+    }
+    chain
+}

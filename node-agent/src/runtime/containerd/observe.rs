@@ -1,0 +1,225 @@
+//! What exists, from containerd's records and tasks and from the state directories.
+
+use std::{collections::HashMap, fs, time::Duration};
+
+use containerd_client::{
+    services::v1::{Container, GetRequest, ListContainersRequest, ListRequest, ListTasksRequest},
+    types::v1::{Process, Status},
+};
+use jiff::Timestamp;
+
+use super::{Containerd, client::Refusal as _, labels};
+use crate::runtime::{
+    Exit, Observed, ObservedContainer, ObservedPod, ObservedSandbox, PodId, ProcessState, RuntimeError, files,
+};
+
+/// A shim that does not answer in this time hangs.
+const SHIM_DEADLINE: Duration = Duration::from_secs(3);
+
+impl Containerd {
+    /// See [`crate::runtime::Runtime::observe`].
+    pub(super) async fn observe_all(&self) -> Result<Observed, RuntimeError> {
+        let filters = vec![format!("labels.\"{}\"", labels::KIND)];
+        let request = self.client.request(ListContainersRequest { filters });
+        let records = self
+            .client
+            .call("listing containers", self.client.containers().list(request))
+            .await?;
+        let request = self.client.request(ListTasksRequest::default());
+        let tasks = self
+            .client
+            .call("listing tasks", self.client.tasks().list(request))
+            .await?;
+        let mut tasks: HashMap<String, Process> = tasks
+            .tasks
+            .into_iter()
+            .map(|task| (task_id(&task).to_owned(), task))
+            .collect();
+        let mut observed = Observed::default();
+        for record in records.containers {
+            let task = match tasks.remove(&record.id) {
+                Some(task) => Task::Is(task),
+                None => self.ask_for_task(&record.id).await,
+            };
+            self.add(&mut observed, &record, &task);
+        }
+        for pod in observed.pods.values_mut() {
+            pod.sandboxes
+                .sort_by(|a, b| (a.attempt, &a.id).cmp(&(b.attempt, &b.id)));
+            pod.containers
+                .sort_by(|a, b| (&a.name, a.restart_count, &a.id).cmp(&(&b.name, b.restart_count, &b.id)));
+        }
+        self.add_remains(&mut observed).await?;
+        Ok(observed)
+    }
+
+    /// The list leaves out tasks whose shim does not answer: only a clear "not found" means that there is none.
+    async fn ask_for_task(&self, id: &str) -> Task {
+        let request = self.client.request(GetRequest {
+            container_id: id.to_owned(),
+            exec_id: String::new(),
+        });
+        match self
+            .client
+            .call_within(SHIM_DEADLINE, "looking for a task", self.client.tasks().get(request))
+            .await
+            .found()
+        {
+            Ok(Some(answer)) => answer.process.map_or(Task::Unknown, Task::Is),
+            Ok(None) => Task::IsNot,
+            Err(error) => {
+                tracing::warn!(container = id, %error, "a task's state is not known");
+                Task::Unknown
+            }
+        }
+    }
+
+    fn add(&self, observed: &mut Observed, record: &Container, task: &Task) {
+        let Some(id) = pod_id(&record.labels) else { return };
+        let label = |key: &str| record.labels.get(key).map_or("", String::as_str);
+        let state = self.state(&id, record, task);
+        let pod = observed.pods.entry(id.uid.clone()).or_insert_with(|| empty(id));
+        if label(labels::KIND) == "sandbox" {
+            pod.sandboxes.push(ObservedSandbox {
+                id: record.id.clone(),
+                attempt: label(labels::ATTEMPT).parse().unwrap_or(0),
+                state,
+                addresses: label(labels::ADDRESSES)
+                    .split(',')
+                    .filter_map(|text| text.parse().ok())
+                    .collect(),
+                host_interface: label(labels::HOST_INTERFACE).to_owned(),
+            });
+        } else {
+            pod.containers.push(ObservedContainer {
+                id: record.id.clone(),
+                sandbox_id: label(labels::SANDBOX).to_owned(),
+                name: label(labels::CONTAINER_NAME).to_owned(),
+                restart_count: label(labels::RESTART_COUNT).parse().unwrap_or(0),
+                backoff_ms: label(labels::BACKOFF).parse().ok(),
+                image: label(labels::IMAGE).to_owned(),
+                image_id: label(labels::IMAGE_ID).to_owned(),
+                grace_seconds: label(labels::GRACE).parse().unwrap_or(0),
+                state,
+            });
+        }
+    }
+
+    fn state(&self, pod: &PodId, record: &Container, task: &Task) -> ProcessState {
+        let label = |key: &str| record.labels.get(key);
+        let time = |key: &str| label(key).and_then(|text| text.parse::<Timestamp>().ok());
+        let created_at = timestamp(record.created_at.as_ref()).unwrap_or(Timestamp::UNIX_EPOCH);
+        let started_at = time(labels::STARTED_AT).unwrap_or(created_at);
+        let never_started = label(labels::STARTED_AT).is_none();
+        match task {
+            Task::Unknown => ProcessState::Unknown,
+            Task::Is(process) => match process.status() {
+                Status::Running | Status::Paused | Status::Pausing => ProcessState::Running {
+                    pid: process.pid,
+                    started_at,
+                },
+                Status::Stopped => {
+                    let finished_at = timestamp(process.exited_at.as_ref()).unwrap_or(started_at);
+                    let code = i32::try_from(process.exit_status).unwrap_or(255);
+                    let oom = code == 137 && self.cgroups.oom_killed(&self.cgroup(&pod.uid, &record.id));
+                    let reason = match code {
+                        _ if oom => "OOMKilled",
+                        0 => "Completed",
+                        _ => "Error",
+                    };
+                    let (reason, message) = (reason.to_owned(), String::new());
+                    ProcessState::Exited(Exit {
+                        code,
+                        reason,
+                        message,
+                        started_at,
+                        finished_at,
+                    })
+                }
+                Status::Created => ProcessState::Created,
+                Status::Unknown => ProcessState::Unknown,
+            },
+            Task::IsNot => {
+                if let Some(message) = label(labels::START_ERROR) {
+                    let finished_at = time(labels::FAILED_AT).unwrap_or(created_at);
+                    let (reason, message) = ("StartError".to_owned(), message.clone());
+                    return ProcessState::Exited(Exit {
+                        code: 128,
+                        reason,
+                        message,
+                        started_at: finished_at,
+                        finished_at,
+                    });
+                }
+                if never_started {
+                    return ProcessState::Created;
+                }
+                ProcessState::Exited(Exit {
+                    code: 137,
+                    reason: "ContainerStatusUnknown".to_owned(),
+                    message: "the container's process was lost: its shim or the machine ended".to_owned(),
+                    started_at,
+                    finished_at: timestamp(record.updated_at.as_ref()).unwrap_or(started_at),
+                })
+            }
+        }
+    }
+
+    /// Adds the pods of which only a state directory or a lease is left, and marks those that have one.
+    async fn add_remains(&self, observed: &mut Observed) -> Result<(), RuntimeError> {
+        let request = self.client.request(ListRequest { filters: Vec::new() });
+        let leases = self
+            .client
+            .call("listing leases", self.client.leases().list(request))
+            .await?;
+        let leased = leases.leases.iter().filter_map(|lease| pod_id(&lease.labels));
+        let dirs = fs::read_dir(self.options.run_dir.join("pods"));
+        let kept = dirs
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| files::read_pod_id(&entry.ok()?.path()));
+        for id in leased.chain(kept) {
+            observed.pods.entry(id.uid.clone()).or_insert_with(|| empty(id)).remains = true;
+        }
+        Ok(())
+    }
+}
+
+enum Task {
+    Is(Process),
+    IsNot,
+    Unknown,
+}
+
+/// containerd 1.6 gives the id of a container's first process as `id`, and `container_id` not at all.
+fn task_id(task: &Process) -> &str {
+    if task.container_id.is_empty() {
+        &task.id
+    } else {
+        &task.container_id
+    }
+}
+
+fn empty(id: PodId) -> ObservedPod {
+    ObservedPod {
+        id,
+        sandboxes: Vec::new(),
+        containers: Vec::new(),
+        networks: Vec::new(),
+        remains: false,
+    }
+}
+
+fn pod_id(labels: &HashMap<String, String>) -> Option<PodId> {
+    Some(PodId {
+        namespace: labels.get(labels::POD_NAMESPACE)?.clone(),
+        name: labels.get(labels::POD_NAME)?.clone(),
+        uid: labels.get(labels::POD_UID)?.clone(),
+    })
+}
+
+fn timestamp(time: Option<&prost_types::Timestamp>) -> Option<Timestamp> {
+    // containerd writes Go's zero time for none.
+    time.filter(|time| time.seconds > 0)
+        .and_then(|time| Timestamp::new(time.seconds, time.nanos).ok())
+}
