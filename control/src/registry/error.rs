@@ -1,21 +1,7 @@
 //! Why a write did not happen.
 
+pub use crate::model::FieldError;
 use crate::store::StoreError;
-
-/// A field that is wrong.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FieldError {
-    /// Its path as in JSON: `spec.ports[0].port`.
-    pub field: String,
-    /// What is wrong with it.
-    pub message: String,
-}
-
-impl std::fmt::Display for FieldError {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(formatter, "{}: {}", self.field, self.message)
-    }
-}
 
 /// Why the registry could not do it.
 #[derive(Debug, thiserror::Error)]
