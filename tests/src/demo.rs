@@ -128,7 +128,8 @@ fn write_admin(lab: &Lab) -> Result<()> {
         fs::copy(pki.join(name), admin.join(name)).with_context(|| format!("copying {name} of control"))?;
     }
     let text = format!(
-        "export ORLOP_ADDR=127.0.0.1:{}\nexport ORLOP_CA={}\nexport ORLOP_CERT={}\nexport ORLOP_KEY={}\n",
+        "export PATH=\"{}:$PATH\"\nexport ORLOP_ADDR=127.0.0.1:{}\nexport ORLOP_CA={}\nexport ORLOP_CERT={}\nexport ORLOP_KEY={}\n",
+        lab.spec.orlop.join("tools").join("bin").display(),
         lab.members.api_port,
         admin.join("ca.crt").display(),
         admin.join("admin.crt").display(),
