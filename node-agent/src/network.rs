@@ -5,14 +5,22 @@
 //! [`Network::add`], and taken down in the other: [`Network::del`], [`Network::delete_namespace`]. Every call is idempotent:
 //! what was cut off half-way is done again by calling the same again.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-    path::PathBuf,
-};
+use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
+use imbl::OrdMap;
 use orlop_proto::node::v1 as link;
+
+pub use node_network::{CniNetwork, Settings};
+
+mod attachments;
+mod conflist;
+mod kernel;
+mod namespace;
+mod node_network;
+mod own_conflist;
+mod plugin;
+mod result;
 
 /// The network side of a node.
 #[async_trait]
@@ -46,7 +54,7 @@ pub trait Network: Send + Sync + 'static {
     async fn configure(
         &self,
         ranges: &link::Welcome,
-        routes: &BTreeMap<String, link::Route>,
+        routes: &OrdMap<String, Arc<link::Route>>,
     ) -> Result<(), NetworkError>;
 
     /// Whether pods can be wired now; otherwise why not, for the node's condition.

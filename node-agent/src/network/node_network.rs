@@ -1,0 +1,537 @@
+//! [`Network`] on a real node: the CNI runtime.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fs,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use imbl::OrdMap;
+use ipnet::IpNet;
+use orlop_proto::node::v1 as link;
+use serde_json::{Map, Value, json};
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, RwLock};
+
+use super::{
+    Attachment, Network, NetworkError, NetworkStatus, PodNetwork,
+    attachments::{Attachments, Record},
+    conflist::{ConfList, plugin_type},
+    kernel::{self, Target},
+    namespace::{self, Pins},
+    own_conflist, plugin, result,
+};
+use crate::config::Config;
+
+/// The interface that a sandbox gets.
+const IFNAME: &str = "eth0";
+
+/// Where things are.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where configurations are read from and the agent's own is written to.
+    pub conf_dir: PathBuf,
+    /// Where plugins are looked for, in order.
+    pub bin_dirs: Vec<PathBuf>,
+    /// What must survive a reboot: the cached results.
+    pub data_dir: PathBuf,
+    /// What a reboot clears: pinned namespaces, address leases.
+    pub run_dir: PathBuf,
+    /// The node's address: its interface's MTU is the pods' too.
+    pub node_address: Option<IpAddr>,
+    /// For each run of a plugin.
+    pub plugin_timeout: Duration,
+    /// What tells one boot of the machine from another.
+    pub boot_id_file: PathBuf,
+    /// `runtimeConfig` for plugins that declare the capability of that name.
+    pub capability_args: BTreeMap<String, Value>,
+}
+
+/// The network of a node, through CNI plugins.
+#[derive(Debug)]
+pub struct CniNetwork {
+    settings: Settings,
+    pins: Pins,
+    attachments: Attachments,
+    /// One call at a time for a sandbox.
+    busy: Mutex<HashMap<String, Arc<AsyncMutex<()>>>>,
+    /// GC must not see half an ADD: they read, it writes.
+    collecting: RwLock<()>,
+}
+
+impl Settings {
+    /// From the agent's configuration. Plugins are also looked for beside the agent's executable, last.
+    pub fn new(config: &Config) -> Self {
+        let mut bin_dirs = config.cni_bin_dirs.clone();
+        let beside = std::env::current_exe()
+            .ok()
+            .and_then(|exe| exe.parent().map(Path::to_owned));
+        bin_dirs.extend(beside.filter(|dir| !config.cni_bin_dirs.contains(dir)));
+        Self {
+            conf_dir: config.cni_conf_dir.clone(),
+            bin_dirs,
+            data_dir: config.data_dir.clone(),
+            run_dir: config.run_dir.clone(),
+            node_address: config.node_address,
+            plugin_timeout: Duration::from_secs(60),
+            boot_id_file: "/proc/sys/kernel/random/boot_id".into(),
+            capability_args: BTreeMap::new(),
+        }
+    }
+}
+
+impl CniNetwork {
+    /// Makes nothing yet.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            pins: Pins::new(&settings.run_dir),
+            attachments: Attachments::new(&settings.data_dir),
+            busy: Mutex::default(),
+            collecting: RwLock::default(),
+            settings,
+        }
+    }
+
+    async fn lock(&self, sandbox_id: &str) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut busy = self.busy.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            busy.retain(|_, lock| Arc::strong_count(lock) > 1);
+            busy.entry(sandbox_id.to_owned()).or_default().clone()
+        };
+        lock.lock_owned().await
+    }
+
+    fn boot_id(&self) -> Result<String, NetworkError> {
+        let path = &self.settings.boot_id_file;
+        let text = fs::read_to_string(path).map_err(|source| NetworkError::File {
+            path: path.clone(),
+            source,
+        })?;
+        Ok(text.trim().to_owned())
+    }
+
+    /// Runs the list's ADDs, each with the result of the one before.
+    async fn add_list(&self, list: &ConfList, pod: &PodNetwork) -> Result<Value, NetworkError> {
+        let mut previous: Option<Value> = None;
+        for config in &list.plugins {
+            let given = self.run(list, config, "ADD", Some(pod), previous.as_ref()).await?;
+            let plugin = plugin_type(config);
+            let bad = |reason: &str| NetworkError::Exec {
+                plugin: plugin.into(),
+                command: "ADD",
+                reason: reason.into(),
+            };
+            match given {
+                Some(Value::Object(object)) => previous = Some(Value::Object(object)),
+                Some(_) => return Err(bad("printed what is no result")),
+                None => return Err(bad("printed no result")),
+            }
+        }
+        previous.ok_or_else(|| NetworkError::NotConfigured("a network without plugins".into()))
+    }
+
+    /// Runs the list's DELs in reverse, all of them even if some fail.
+    async fn del_list(&self, list: &ConfList, pod: &PodNetwork, previous: Option<&Value>) -> Result<(), NetworkError> {
+        // Before 0.4.0 DEL had no prevResult.
+        let previous = previous.filter(|_| list.at_least("0.4.0"));
+        let mut errors = Vec::new();
+        for config in list.plugins.iter().rev() {
+            errors.extend(self.run(list, config, "DEL", Some(pod), previous).await.err());
+        }
+        match errors.len() {
+            0 => Ok(()),
+            1 => Err(errors.remove(0)),
+            _ => Err(NetworkError::Several(errors)),
+        }
+    }
+
+    async fn run(
+        &self,
+        list: &ConfList,
+        config: &Map<String, Value>,
+        command: &'static str,
+        pod: Option<&PodNetwork>,
+        previous: Option<&Value>,
+    ) -> Result<Option<Value>, NetworkError> {
+        let mut more = Vec::new();
+        let declared = config.get("capabilities").and_then(Value::as_object);
+        let wants = |name: &String| declared.is_some_and(|d| d.get(name) == Some(&Value::Bool(true)));
+        let args: Map<String, Value> = self
+            .settings
+            .capability_args
+            .iter()
+            .filter(|(name, _)| wants(name))
+            .map(|(n, v)| (n.clone(), v.clone()))
+            .collect();
+        if !args.is_empty() {
+            more.push(("runtimeConfig", Value::Object(args)));
+        }
+        more.extend(previous.map(|value| ("prevResult", value.clone())));
+        self.call(list, config, command, pod, &more).await
+    }
+
+    async fn call(
+        &self,
+        list: &ConfList,
+        config: &Map<String, Value>,
+        command: &'static str,
+        pod: Option<&PodNetwork>,
+        more: &[(&str, Value)],
+    ) -> Result<Option<Value>, NetworkError> {
+        let env = pod.map(environment).unwrap_or_default();
+        let call = plugin::Call {
+            bin_dirs: &self.settings.bin_dirs,
+            plugin: plugin_type(config),
+            command,
+            env: &env,
+            config: &list.config(config, more),
+            timeout: self.settings.plugin_timeout,
+        };
+        call.run().await
+    }
+
+    /// DEL and the end of the record. Without a record nothing was added.
+    async fn del_recorded(&self, sandbox_id: &str) -> Result<(), NetworkError> {
+        let Some(record) = self.attachments.read(sandbox_id)? else {
+            return Ok(());
+        };
+        let mut pod = PodNetwork::from(&record.pod);
+        if namespace::identity(&pod.netns).is_none() {
+            // The specification: no namespace any more, no path of it.
+            pod.netns = PathBuf::new();
+        }
+        self.del_list(&record.list, &pod, record.result.as_ref()).await?;
+        self.attachments.remove(sandbox_id)
+    }
+
+    async fn garbage_verb(&self, valid: &BTreeSet<String>) -> Result<(), NetworkError> {
+        let list = match ConfList::load(&self.settings.conf_dir) {
+            Ok(list) if list.at_least("1.1.0") && !list.disable_gc => list,
+            Ok(_) | Err(NetworkError::NotConfigured(_)) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let attachments: Vec<Value> = valid
+            .iter()
+            .map(|id| json!({"containerID": id, "ifname": IFNAME}))
+            .collect();
+        let mut errors = Vec::new();
+        for config in &list.plugins {
+            let more = [("cni.dev/valid-attachments", attachments.clone().into())];
+            errors.extend(self.call(&list, config, "GC", None, &more).await.err());
+        }
+        if errors.is_empty() {
+            Ok(())
+        } else {
+            Err(NetworkError::Several(errors))
+        }
+    }
+}
+
+#[async_trait]
+impl Network for CniNetwork {
+    async fn create_namespace(&self, sandbox_id: &str) -> Result<PathBuf, NetworkError> {
+        check_id(sandbox_id)?;
+        let _one = self.lock(sandbox_id).await;
+        let (pins, id) = (self.pins.clone(), sandbox_id.to_owned());
+        blocking(move || pins.create(&id)).await
+    }
+
+    async fn delete_namespace(&self, sandbox_id: &str) -> Result<(), NetworkError> {
+        check_id(sandbox_id)?;
+        let _one = self.lock(sandbox_id).await;
+        let (pins, id) = (self.pins.clone(), sandbox_id.to_owned());
+        blocking(move || pins.delete(&id)).await
+    }
+
+    async fn add(&self, pod: &PodNetwork) -> Result<NetworkStatus, NetworkError> {
+        check_id(&pod.sandbox_id)?;
+        let _collecting = self.collecting.read().await;
+        let _one = self.lock(&pod.sandbox_id).await;
+        let namespace = namespace::identity(&pod.netns);
+        if namespace.is_none() {
+            return Err(NetworkError::Invalid(format!(
+                "{} is not a network namespace",
+                pod.netns.display()
+            )));
+        }
+        let boot_id = self.boot_id()?;
+        if let Some(record) = self.attachments.read(&pod.sandbox_id)? {
+            let same = record.namespace == namespace && record.boot_id == boot_id;
+            if let (true, Some(value)) = (same, &record.result) {
+                return result::status(value, &pod.netns).map_err(NetworkError::Invalid);
+            }
+            // Cut off half-way, or of a namespace that is no more.
+            self.del_recorded(&pod.sandbox_id).await?;
+        }
+        let list = ConfList::load(&self.settings.conf_dir)?;
+        let mut record = Record {
+            pod: pod.into(),
+            list,
+            namespace,
+            boot_id,
+            result: None,
+        };
+        self.attachments.write(&record)?;
+        let added = match self.add_list(&record.list, pod).await {
+            Ok(value) => match result::status(&value, &pod.netns) {
+                Ok(status) => Ok((value, status)),
+                Err(reason) => {
+                    let plugin = record
+                        .list
+                        .plugins
+                        .last()
+                        .map(plugin_type)
+                        .unwrap_or_default()
+                        .to_owned();
+                    Err(NetworkError::Exec {
+                        plugin,
+                        command: "ADD",
+                        reason,
+                    })
+                }
+            },
+            Err(error) => Err(error),
+        };
+        match added {
+            Ok((value, status)) => {
+                record.result = Some(value);
+                self.attachments.write(&record)?;
+                tracing::debug!(sandbox = pod.sandbox_id, addresses = ?status.addresses, "network added");
+                Ok(status)
+            }
+            Err(error) => {
+                // The record stays if this fails, and the caller's DEL does it again.
+                if let Err(undo) = self.del_recorded(&pod.sandbox_id).await {
+                    tracing::warn!(sandbox = pod.sandbox_id, error = %undo, "a failed ADD is not rolled back yet");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn check(&self, pod: &PodNetwork) -> Result<(), NetworkError> {
+        check_id(&pod.sandbox_id)?;
+        let _collecting = self.collecting.read().await;
+        let _one = self.lock(&pod.sandbox_id).await;
+        let record = self.attachments.read(&pod.sandbox_id)?;
+        let Some((record, Some(value))) = record.map(|r| {
+            let value = r.result.clone();
+            (r, value)
+        }) else {
+            return Err(NetworkError::Invalid(format!(
+                "sandbox {} was not added",
+                pod.sandbox_id
+            )));
+        };
+        if record.list.disable_check || !record.list.at_least("0.4.0") {
+            return Ok(());
+        }
+        for config in &record.list.plugins {
+            self.run(&record.list, config, "CHECK", Some(pod), Some(&value)).await?;
+        }
+        Ok(())
+    }
+
+    async fn del(&self, pod: &PodNetwork) -> Result<(), NetworkError> {
+        check_id(&pod.sandbox_id)?;
+        let _collecting = self.collecting.read().await;
+        let _one = self.lock(&pod.sandbox_id).await;
+        self.del_recorded(&pod.sandbox_id).await
+    }
+
+    async fn list(&self) -> Result<Vec<Attachment>, NetworkError> {
+        let pinned = self.pins.list()?;
+        let recorded = self.attachments.list()?;
+        let ids: BTreeSet<String> = pinned
+            .into_iter()
+            .chain(recorded)
+            .filter(|id| check_id(id).is_ok())
+            .collect();
+        let mut all = Vec::new();
+        for sandbox_id in ids {
+            let path = self.pins.path(&sandbox_id);
+            let record = self.attachments.read(&sandbox_id)?;
+            let pod = record.as_ref().map(|record| PodNetwork::from(&record.pod));
+            let status = record.as_ref().and_then(|record| {
+                result::status(record.result.as_ref()?, pod.as_ref().map_or(&path, |pod| &pod.netns)).ok()
+            });
+            let netns = path.symlink_metadata().is_ok().then_some(path);
+            all.push(Attachment {
+                sandbox_id,
+                netns,
+                pod,
+                status,
+            });
+        }
+        Ok(all)
+    }
+
+    async fn gc(&self, valid: &BTreeSet<String>) -> Result<(), NetworkError> {
+        let _collecting = self.collecting.write().await;
+        let mut errors = Vec::new();
+        for attachment in self.list().await? {
+            let id = &attachment.sandbox_id;
+            if valid.contains(id) {
+                continue;
+            }
+            tracing::info!(sandbox = id, "clearing the network of a sandbox that is gone");
+            match self.del_recorded(id).await {
+                Ok(()) => errors.extend(self.pins.delete(id).err()),
+                Err(error) => errors.push(error),
+            }
+        }
+        errors.extend(self.garbage_verb(valid).await.err());
+        match errors.len() {
+            0 => Ok(()),
+            1 => Err(errors.remove(0)),
+            _ => Err(NetworkError::Several(errors)),
+        }
+    }
+
+    async fn configure(
+        &self,
+        ranges: &link::Welcome,
+        routes: &OrdMap<String, Arc<link::Route>>,
+    ) -> Result<(), NetworkError> {
+        let own = parse_ranges(&ranges.pod_cidrs)?;
+        if own.is_empty() {
+            return Err(NetworkError::Invalid("the node has no pod range".into()));
+        }
+        kernel::enable_forwarding(&own)?;
+        let mtu = kernel::uplink_mtu(self.settings.node_address).await?;
+        let (run_dir, boot_id_file) = (&self.settings.run_dir, &self.settings.boot_id_file);
+        let conflist = own_conflist::conflist(&own, mtu, &run_dir.join("ipam"), boot_id_file);
+        if own_conflist::install(&self.settings.conf_dir, &conflist)? {
+            tracing::info!(ranges = ?own, mtu, "CNI configuration written");
+        }
+        let (wanted, mut errors) = wanted_routes(&own, &ranges.cluster_pod_cidr, routes);
+        errors.extend(kernel::sync_routes(&wanted).await.err());
+        if errors.is_empty() {
+            Ok(())
+        } else {
+            Err(NetworkError::Several(errors))
+        }
+    }
+
+    async fn ready(&self) -> Result<(), String> {
+        let list = ConfList::load(&self.settings.conf_dir).map_err(|e| e.to_string())?;
+        for config in &list.plugins {
+            let name = plugin_type(config);
+            plugin::find(&self.settings.bin_dirs, name).map_err(|reason| format!("plugin {name}: {reason}"))?;
+            if list.at_least("1.1.0") {
+                self.call(&list, config, "STATUS", None, &[])
+                    .await
+                    .map_err(|e| e.to_string())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The routes that the node should have; what is unusable is an error of its own and stops no other.
+fn wanted_routes(
+    own: &[IpNet],
+    cluster: &str,
+    routes: &OrdMap<String, Arc<link::Route>>,
+) -> (BTreeMap<IpNet, Target>, Vec<NetworkError>) {
+    let mut errors = Vec::new();
+    let mut wanted = BTreeMap::new();
+    let cluster = match cluster.parse::<IpNet>() {
+        Ok(net) => Some(net.trunc()),
+        Err(_) if cluster.is_empty() => None,
+        Err(_) => {
+            errors.push(NetworkError::Invalid(format!(
+                "the cluster's pod range {cluster:?} is not a range"
+            )));
+            None
+        }
+    };
+    wanted.extend(cluster.map(|net| (net, Target::Unreachable)));
+    for (node, route) in routes {
+        let mut refuse = |why: String| errors.push(NetworkError::Invalid(format!("route of node {node}: {why}")));
+        let Ok(address) = route.node_address.parse::<IpAddr>() else {
+            refuse(format!("{:?} is not an address", route.node_address));
+            continue;
+        };
+        let ranges = match parse_ranges(&route.pod_cidrs) {
+            Ok(ranges) => ranges,
+            Err(error) => {
+                refuse(error.to_string());
+                continue;
+            }
+        };
+        for net in ranges {
+            let same_family = |other: &IpNet| other.addr().is_ipv4() == net.addr().is_ipv4();
+            if address.is_ipv4() != net.addr().is_ipv4() {
+                refuse(format!("{net} cannot be reached through {address}"));
+            } else if own.iter().any(|mine| mine.contains(&net) || net.contains(mine)) {
+                refuse(format!("{net} overlaps this node's own range"));
+            } else if cluster
+                .as_ref()
+                .is_some_and(|cluster| same_family(cluster) && !cluster.contains(&net))
+            {
+                refuse(format!("{net} is outside the cluster's pod range"));
+            } else {
+                wanted.insert(net, Target::Via(address));
+            }
+        }
+    }
+    (wanted, errors)
+}
+
+fn parse_ranges(texts: &[String]) -> Result<Vec<IpNet>, NetworkError> {
+    let parse = |text: &String| {
+        let net = text
+            .parse::<IpNet>()
+            .ok()
+            .filter(|net| net.prefix_len() > 0)
+            .map(|net| net.trunc());
+        net.ok_or_else(|| NetworkError::Invalid(format!("{text:?} is not a pod range")))
+    };
+    texts.iter().map(parse).collect()
+}
+
+fn environment(pod: &PodNetwork) -> Vec<(&'static str, String)> {
+    // `;` and `=` cannot be in these names by Kubernetes' rules; they would be other arguments.
+    let clean = |text: &str| text.replace([';', '='], "_");
+    let args = format!(
+        "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_INFRA_CONTAINER_ID={};K8S_POD_UID={}",
+        clean(&pod.namespace),
+        clean(&pod.name),
+        pod.sandbox_id,
+        clean(&pod.uid)
+    );
+    vec![
+        ("CNI_CONTAINERID", pod.sandbox_id.clone()),
+        ("CNI_IFNAME", IFNAME.to_owned()),
+        ("CNI_NETNS", pod.netns.to_string_lossy().into_owned()),
+        ("CNI_ARGS", args),
+    ]
+}
+
+/// A sandbox's id is a file's name and a CNI container id.
+fn check_id(id: &str) -> Result<(), NetworkError> {
+    let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-');
+    let first = id.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+    if first && id.len() <= 200 && id.bytes().all(legal) {
+        return Ok(());
+    }
+    Err(NetworkError::Invalid(format!(
+        "{:?} is not a sandbox id",
+        id.chars().take(80).collect::<String>()
+    )))
+}
+
+async fn blocking<T: Send + 'static>(
+    f: impl FnOnce() -> Result<T, NetworkError> + Send + 'static,
+) -> Result<T, NetworkError> {
+    tokio::task::spawn_blocking(f)
+        .await
+        .unwrap_or_else(|e| Err(NetworkError::Invalid(e.to_string())))
+}
+
+#[cfg(test)]
+mod tests;
