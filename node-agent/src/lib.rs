@@ -6,5 +6,6 @@ pub mod desired;
 pub mod ledger;
 pub mod link;
 pub mod network;
+pub mod plan;
 pub mod reconciler;
 pub mod runtime;

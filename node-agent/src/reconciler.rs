@@ -1,12 +1,38 @@
 //! The loop that makes the node's pods what control wants them to be: observe, plan, execute, report.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+    time::Duration,
+};
 
-use orlop_proto::core::v1::PodStatus;
-use tokio::sync::{mpsc, watch};
+use jiff::Timestamp;
+use orlop_proto::{
+    Resource as _,
+    core::v1::{Pod, PodStatus},
+};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::{dataplane::Dataplane, desired::Desired, network::Network, runtime::Runtime};
+use crate::{
+    dataplane::Dataplane,
+    desired::Desired,
+    network::Network,
+    plan::{self, Action, Context, Failure, PodPlan, Progress, Stop},
+    runtime::{Observed, ObservedPod, PodId, Runtime},
+};
+
+mod execute;
+
+use execute::{Done, Executor, Failed};
+
+/// So many pods are started at once; the others wait for their turn.
+const PARALLEL_STARTS: usize = 8;
+/// The wait after a failed observation.
+const RETRY_OBSERVE: Duration = Duration::from_millis(500);
+/// The wait when the link does not take an update now.
+const RETRY_REPORT: Duration = Duration::from_millis(50);
 
 /// What the reconciler works with.
 pub struct Inputs {
@@ -35,6 +61,8 @@ pub struct Settings {
     pub backoff_max: Duration,
     /// A container that ran for this long starts with no back-off again (default 10 min).
     pub backoff_reset: Duration,
+    /// The machine's memory in bytes, for oom_score_adj.
+    pub memory_capacity: u64,
     /// Everything is looked at again after this time even when nothing woke the loop (default 10 s).
     pub resync: Duration,
 }
@@ -46,9 +74,18 @@ impl Default for Settings {
             backoff_initial: Duration::from_secs(10),
             backoff_max: Duration::from_secs(300),
             backoff_reset: Duration::from_secs(600),
+            memory_capacity: memory_capacity(),
             resync: Duration::from_secs(10),
         }
     }
+}
+
+/// MemTotal; 0 where it cannot be read.
+fn memory_capacity() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
 }
 
 /// A pod's status has changed, or the pod is gone.
@@ -68,6 +105,274 @@ pub struct PodUpdate {
 
 /// Runs until `stop` is cancelled. Pods go on running afterwards.
 pub async fn run(inputs: Inputs, stop: CancellationToken) {
-    let _ = inputs;
-    stop.cancelled().await;
+    let (sender, done) = mpsc::unbounded_channel();
+    let executor = Executor {
+        runtime: inputs.runtime.clone(),
+        network: inputs.network.clone(),
+        dataplane: inputs.dataplane.clone(),
+        starts: Arc::new(Semaphore::new(PARALLEL_STARTS)),
+    };
+    let reconciler = Reconciler {
+        inputs,
+        executor,
+        sender,
+        progress: Progress::default(),
+        busy: BTreeSet::new(),
+        reported: BTreeMap::new(),
+        cleared: false,
+    };
+    reconciler.run(done, stop).await;
 }
+
+struct Reconciler {
+    inputs: Inputs,
+    executor: Executor,
+    /// Workers' ends.
+    sender: mpsc::UnboundedSender<Done>,
+    progress: Progress,
+    /// Pods whose worker runs, or has ended but not been heard yet: what was observed meanwhile may be stale for them.
+    busy: BTreeSet<String>,
+    /// The latest update of each pod.
+    reported: BTreeMap<String, PodUpdate>,
+    /// Whether networks that an earlier life left half-made have been cleared.
+    cleared: bool,
+}
+
+impl Reconciler {
+    async fn run(mut self, mut done: mpsc::UnboundedReceiver<Done>, stop: CancellationToken) {
+        let changed = self.inputs.runtime.changed();
+        let mut wait = Duration::ZERO;
+        loop {
+            // Every branch is cancel-safe: a permit of Notify, a version of watch and a message of mpsc are only taken by the
+            // branch that is chosen.
+            let ended = tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(wait) => None,
+                () = changed.notified() => None,
+                ended = done.recv() => ended,
+                result = self.inputs.desired.changed() => {
+                    if result.is_err() {
+                        return;
+                    }
+                    None
+                }
+            };
+            let more = std::iter::from_fn(|| done.try_recv().ok());
+            for ended in ended.into_iter().chain(more).collect::<Vec<_>>() {
+                self.settle(ended);
+            }
+            wait = self.round().await;
+        }
+    }
+
+    /// Takes what a worker did into account.
+    fn settle(&mut self, done: Done) {
+        self.busy.remove(&done.uid);
+        let now = Timestamp::now();
+        for (subject, result) in done.results {
+            let failures = self.progress.failures.entry(done.uid.clone()).or_default();
+            match result {
+                Ok(()) => drop(failures.remove(&subject)),
+                Err(Failed { reason, message }) => {
+                    let count = failures.get(&subject).map_or(0, |failure| failure.count) + 1;
+                    failures.insert(
+                        subject,
+                        Failure {
+                            count,
+                            at: now,
+                            reason,
+                            message,
+                        },
+                    );
+                }
+            }
+        }
+        for id in done.detached {
+            self.progress.attached.remove(&id);
+        }
+        self.progress.attached.extend(done.attached);
+    }
+
+    /// Observes, plans, dispatches, reports; returns how long to wait if nothing happens.
+    async fn round(&mut self) -> Duration {
+        let observed = match self.observe().await {
+            Ok(observed) => observed,
+            Err(error) => {
+                tracing::warn!(%error, "cannot observe");
+                return RETRY_OBSERVE;
+            }
+        };
+        let desired = self.inputs.desired.borrow_and_update().clone();
+        self.forget(&desired, &observed);
+        let now = Timestamp::now();
+        let progress = self.progress.clone();
+        let settings = self.inputs.settings.clone();
+        let context = Context {
+            desired: &desired,
+            progress: &progress,
+            settings: &settings,
+            now,
+        };
+        let plans = plan::plan(context, &observed);
+        let mut wait = settings.resync;
+        for (uid, pod_plan) in plans {
+            if let Some(pod) = desired.pods.get(&uid)
+                && !self.report(
+                    context,
+                    pod,
+                    observed.pods.get(&uid),
+                    pod_plan.gone && !self.busy.contains(&uid),
+                )
+            {
+                wait = wait.min(RETRY_REPORT);
+            }
+            if self.busy.contains(&uid) {
+                continue;
+            }
+            if let Some(at) = pod_plan.wake_at {
+                wait = wait.min(Duration::try_from(at.duration_since(now)).unwrap_or_default());
+            }
+            self.dispatch(pod_plan, observed.pods.get(&uid), now);
+        }
+        wait
+    }
+
+    async fn observe(&mut self) -> Result<Observed, ObserveError> {
+        let mut observed = self.inputs.runtime.observe().await?;
+        if !self.cleared {
+            // Nothing is under way yet: a network without a sandbox is one whose making was cut off.
+            let valid = sandbox_ids(&observed);
+            match self.inputs.network.gc(&valid).await {
+                Ok(()) => self.cleared = true,
+                Err(error) => tracing::warn!(%error, "cannot clear networks that nobody uses"),
+            }
+        }
+        for attachment in self.inputs.network.list().await? {
+            let Some(pod) = attachment.pod else { continue };
+            let id = PodId {
+                namespace: pod.namespace,
+                name: pod.name,
+                uid: pod.uid,
+            };
+            let found = observed.pods.entry(id.uid.clone()).or_insert_with(|| ObservedPod {
+                id,
+                sandboxes: Vec::new(),
+                containers: Vec::new(),
+                networks: Vec::new(),
+                remains: false,
+            });
+            found.networks.push(attachment.sandbox_id);
+        }
+        Ok(observed)
+    }
+
+    /// Drops what is remembered of what is no more.
+    fn forget(&mut self, desired: &Desired, observed: &Observed) {
+        let known = |uid: &String| desired.pods.contains_key(uid) || observed.pods.contains_key(uid);
+        self.progress
+            .failures
+            .retain(|uid, failures| known(uid) && !failures.is_empty());
+        self.reported.retain(|uid, _| desired.pods.contains_key(uid));
+        let containers: BTreeSet<&str> = observed
+            .pods
+            .values()
+            .flat_map(|pod| &pod.containers)
+            .map(|container| container.id.as_str())
+            .collect();
+        self.progress.stops.retain(|id, _| containers.contains(id.as_str()));
+        if self.busy.is_empty() {
+            let sandboxes = sandbox_ids(observed);
+            self.progress.attached.retain(|id| sandboxes.contains(id));
+        }
+    }
+
+    /// Reports the pod when something is new; `false` when the update could not be handed on now.
+    fn report(&mut self, context: Context<'_>, pod: &Pod, found: Option<&ObservedPod>, gone: bool) -> bool {
+        let reported = self.reported.get(pod.uid());
+        if reported.is_some_and(|update| update.gone) {
+            return true;
+        }
+        let empty = PodStatus::default();
+        let previous = reported
+            .map(|update| &update.status)
+            .or(pod.status.as_ref())
+            .unwrap_or(&empty);
+        let update = PodUpdate {
+            namespace: pod.namespace().to_owned(),
+            name: pod.name().to_owned(),
+            uid: pod.uid().to_owned(),
+            status: plan::status::pod_status(context, pod, found, previous),
+            gone,
+        };
+        if reported == Some(&update) {
+            return true;
+        }
+        match self.inputs.updates.try_send(update.clone()) {
+            Ok(()) => {
+                self.reported.insert(update.uid.clone(), update);
+                true
+            }
+            Err(mpsc::error::TrySendError::Full(_)) => false,
+            Err(mpsc::error::TrySendError::Closed(_)) => true,
+        }
+    }
+
+    /// Starts the pod's worker.
+    fn dispatch(&mut self, plan: PodPlan, found: Option<&ObservedPod>, now: Timestamp) {
+        if plan.actions.is_empty() {
+            return;
+        }
+        for action in &plan.actions {
+            tracing::debug!(pod = plan.id.uid, name = plan.id.name, ?action, "doing");
+            match action {
+                Action::Terminate { id } => {
+                    self.progress.stops.entry(id.clone()).or_insert(Stop {
+                        asked_at: now,
+                        killed_at: None,
+                    });
+                }
+                Action::Kill { id } => {
+                    let stop = self.progress.stops.entry(id.clone()).or_insert(Stop {
+                        asked_at: now,
+                        killed_at: None,
+                    });
+                    stop.killed_at = Some(now);
+                }
+                _ => {}
+            }
+        }
+        let uid = plan.id.uid.clone();
+        self.busy.insert(uid.clone());
+        let sandboxes = found
+            .map(|found| found.sandboxes.iter().map(|sandbox| sandbox.id.clone()).collect())
+            .unwrap_or_default();
+        let (executor, sender) = (self.executor.clone(), self.sender.clone());
+        let worker = tokio::spawn(async move { executor.execute(plan.id, plan.actions, sandboxes).await });
+        tokio::spawn(async move {
+            // A worker that panicked is heard too: its pod must not stay busy.
+            let done = worker.await.unwrap_or_else(|error| Done::panicked(uid, &error));
+            // Nobody listens any more only when the agent ends.
+            sender.send(done).ok();
+        });
+    }
+}
+
+fn sandbox_ids(observed: &Observed) -> BTreeSet<String> {
+    observed
+        .pods
+        .values()
+        .flat_map(|pod| &pod.sandboxes)
+        .map(|sandbox| sandbox.id.clone())
+        .collect()
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ObserveError {
+    #[error(transparent)]
+    Runtime(#[from] crate::runtime::RuntimeError),
+    #[error(transparent)]
+    Network(#[from] crate::network::NetworkError),
+}
+
+#[cfg(test)]
+mod tests;

@@ -133,8 +133,7 @@ fn checked_path(text: &str) -> Result<(), &'static str> {
     let alphanumeric = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     for component in text.split('/') {
         let bytes = component.as_bytes();
-        let edges =
-            bytes.first().is_some_and(|byte| alphanumeric(byte)) && bytes.last().is_some_and(|byte| alphanumeric(byte));
+        let edges = bytes.first().is_some_and(alphanumeric) && bytes.last().is_some_and(alphanumeric);
         let inner = bytes
             .iter()
             .all(|byte| alphanumeric(byte) || matches!(byte, b'.' | b'_' | b'-'));

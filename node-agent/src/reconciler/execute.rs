@@ -1,0 +1,292 @@
+//! Does what the plan says, for one pod at a time, and tells how it went. No choices are made here.
+
+use std::{path::PathBuf, sync::Arc};
+
+use tokio::sync::Semaphore;
+
+use crate::{
+    dataplane::{Dataplane, PodInterface},
+    network::{Network, NetworkStatus, PodNetwork},
+    plan::{Action, StartContainer, Subject},
+    runtime::{ContainerSpec, PodId, Runtime, RuntimeError, SandboxSpec},
+};
+
+/// What actions are done with.
+#[derive(Clone)]
+pub struct Executor {
+    pub runtime: Arc<dyn Runtime>,
+    pub network: Arc<dyn Network>,
+    pub dataplane: Arc<dyn Dataplane>,
+    /// Limits how many pods are started at once.
+    pub starts: Arc<Semaphore>,
+}
+
+/// What a worker did.
+#[derive(Debug)]
+pub struct Done {
+    /// Whose worker.
+    pub uid: String,
+    /// How each action went.
+    pub results: Vec<(Subject, Result<(), Failed>)>,
+    /// Sandboxes whose hooks are now attached.
+    pub attached: Vec<String>,
+    /// Sandboxes whose hooks are no more.
+    pub detached: Vec<String>,
+}
+
+/// Why an action failed, for the status.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failed {
+    /// The word.
+    pub reason: String,
+    /// The words.
+    pub message: String,
+}
+
+impl Done {
+    fn new(uid: String) -> Self {
+        Self {
+            uid,
+            results: Vec::new(),
+            attached: Vec::new(),
+            detached: Vec::new(),
+        }
+    }
+
+    /// Of a worker that did not end as it should.
+    pub fn panicked(uid: String, error: &tokio::task::JoinError) -> Self {
+        tracing::error!(pod = uid, %error, "a worker ended in a panic");
+        let failed = Failed {
+            reason: "InternalError".to_owned(),
+            message: error.to_string(),
+        };
+        let results = vec![(Subject::Sandbox, Err(failed.clone())), (Subject::Removal, Err(failed))];
+        Self {
+            results,
+            ..Self::new(uid)
+        }
+    }
+}
+
+impl From<RuntimeError> for Failed {
+    fn from(error: RuntimeError) -> Self {
+        let message = match &error {
+            RuntimeError::Containerd { doing, source } => format!("{doing}: {}", source.message()),
+            other => other.to_string(),
+        };
+        Self {
+            reason: error.reason().to_owned(),
+            message,
+        }
+    }
+}
+
+fn network_failed(error: &crate::network::NetworkError) -> Failed {
+    Failed {
+        reason: "NetworkFailed".to_owned(),
+        message: error.to_string(),
+    }
+}
+
+fn dataplane_failed(error: &crate::dataplane::DataplaneError) -> Failed {
+    Failed {
+        reason: "DataplaneFailed".to_owned(),
+        message: error.to_string(),
+    }
+}
+
+impl Executor {
+    /// Runs a pod's actions in order. A failure ends the run, save that other containers are still started.
+    pub async fn execute(self, pod: PodId, actions: Vec<Action>, sandboxes: Vec<String>) -> Done {
+        let starts = |action: &Action| matches!(action, Action::CreateSandbox { .. } | Action::StartContainer(_));
+        let _permit = match actions.iter().any(starts) {
+            // The semaphore is never closed.
+            true => self.starts.clone().acquire_owned().await.ok(),
+            false => None,
+        };
+        let mut done = Done::new(pod.uid.clone());
+        for action in actions {
+            let subject = action.subject();
+            let stops = !matches!(subject, Subject::Container(_));
+            let result = self.execute_one(&pod, action, &sandboxes, &mut done).await;
+            let failed = result.is_err();
+            if let Err(Failed { reason, message }) = &result {
+                tracing::warn!(
+                    pod = pod.uid,
+                    namespace = pod.namespace,
+                    name = pod.name,
+                    ?subject,
+                    reason,
+                    message,
+                    "an action failed"
+                );
+            }
+            done.results.push((subject, result));
+            if failed && stops {
+                break;
+            }
+        }
+        done
+    }
+
+    async fn execute_one(
+        &self,
+        pod: &PodId,
+        action: Action,
+        sandboxes: &[String],
+        done: &mut Done,
+    ) -> Result<(), Failed> {
+        match action {
+            Action::CreateSandbox { attempt, hostname } => {
+                let id = self.create_sandbox(pod, attempt, hostname).await?;
+                done.attached.push(id);
+                Ok(())
+            }
+            Action::Attach {
+                sandbox_id,
+                host_interface,
+            } => {
+                self.attach(pod, host_interface).await?;
+                done.attached.push(sandbox_id);
+                Ok(())
+            }
+            Action::StartContainer(start) => self.start_container(pod, *start).await,
+            Action::Terminate { id } => Ok(self.runtime.signal(&id, libc::SIGTERM).await?),
+            Action::Kill { id } => Ok(self.runtime.signal(&id, libc::SIGKILL).await?),
+            Action::RemoveContainer { id } => Ok(self.runtime.remove_container(pod, &id).await?),
+            Action::RemoveSandbox { id } => {
+                // The hooks are the pod's: another sandbox of it is attached again afterwards.
+                done.detached.extend_from_slice(sandboxes);
+                self.dataplane
+                    .detach_pod(&pod.uid)
+                    .await
+                    .map_err(|error| dataplane_failed(&error))?;
+                self.remove_network(pod, &id).await?;
+                Ok(self.runtime.remove_sandbox(pod, &id).await?)
+            }
+            Action::RemoveNetwork { id } => self.remove_network(pod, &id).await,
+            Action::RemovePod => Ok(self.runtime.remove_pod(pod).await?),
+        }
+    }
+
+    async fn create_sandbox(&self, pod: &PodId, attempt: u32, hostname: String) -> Result<String, Failed> {
+        let id = uuid::Uuid::new_v4().simple().to_string();
+        let made = self.try_sandbox(pod, &id, attempt, hostname).await;
+        if let Err(failed) = made {
+            self.roll_back(pod, &id).await;
+            return Err(failed);
+        }
+        Ok(id)
+    }
+
+    async fn try_sandbox(&self, pod: &PodId, id: &str, attempt: u32, hostname: String) -> Result<(), Failed> {
+        let netns = self
+            .network
+            .create_namespace(id)
+            .await
+            .map_err(|error| network_failed(&error))?;
+        let network = pod_network(pod, id, netns.clone());
+        let NetworkStatus {
+            addresses,
+            host_interface,
+            ..
+        } = self
+            .network
+            .add(&network)
+            .await
+            .map_err(|error| network_failed(&error))?;
+        let spec = SandboxSpec {
+            pod: pod.clone(),
+            id: id.to_owned(),
+            attempt,
+            hostname,
+            netns,
+            addresses,
+            host_interface: host_interface.clone(),
+        };
+        self.runtime.create_sandbox(&spec).await?;
+        self.attach(pod, host_interface).await
+    }
+
+    /// Takes everything down that may have been made; what fails here is found and removed later.
+    async fn roll_back(&self, pod: &PodId, id: &str) {
+        if let Err(error) = self.dataplane.detach_pod(&pod.uid).await {
+            tracing::warn!(pod = pod.uid, %error, "cannot detach a sandbox that failed");
+        }
+        if let Err(failed) = self.remove_network(pod, id).await {
+            tracing::warn!(
+                pod = pod.uid,
+                error = failed.message,
+                "cannot remove the network of a sandbox that failed"
+            );
+        }
+        if let Err(error) = self.runtime.remove_sandbox(pod, id).await {
+            tracing::warn!(pod = pod.uid, %error, "cannot remove a sandbox that failed");
+        }
+    }
+
+    async fn attach(&self, pod: &PodId, host_interface: String) -> Result<(), Failed> {
+        if host_interface.is_empty() {
+            // A foreign CNI plugin that names no interface: its traffic is not counted.
+            return Ok(());
+        }
+        let interface = PodInterface {
+            pod_uid: pod.uid.clone(),
+            host_interface,
+        };
+        self.dataplane
+            .attach_pod(interface)
+            .await
+            .map_err(|error| dataplane_failed(&error))
+    }
+
+    async fn remove_network(&self, pod: &PodId, id: &str) -> Result<(), Failed> {
+        let known = self.network.list().await.map_err(|error| network_failed(&error))?;
+        let attachment = known.into_iter().find(|attachment| attachment.sandbox_id == id);
+        if let Some(attachment) = attachment {
+            let network = attachment
+                .pod
+                .unwrap_or_else(|| pod_network(pod, id, attachment.netns.unwrap_or_default()));
+            self.network
+                .del(&network)
+                .await
+                .map_err(|error| network_failed(&error))?;
+        }
+        self.network
+            .delete_namespace(id)
+            .await
+            .map_err(|error| network_failed(&error))
+    }
+
+    async fn start_container(&self, pod: &PodId, start: StartContainer) -> Result<(), Failed> {
+        let image = self.runtime.ensure_image(&start.image).await?;
+        let spec = ContainerSpec {
+            pod: pod.clone(),
+            sandbox_id: start.sandbox_id,
+            id: uuid::Uuid::new_v4().simple().to_string(),
+            name: start.name,
+            hostname: start.hostname,
+            restart_count: start.restart_count,
+            backoff_ms: start.backoff_ms,
+            image,
+            image_reference: start.image.reference,
+            command: start.command,
+            args: start.args,
+            working_dir: start.working_dir,
+            env: start.env,
+            resources: start.resources,
+            grace_seconds: start.grace_seconds,
+        };
+        Ok(self.runtime.start_container(&spec).await?)
+    }
+}
+
+fn pod_network(pod: &PodId, sandbox_id: &str, netns: PathBuf) -> PodNetwork {
+    PodNetwork {
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        uid: pod.uid.clone(),
+        sandbox_id: sandbox_id.to_owned(),
+        netns,
+    }
+}
