@@ -4,6 +4,8 @@ pub mod api;
 pub mod cache;
 pub mod config;
 pub mod kinds;
+pub mod link;
+pub mod metrics;
 pub mod model;
 pub mod pki;
 pub mod registry;

@@ -13,6 +13,8 @@ use crate::{
     api::ObjectsService,
     cache::Cache,
     config::{Config, Engine},
+    link::{Link, LinkConfig},
+    metrics::NodeMetricsStore,
     pki::{Authority, JoinService, NodeKeys, PkiError},
     registry::Registry,
     server::{Front, Listener, MetricsSource, Readiness, Server, ServerTls, bind},
@@ -164,10 +166,27 @@ async fn services(
     };
     let objects = ObjectsService::new(parts.registry.clone(), parts.shutdown.clone());
     let join = JoinService::new(Arc::clone(store), Arc::clone(authority));
+    let metrics = NodeMetricsStore::default();
+    let link_config = LinkConfig {
+        lease_duration: parts.config.node.lease_duration,
+        ..LinkConfig::default()
+    };
+    let link = Link::start(
+        parts.registry.clone(),
+        metrics.clone(),
+        link_config,
+        parts.shutdown.clone(),
+    );
     let routes = Routes::new(objects.into_server(limits.manifest_bytes))
+        .add_service(link.service())
+        .add_service(metrics.service())
         .add_service(JoinServer::new(join).max_decoding_message_size(limits.message_bytes))
         .add_service(health_service)
         .add_service(describe().build_v1()?)
         .add_service(describe().build_v1alpha()?);
-    Ok((routes, Vec::new()))
+    let sources: Vec<MetricsSource> = vec![
+        Arc::new(move || metrics.prometheus()),
+        Arc::new(move || link.prometheus()),
+    ];
+    Ok((routes, sources))
 }

@@ -6,12 +6,14 @@
 mod int_or_string;
 pub mod json;
 pub mod quantity;
+mod exposition;
 mod resource;
 pub mod schema;
 pub mod time;
 
 pub use generated::orlop::{apps, api, cluster, coordination, core, discovery, meta, metrics, node};
 pub use int_or_string::IntOrString;
+pub use exposition::prometheus_text;
 pub use resource::{Resource, ResourceKind, object_kind};
 
 #[allow(missing_docs, reason = "the documentation stands in the .proto files; generated enums and clients have none")]

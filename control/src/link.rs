@@ -1,0 +1,189 @@
+//! Control's end of the node link: `orlop.node.v1.NodeLink`.
+//!
+//! One task, the [`hub`], follows the cache and owns what nodes are told: compact service records, pods by node, routes. A
+//! change is encoded once, for all nodes. Each session has a mailbox in which changes are folded per key until its node can
+//! take them; a slow node costs a key a changed object, never a queue.
+//!
+//! Invariant: a session's snapshot holds everything that the store had when the session began; the node deletes what it does not name.
+//! Invariant: a node writes only its own Node, Lease and events, and the status of pods that are bound to it.
+
+mod codec;
+mod events;
+mod hub;
+mod mailbox;
+mod reports;
+mod services;
+mod session;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::{metrics::NodeMetricsStore, registry::Registry};
+
+pub use codec::NodeLinkService;
+pub use services::{ServiceIndex, build_record};
+
+/// The protocol version that this control speaks.
+pub const PROTOCOL: u32 = 1;
+
+/// Times of the link.
+#[derive(Debug, Clone)]
+pub struct LinkConfig {
+    /// `leaseDurationSeconds` of the nodes' Leases.
+    pub lease_duration: Duration,
+    /// A node's Lease is written at most this often.
+    pub lease_interval: Duration,
+    /// Control says something at least this often.
+    pub ping: Duration,
+    /// A session in which the node says nothing for this long is closed.
+    pub silence: Duration,
+    /// So many Updates may be unacknowledged before changes are held back and folded.
+    pub window: u64,
+}
+
+impl Default for LinkConfig {
+    fn default() -> Self {
+        Self {
+            lease_duration: Duration::from_secs(40),
+            lease_interval: Duration::from_secs(10),
+            ping: Duration::from_secs(5),
+            silence: Duration::from_secs(15),
+            window: 32,
+        }
+    }
+}
+
+/// What the link has done; only grows, but for `sessions`.
+#[derive(Debug, Default)]
+pub struct LinkCounters {
+    sessions: AtomicU64,
+    sessions_begun: AtomicU64,
+    changes_sent: AtomicU64,
+    bytes_sent: AtomicU64,
+    records_built: AtomicU64,
+    refused: AtomicU64,
+}
+
+impl LinkCounters {
+    /// Changes that were put into Updates, over all nodes.
+    pub fn changes_sent(&self) -> u64 {
+        self.changes_sent.load(Ordering::Relaxed)
+    }
+
+    /// Their encoded size.
+    pub fn bytes_sent(&self) -> u64 {
+        self.bytes_sent.load(Ordering::Relaxed)
+    }
+
+    /// Service records that were built because a service or a slice changed.
+    pub fn records_built(&self) -> u64 {
+        self.records_built.load(Ordering::Relaxed)
+    }
+
+    /// Reports of nodes that did not concern them.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// Open sessions.
+    pub fn sessions(&self) -> u64 {
+        self.sessions.load(Ordering::Relaxed)
+    }
+}
+
+/// The link's control side. Clones share it.
+#[derive(Clone)]
+pub struct Link {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    registry: Registry,
+    metrics: NodeMetricsStore,
+    config: LinkConfig,
+    hub: hub::HubHandle,
+    counters: Arc<LinkCounters>,
+    stop: CancellationToken,
+}
+
+impl Link {
+    /// Starts to follow the registry's cache. Until `stop`, which ends all sessions too.
+    pub fn start(registry: Registry, metrics: NodeMetricsStore, config: LinkConfig, stop: CancellationToken) -> Self {
+        let counters = Arc::new(LinkCounters::default());
+        let hub = hub::start(registry.cache().clone(), Arc::clone(&counters), stop.clone());
+        Self {
+            inner: Arc::new(Inner {
+                registry,
+                metrics,
+                config,
+                hub,
+                counters,
+                stop,
+            }),
+        }
+    }
+
+    /// The gRPC service.
+    pub fn service(&self) -> NodeLinkService {
+        NodeLinkService::new(Arc::clone(&self.inner))
+    }
+
+    /// What it has done.
+    pub fn counters(&self) -> &LinkCounters {
+        &self.inner.counters
+    }
+
+    /// The counters as Prometheus text.
+    pub fn prometheus(&self) -> String {
+        let counters = &self.inner.counters;
+        let mut text = String::new();
+        let mut line = |name: &str, kind: &str, help: &str, value: &AtomicU64| {
+            let value = value.load(Ordering::Relaxed);
+            text.push_str(&format!("# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}\n"));
+        };
+        line(
+            "orlop_link_sessions",
+            "gauge",
+            "Open node sessions.",
+            &counters.sessions,
+        );
+        line(
+            "orlop_link_sessions_begun_total",
+            "counter",
+            "Node sessions begun.",
+            &counters.sessions_begun,
+        );
+        line(
+            "orlop_link_changes_sent_total",
+            "counter",
+            "Changes sent to nodes.",
+            &counters.changes_sent,
+        );
+        line(
+            "orlop_link_bytes_sent_total",
+            "counter",
+            "Encoded size of changes sent to nodes.",
+            &counters.bytes_sent,
+        );
+        line(
+            "orlop_link_records_built_total",
+            "counter",
+            "Service records built.",
+            &counters.records_built,
+        );
+        line(
+            "orlop_link_refused_total",
+            "counter",
+            "Reports that did not concern their node.",
+            &counters.refused,
+        );
+        text
+    }
+}

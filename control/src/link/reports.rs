@@ -1,0 +1,444 @@
+//! What a node says of itself and its pods, written to the registry; only what concerns it.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use futures::future::BoxFuture;
+use orlop_proto::{
+    Resource,
+    coordination::v1::{Lease, LeaseSpec},
+    core::v1::{Node, NodeStatus, Pod, PodStatus},
+    meta::v1::{ObjectMeta, OwnerReference},
+    metrics::v1 as metrics,
+    node::v1::PodReport,
+};
+use tokio::time::{Instant, sleep};
+
+use super::{Inner, hub::node_of, session::ensure_node};
+use crate::{
+    cache::{ObjectKey, Reader},
+    registry::RegistryError,
+};
+
+const RETRY_MIN: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+/// The namespace of the nodes' Leases.
+const LEASES: &str = "kube-node-lease";
+
+/// Writes reports of one node.
+#[derive(Clone)]
+pub(super) struct ReportWriter {
+    inner: Arc<Inner>,
+    node: Arc<str>,
+    labels: Arc<BTreeMap<String, String>>,
+    nodes: Reader<Node>,
+    pods: Reader<Pod>,
+}
+
+impl ReportWriter {
+    pub fn new(inner: Arc<Inner>, node: Arc<str>, labels: BTreeMap<String, String>) -> Self {
+        let cache = inner.registry.cache().clone();
+        Self {
+            node,
+            labels: Arc::new(labels),
+            nodes: cache.reader(),
+            pods: cache.reader(),
+            inner,
+        }
+    }
+
+    /// Writes the node's status until it is written. Gives the sequence number to acknowledge.
+    pub fn node(&self, status: NodeStatus, sequence: Option<u64>) -> BoxFuture<'static, Option<u64>> {
+        let writer = self.clone();
+        Box::pin(async move {
+            let mut retry = Retry::new(Arc::clone(&writer.node), "node status");
+            while !retry.settled(writer.write_node(&status).await).await {}
+            sequence
+        })
+    }
+
+    async fn write_node(&self, status: &NodeStatus) -> Result<(), RegistryError> {
+        let merge = |node: &mut Node| {
+            let merged = merge_node_status(node.status.as_ref(), status);
+            let differs = node.status.as_ref() != Some(&merged);
+            node.status = Some(merged);
+            differs
+        };
+        let key = ObjectKey::new("", &self.node);
+        match self.inner.registry.modify_status(&key, merge).await {
+            Err(error) if error.is_not_found() => {
+                ensure_node(&self.inner, &self.node, &self.labels).await?;
+                Err(error)
+            }
+            written => written.map(drop),
+        }
+    }
+
+    /// Writes a pod's status until it is written, or dropped. Gives the sequence number to acknowledge.
+    pub fn pod(&self, report: PodReport) -> BoxFuture<'static, Option<u64>> {
+        let writer = self.clone();
+        Box::pin(async move {
+            let sequence = Some(report.sequence);
+            let Some(pod) = writer
+                .pods
+                .get(&report.namespace, &report.name)
+                .filter(|pod| pod.uid() == report.uid)
+            else {
+                // No longer there, or a namesake: the node learns of it by its snapshot.
+                return sequence;
+            };
+            if node_of(&pod) != &*writer.node {
+                writer.inner.counters.refused.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(
+                    node = &*writer.node,
+                    namespace = report.namespace,
+                    pod = report.name,
+                    bound_to = node_of(&pod),
+                    "report of a pod that is not this node's refused"
+                );
+                return sequence;
+            }
+            if report.gone {
+                writer.confirm_gone(&pod).await;
+            } else {
+                let mut retry = Retry::new(Arc::clone(&writer.node), "pod status");
+                let status = report.status.unwrap_or_default();
+                while !retry.settled(writer.write_pod(&pod, &status).await).await {}
+            }
+            sequence
+        })
+    }
+
+    async fn confirm_gone(&self, pod: &Pod) {
+        if !pod.is_deleting() {
+            tracing::warn!(
+                node = &*self.node,
+                namespace = pod.namespace(),
+                pod = pod.name(),
+                "a pod that nobody deleted is reported as gone; ignored"
+            );
+            return;
+        }
+        let mut retry = Retry::new(Arc::clone(&self.node), "confirmation of a pod's end");
+        let registry = &self.inner.registry;
+        while !retry
+            .settled(registry.confirm_pod_gone(pod.namespace(), pod.name(), pod.uid()).await)
+            .await
+        {}
+    }
+
+    async fn write_pod(&self, pod: &Pod, status: &PodStatus) -> Result<(), RegistryError> {
+        let merge = |stored: &mut Pod| {
+            // It may be another by now: read again, checked again.
+            if stored.uid() != pod.uid() || node_of(stored) != &*self.node {
+                return false;
+            }
+            let merged = merge_pod_status(stored.status.as_ref(), status);
+            let differs = stored.status.as_ref() != Some(&merged);
+            stored.status = Some(merged);
+            differs
+        };
+        match self.inner.registry.modify_status(&ObjectKey::of(pod), merge).await {
+            Err(error) if error.is_not_found() => Ok(()),
+            written => written.map(drop),
+        }
+    }
+
+    /// Whether the stored Ready condition is another than the node's own word.
+    pub fn differs(&self, status: &NodeStatus) -> bool {
+        let ready = |status: Option<&NodeStatus>| {
+            status?
+                .conditions
+                .iter()
+                .find(|condition| condition.r#type == "Ready")
+                .map(|ready| ready.status.clone())
+        };
+        self.nodes
+            .get("", &self.node)
+            .is_some_and(|node| ready(node.status.as_ref()) != ready(Some(status)))
+    }
+
+    /// A node measures itself and its own pods.
+    pub fn check_metrics(&self, report: &metrics::NodeReport) -> Result<(), String> {
+        if let Some(node) = &report.node
+            && node.name != *self.node
+        {
+            return Err(format!("metrics of node {:?}", node.name));
+        }
+        for pod in &report.pods {
+            let own = |known: &Arc<Pod>| known.uid() != pod.uid || node_of(known) == &*self.node;
+            if !self.pods.get(&pod.namespace, &pod.name).as_ref().is_none_or(own) {
+                return Err(format!("metrics of pod {}/{}", pod.namespace, pod.name));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Waits between the attempts at a write.
+struct Retry {
+    node: Arc<str>,
+    what: &'static str,
+    wait: Duration,
+}
+
+impl Retry {
+    fn new(node: Arc<str>, what: &'static str) -> Self {
+        Self {
+            node,
+            what,
+            wait: RETRY_MIN,
+        }
+    }
+
+    /// Whether that was the last attempt: it is done, or there is no use in another. Otherwise returns after a wait.
+    async fn settled(&mut self, result: Result<(), RegistryError>) -> bool {
+        let (node, what) = (&*self.node, self.what);
+        match result {
+            Ok(()) => return true,
+            Err(error @ RegistryError::Invalid { .. }) => {
+                tracing::warn!(node, what, %error, "report refused");
+                return true;
+            }
+            Err(error) => tracing::warn!(node, what, %error, "report not written; trying again"),
+        }
+        sleep(self.wait).await;
+        self.wait = (self.wait * 2).min(RETRY_MAX);
+        false
+    }
+}
+
+/// The node's word, with the times at which its conditions last changed. Conditions that it does not speak of stay.
+fn merge_node_status(stored: Option<&NodeStatus>, reported: &NodeStatus) -> NodeStatus {
+    let mut merged = reported.clone();
+    let now = now();
+    for condition in &mut merged.conditions {
+        let known = stored
+            .iter()
+            .flat_map(|status| &status.conditions)
+            .find(|known| known.r#type == condition.r#type);
+        condition.last_transition_time = match known {
+            Some(known) if known.status == condition.status && known.last_transition_time.is_some() => {
+                known.last_transition_time
+            }
+            _ => Some(now),
+        };
+        condition.last_heartbeat_time = condition.last_heartbeat_time.or(Some(now));
+    }
+    for known in stored.iter().flat_map(|status| &status.conditions) {
+        if !merged
+            .conditions
+            .iter()
+            .any(|condition| condition.r#type == known.r#type)
+        {
+            merged.conditions.push(known.clone());
+        }
+    }
+    merged
+}
+
+/// The node's word on its pod. Conditions that others write stay; a pod that has ended does not begin again.
+fn merge_pod_status(stored: Option<&PodStatus>, reported: &PodStatus) -> PodStatus {
+    let mut merged = reported.clone();
+    let Some(stored) = stored else { return merged };
+    for condition in &mut merged.conditions {
+        let known = stored.conditions.iter().find(|known| known.r#type == condition.r#type);
+        if let Some(known) = known
+            && known.status == condition.status
+            && known.last_transition_time.is_some()
+        {
+            condition.last_transition_time = known.last_transition_time;
+        }
+    }
+    let reported_type = |name: &str| reported.conditions.iter().any(|condition| condition.r#type == name);
+    let others = stored
+        .conditions
+        .iter()
+        .filter(|known| !reported_type(&known.r#type))
+        .cloned();
+    // Others' conditions first, as the scheduler wrote them before the node came to know of the pod.
+    merged.conditions = others.chain(std::mem::take(&mut merged.conditions)).collect();
+    if (stored.phase == "Failed" || stored.phase == "Succeeded") && merged.phase != stored.phase {
+        merged.phase.clone_from(&stored.phase);
+        merged.reason.clone_from(&stored.reason);
+        merged.message.clone_from(&stored.message);
+    }
+    if merged.qos_class.is_empty() {
+        merged.qos_class.clone_from(&stored.qos_class);
+    }
+    merged.start_time = stored.start_time.or(merged.start_time);
+    merged
+}
+
+/// Renews a node's Lease, behind its heartbeats.
+pub(super) struct LeaseWriter {
+    inner: Arc<Inner>,
+    node: Arc<str>,
+    node_uid: String,
+    last: Option<Instant>,
+    writing: Arc<AtomicBool>,
+}
+
+impl LeaseWriter {
+    pub fn new(inner: Arc<Inner>, node: Arc<str>, node_uid: String) -> Self {
+        Self {
+            inner,
+            node,
+            node_uid,
+            last: None,
+            writing: Arc::default(),
+        }
+    }
+
+    /// A heartbeat came: writes the Lease unless that was done a moment ago, or is under way.
+    pub fn renew(&mut self) {
+        // A heartbeat may come a little early: a tenth of the interval does not matter.
+        let fresh =
+            |last: Instant| last.elapsed() + self.inner.config.lease_interval / 10 < self.inner.config.lease_interval;
+        if self.last.is_some_and(fresh) || self.writing.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.last = Some(Instant::now());
+        let (inner, node, uid) = (Arc::clone(&self.inner), Arc::clone(&self.node), self.node_uid.clone());
+        let writing = Arc::clone(&self.writing);
+        tokio::spawn(async move {
+            if let Err(error) = write_lease(&inner, &node, &uid).await {
+                tracing::warn!(node = &*node, %error, "the node's lease could not be renewed");
+            }
+            writing.store(false, Ordering::Release);
+        });
+    }
+}
+
+async fn write_lease(inner: &Inner, node: &str, node_uid: &str) -> Result<(), RegistryError> {
+    let now = now();
+    let seconds = i32::try_from(inner.config.lease_duration.as_secs()).unwrap_or(i32::MAX);
+    let renew = |lease: &mut Lease| {
+        let spec = lease.spec.get_or_insert_default();
+        node.clone_into(&mut spec.holder_identity);
+        spec.lease_duration_seconds = Some(seconds);
+        spec.renew_time = Some(now);
+        true
+    };
+    match inner
+        .registry
+        .modify::<Lease, _>(&ObjectKey::new(LEASES, node), renew)
+        .await
+    {
+        Err(error) if error.is_not_found() => {}
+        written => return written.map(drop),
+    }
+    let owner = OwnerReference {
+        api_version: Node::KIND.api_version.to_owned(),
+        kind: Node::KIND.kind.to_owned(),
+        name: node.to_owned(),
+        uid: node_uid.to_owned(),
+        ..OwnerReference::default()
+    };
+    let metadata = ObjectMeta {
+        name: node.to_owned(),
+        namespace: LEASES.to_owned(),
+        owner_references: vec![owner],
+        ..ObjectMeta::default()
+    };
+    let mut lease = Lease {
+        metadata: Some(metadata),
+        spec: Some(LeaseSpec::default()),
+        ..Lease::default()
+    };
+    renew(&mut lease);
+    match inner.registry.create(lease).await {
+        Err(error) if error.is_already_exists() => Ok(()),
+        written => written.map(drop),
+    }
+}
+
+pub(super) fn now() -> prost_types::Timestamp {
+    SystemTime::now().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use orlop_proto::core::v1::{NodeCondition, PodCondition};
+
+    use super::*;
+
+    fn at(seconds: i64) -> Option<prost_types::Timestamp> {
+        Some(prost_types::Timestamp { seconds, nanos: 0 })
+    }
+
+    #[test]
+    fn node_conditions_keep_their_transition_times() {
+        let condition = |name: &str, status: &str, since| NodeCondition {
+            r#type: name.into(),
+            status: status.into(),
+            last_transition_time: since,
+            ..Default::default()
+        };
+        let stored = NodeStatus {
+            conditions: vec![
+                condition("Ready", "Unknown", at(10)),
+                condition("DiskPressure", "False", at(20)),
+                condition("NetworkUnavailable", "False", at(30)),
+            ],
+            ..Default::default()
+        };
+        let reported = NodeStatus {
+            conditions: vec![
+                condition("Ready", "True", None),
+                condition("DiskPressure", "False", None),
+            ],
+            ..Default::default()
+        };
+        let merged = merge_node_status(Some(&stored), &reported);
+        assert_eq!(merged.conditions[0].status, "True");
+        assert!(merged.conditions[0].last_transition_time.unwrap().seconds > 1000);
+        assert_eq!(merged.conditions[1].last_transition_time, at(20));
+        assert_eq!(merged.conditions[2].r#type, "NetworkUnavailable");
+    }
+
+    #[test]
+    fn a_pod_keeps_what_others_say_of_it() {
+        let condition = |name: &str, status: &str, since| PodCondition {
+            r#type: name.into(),
+            status: status.into(),
+            last_transition_time: since,
+            ..Default::default()
+        };
+        let stored = PodStatus {
+            phase: "Failed".into(),
+            reason: "Evicted".into(),
+            conditions: vec![
+                condition("PodScheduled", "True", at(1)),
+                condition("Ready", "False", at(2)),
+            ],
+            start_time: at(3),
+            qos_class: "Burstable".into(),
+            ..Default::default()
+        };
+        let reported = PodStatus {
+            phase: "Running".into(),
+            conditions: vec![condition("Ready", "False", at(50))],
+            start_time: at(60),
+            ..Default::default()
+        };
+        let merged = merge_pod_status(Some(&stored), &reported);
+        assert_eq!(merged.phase, "Failed");
+        assert_eq!(merged.reason, "Evicted");
+        assert_eq!(merged.conditions[0].r#type, "PodScheduled");
+        assert_eq!(merged.conditions[1].last_transition_time, at(2));
+        assert_eq!(merged.start_time, at(3));
+        assert_eq!(merged.qos_class, "Burstable");
+        assert_eq!(
+            merge_pod_status(Some(&merged), &reported),
+            merged,
+            "a second report changes nothing"
+        );
+    }
+}

@@ -1,0 +1,392 @@
+//! One node's session: what goes out, what comes in, and when it is over.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::{StreamExt, future::BoxFuture, stream::FuturesOrdered};
+use orlop_proto::{
+    Resource,
+    core::v1::{Node, NodeStatus},
+    meta::v1::ObjectMeta,
+    node::v1::{
+        self as link, ControlMessage, NodeMessage, change::Change, control_message::Message as ToNode,
+        node_message::Message as FromNode,
+    },
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, MissedTickBehavior, interval, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Status, Streaming};
+
+use super::{
+    Inner, PROTOCOL,
+    codec::Outgoing,
+    events::EventWriter,
+    hub::Opening,
+    reports::{LeaseWriter, ReportWriter},
+    services::encode,
+};
+use crate::{
+    registry::RegistryError,
+    server::identity::{Identity, caller},
+};
+
+/// An Update holds at most so many changes, and about so many bytes.
+const UPDATE_CHANGES: usize = 512;
+const UPDATE_BYTES: usize = 256 << 10;
+/// So many reports of one node are written at the same time.
+const REPORTS: usize = 16;
+/// How long the cache may take to have what the store has.
+const CATCH_UP: Duration = Duration::from_secs(10);
+
+type Sender = mpsc::Sender<Result<Outgoing, Status>>;
+
+/// Answers the call: checks who it is and what they say first, then keeps the session in a task of its own.
+pub(super) async fn begin(
+    inner: Arc<Inner>,
+    request: Request<Streaming<NodeMessage>>,
+) -> Result<ReceiverStream<Result<Outgoing, Status>>, Status> {
+    let Identity::Node { name, .. } = caller(&request) else {
+        inner.counters.refused.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(caller = caller(&request).describe(), "session refused: not a node");
+        return Err(Status::permission_denied("only nodes have sessions"));
+    };
+    let incoming = request.into_inner();
+    // Room for one message: what waits shall wait in the mailbox, where it is folded.
+    let (outgoing, stream) = mpsc::channel(1);
+    tokio::spawn(async move {
+        inner.counters.sessions_begun.fetch_add(1, Ordering::Relaxed);
+        inner.counters.sessions.fetch_add(1, Ordering::Relaxed);
+        let stop = inner.stop.clone();
+        let status = tokio::select! {
+            status = keep(&inner, Arc::clone(&name), incoming, &outgoing) => status,
+            () = stop.cancelled() => Status::unavailable("control stops"),
+            () = outgoing.closed() => Status::cancelled("the node is gone"),
+        };
+        inner.counters.sessions.fetch_sub(1, Ordering::Relaxed);
+        tracing::info!(node = &*name, code = ?status.code(), reason = status.message(), "session ended");
+        let _gone = outgoing.try_send(Err(status));
+    });
+    Ok(ReceiverStream::new(stream))
+}
+
+async fn keep(inner: &Arc<Inner>, node: Arc<str>, mut incoming: Streaming<NodeMessage>, outgoing: &Sender) -> Status {
+    let hello = match timeout(inner.config.silence, incoming.message()).await {
+        Ok(Ok(Some(NodeMessage {
+            message: Some(FromNode::Hello(hello)),
+        }))) => hello,
+        Ok(Ok(_)) => return Status::invalid_argument("a session begins with Hello"),
+        Ok(Err(status)) => return status,
+        Err(_) => return Status::deadline_exceeded("no Hello"),
+    };
+    if hello.node_name != *node {
+        inner.counters.refused.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(
+            node = &*node,
+            said = hello.node_name.escape_debug().to_string(),
+            "a node gave another's name"
+        );
+        return Status::permission_denied(format!("the certificate is that of node {node}"));
+    }
+    if hello.protocol != PROTOCOL {
+        let text = format!("link protocol {} is not spoken here, only {PROTOCOL}", hello.protocol);
+        return Status::failed_precondition(text);
+    }
+    let (opening, object) = match open(inner, &node, &hello).await {
+        Ok(opened) => opened,
+        Err(status) => return status,
+    };
+    tracing::info!(
+        node = &*node,
+        agent = hello.agent_version,
+        boot_id = hello.boot_id,
+        "session begins"
+    );
+    let mailbox = Arc::clone(&opening.mailbox);
+    let (acks, acknowledged) = watch::channel(0);
+    let receiver = Receiver {
+        inner,
+        reports: ReportWriter::new(Arc::clone(inner), Arc::clone(&node), hello.labels),
+        lease: LeaseWriter::new(Arc::clone(inner), Arc::clone(&node), object.uid().to_owned()),
+        events: EventWriter::new(Arc::clone(inner), Arc::clone(&node)),
+        node: Arc::clone(&node),
+        status: None,
+        sent: 0,
+        acks,
+        outgoing,
+    };
+    let status = tokio::select! {
+        status = send(inner, opening, object, acknowledged, outgoing) => status,
+        status = receiver.run(incoming) => status,
+        () = mailbox.closed.cancelled() => Status::aborted("another session of this node has begun, or its object was deleted"),
+    };
+    inner.hub.close(node, mailbox).await;
+    status
+}
+
+/// Makes the node's object and range if they are missing, and takes the snapshot.
+async fn open(inner: &Inner, node: &Arc<str>, hello: &link::Hello) -> Result<(Opening, Node), Status> {
+    let object = ensure_node(inner, node, &hello.labels).await.map_err(|error| {
+        tracing::error!(node = &**node, %error, "the node's object or range cannot be written");
+        match error {
+            RegistryError::Exhausted(text) => Status::resource_exhausted(text),
+            error => Status::unavailable(error.to_string()),
+        }
+    })?;
+    let cache = inner.registry.cache();
+    match cache.catch_up(CATCH_UP).await {
+        Ok(true) => {}
+        Ok(false) => return Err(Status::unavailable("the cache is behind the store")),
+        Err(error) => return Err(Status::unavailable(error.to_string())),
+    }
+    let opening = inner.hub.open(Arc::clone(node), cache.revision()).await;
+    opening
+        .map(|opening| (opening, object))
+        .ok_or_else(|| Status::unavailable("control stops"))
+}
+
+/// The node's object, with a pod range.
+pub(super) async fn ensure_node(
+    inner: &Inner,
+    name: &str,
+    labels: &BTreeMap<String, String>,
+) -> Result<Node, RegistryError> {
+    match inner.registry.assign_pod_cidr(name).await {
+        Err(error) if error.is_not_found() => {}
+        done => return done,
+    }
+    let well_known = |label: &str| {
+        matches!(
+            label,
+            "kubernetes.io/hostname" | "kubernetes.io/os" | "kubernetes.io/arch"
+        )
+    };
+    let mut node_labels: BTreeMap<String, String> = labels
+        .iter()
+        .filter(|(label, _)| well_known(label))
+        .map(|(label, value)| (label.clone(), value.clone()))
+        .collect();
+    // Pods are placed by this one: the name is the certificate's word, not the node's.
+    node_labels.insert("kubernetes.io/hostname".to_owned(), name.to_owned());
+    let metadata = ObjectMeta {
+        name: name.to_owned(),
+        labels: node_labels,
+        ..ObjectMeta::default()
+    };
+    match inner
+        .registry
+        .create(Node {
+            metadata: Some(metadata),
+            ..Node::default()
+        })
+        .await
+    {
+        Ok(_) => tracing::info!(node = name, "node registered"),
+        Err(error) if error.is_already_exists() => {}
+        Err(error) => return Err(error),
+    }
+    inner.registry.assign_pod_cidr(name).await
+}
+
+/// Sends Welcome, the snapshot, and then what changes.
+async fn send(
+    inner: &Inner,
+    opening: Opening,
+    object: Node,
+    mut acknowledged: watch::Receiver<u64>,
+    outgoing: &Sender,
+) -> Status {
+    let gone = || Status::cancelled("the node is gone");
+    let mailbox = Arc::clone(&opening.mailbox);
+    if outgoing
+        .send(Ok(message(ToNode::Welcome(welcome(inner, &object)))))
+        .await
+        .is_err()
+    {
+        return gone();
+    }
+    let mut version = match send_snapshot(inner, opening, outgoing).await {
+        Some(version) => version,
+        None => return gone(),
+    };
+    let mut ping = interval(inner.config.ping);
+    ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let open = version - *acknowledged.borrow_and_update() < inner.config.window;
+        if open && !mailbox.is_empty() {
+            let changes = mailbox.take(UPDATE_CHANGES, UPDATE_BYTES);
+            version += 1;
+            if outgoing.send(Ok(inner.update(version, changes, false))).await.is_err() {
+                return gone();
+            }
+            continue;
+        }
+        tokio::select! {
+            // Cancel-safe: all of them only wake.
+            () = mailbox.changed(), if open => {}
+            changed = acknowledged.changed(), if !open => if changed.is_err() { return gone() },
+            _ = ping.tick() => {
+                if outgoing.send(Ok(message(ToNode::Ping(link::Ping {})))).await.is_err() {
+                    return gone();
+                }
+            }
+        }
+    }
+}
+
+/// The whole snapshot in pieces; its size is bounded by the stream's flow control, not by acknowledgements.
+async fn send_snapshot(inner: &Inner, opening: Opening, outgoing: &Sender) -> Option<u64> {
+    let pods = opening.pods.into_iter().map(|pod| encode(Change::Pod((*pod).clone())));
+    let shared = opening.services.into_iter().map(|(_, change)| change);
+    let changes: Box<dyn Iterator<Item = Bytes> + Send> = Box::new(
+        pods.chain(shared)
+            .chain(opening.routes.into_iter().map(|(_, change)| change)),
+    );
+    let mut changes = changes.peekable();
+    let mut version = 0;
+    loop {
+        let mut piece: Vec<Bytes> = Vec::new();
+        let mut size = 0;
+        while piece.len() < UPDATE_CHANGES
+            && size < UPDATE_BYTES
+            && let Some(change) = changes.next()
+        {
+            size += change.len();
+            piece.push(change);
+        }
+        version += 1;
+        let end = changes.peek().is_none();
+        outgoing.send(Ok(inner.update(version, piece, end))).await.ok()?;
+        if end {
+            return Some(version);
+        }
+    }
+}
+
+fn welcome(inner: &Inner, object: &Node) -> link::Welcome {
+    let spec = object.spec.clone().unwrap_or_default();
+    let pod_cidrs = if spec.pod_cidrs.is_empty() {
+        vec![spec.pod_cidr]
+    } else {
+        spec.pod_cidrs
+    };
+    let ranges = inner.registry.config();
+    link::Welcome {
+        pod_cidrs,
+        cluster_pod_cidr: ranges.pod_cidr.to_string(),
+        service_cidr: ranges.service_cidr.to_string(),
+    }
+}
+
+fn message(message: ToNode) -> Outgoing {
+    Outgoing::Message(ControlMessage { message: Some(message) })
+}
+
+/// The session's other direction.
+struct Receiver<'a> {
+    inner: &'a Arc<Inner>,
+    node: Arc<str>,
+    reports: ReportWriter,
+    lease: LeaseWriter,
+    events: EventWriter,
+    /// What the node last said of itself.
+    status: Option<NodeStatus>,
+    /// The highest version that was acknowledged.
+    sent: u64,
+    acks: watch::Sender<u64>,
+    outgoing: &'a Sender,
+}
+
+type Writes = FuturesOrdered<BoxFuture<'static, Option<u64>>>;
+
+impl Receiver<'_> {
+    async fn run(mut self, mut incoming: Streaming<NodeMessage>) -> Status {
+        let mut writes = Writes::new();
+        let mut ack: Option<u64> = None;
+        let mut heard = Instant::now();
+        loop {
+            let silence = tokio::time::sleep_until(heard + self.inner.config.silence);
+            tokio::select! {
+                // Cancel-safe: a message is taken off the stream or not. With many writes under way the stream waits.
+                message = incoming.message(), if writes.len() < REPORTS => {
+                    heard = Instant::now();
+                    match message {
+                        Ok(Some(NodeMessage { message: Some(message) })) => {
+                            if let Err(status) = self.receive(message, &mut writes) {
+                                return status;
+                            }
+                        }
+                        Ok(Some(NodeMessage { message: None })) => {}
+                        Ok(None) => return Status::cancelled("the node closed the stream"),
+                        Err(status) => return status,
+                    }
+                }
+                // Cancel-safe: the set keeps what is not done.
+                Some(done) = writes.next(), if !writes.is_empty() => {
+                    if let Some(sequence) = done {
+                        ack = Some(sequence);
+                    }
+                }
+                // Cancel-safe: a permit that is dropped takes nothing.
+                permit = self.outgoing.reserve(), if ack.is_some() => {
+                    let Ok(permit) = permit else { return Status::cancelled("the node is gone") };
+                    if let Some(sequence) = ack.take() {
+                        permit.send(Ok(message(ToNode::ReportAck(link::ReportAck { sequence }))));
+                    }
+                }
+                () = silence, if writes.len() < REPORTS => {
+                    return Status::deadline_exceeded("nothing heard from the node");
+                }
+            }
+        }
+    }
+
+    fn receive(&mut self, message: FromNode, writes: &mut Writes) -> Result<(), Status> {
+        match message {
+            FromNode::Hello(_) => return Err(Status::invalid_argument("a second Hello")),
+            FromNode::Node(report) => {
+                let status = report.status.unwrap_or_default();
+                self.status = Some(status.clone());
+                writes.push_back(self.reports.node(status, Some(report.sequence)));
+            }
+            FromNode::Pod(report) => writes.push_back(self.reports.pod(report)),
+            FromNode::SnapshotEnd(_) => {}
+            FromNode::Ack(ack) => {
+                if ack.version < self.sent {
+                    return Err(Status::invalid_argument("an acknowledgement of an older version"));
+                }
+                self.sent = ack.version;
+                self.acks.send_replace(ack.version);
+            }
+            FromNode::Heartbeat(_) => {
+                self.lease.renew();
+                // Somebody has declared the node lost meanwhile: it is not.
+                if let Some(status) = &self.status
+                    && self.reports.differs(status)
+                {
+                    writes.push_back(self.reports.node(status.clone(), None));
+                }
+            }
+            FromNode::Metrics(report) => {
+                if let Err(reason) = self.reports.check_metrics(&report) {
+                    self.inner.counters.refused.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(node = &*self.node, reason, "metrics refused");
+                } else {
+                    self.inner.metrics.put(&self.node, report);
+                }
+            }
+            FromNode::Event(report) => {
+                if let Some(event) = report.event {
+                    self.events.write(event);
+                }
+            }
+        }
+        Ok(())
+    }
+}
