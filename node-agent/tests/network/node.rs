@@ -1,0 +1,199 @@
+//! A node for a test: a thread in network and mount namespaces of its own, without a way out, gone with the thread.
+
+use std::{
+    fs::{self, File},
+    os::{fd::AsFd, unix::fs::PermissionsExt},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+    time::Duration,
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, setns, unshare},
+};
+use orlop_node::network::{CniNetwork, Network, PodNetwork, Settings};
+use orlop_proto::node::v1::Welcome;
+
+/// The test's node.
+pub struct Node {
+    dir: tempfile::TempDir,
+}
+
+/// Runs the test on a node of its own.
+pub fn on_node<F: Future<Output = ()>>(test: impl FnOnce(Node) -> F + Send + 'static) {
+    let run = move || {
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("these tests need root");
+        mount(
+            None::<&str>,
+            "/",
+            None::<&str>,
+            MsFlags::MS_PRIVATE | MsFlags::MS_REC,
+            None::<&str>,
+        )
+        .unwrap();
+        let node = Node {
+            dir: tempfile::Builder::new().prefix("orlop-network-").tempdir().unwrap(),
+        };
+        // Everything under a file system of its own: what a failed test leaves mounted goes with the namespace.
+        mount(
+            Some("tmpfs"),
+            node.dir.path(),
+            Some("tmpfs"),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .unwrap();
+        fs::create_dir(node.path("bin")).unwrap();
+        fs::create_dir(node.path("net.d")).unwrap();
+        fs::write(node.path("boot_id"), "this boot\n").unwrap();
+        fs::copy(bridge_plugin(), node.path("bin").join("orlop-bridge")).unwrap();
+        node.ip("link set lo up");
+        let path = node.dir.path().to_owned();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(test(node));
+        nix::mount::umount2(&path, nix::mount::MntFlags::MNT_DETACH).ok();
+    };
+    if let Err(panic) = std::thread::spawn(run).join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// The plugin's program, built as this test is.
+fn bridge_plugin() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let target = std::env::current_exe()
+            .unwrap()
+            .parent()
+            .unwrap()
+            .parent()
+            .unwrap()
+            .to_owned();
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let built = Command::new(cargo)
+            .args(["build", "--quiet", "--package", "orlop-bridge", "--target-dir"])
+            .arg(target.parent().unwrap())
+            .args(if target.ends_with("release") {
+                &["--release"] as &[&str]
+            } else {
+                &[]
+            })
+            .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+            .status()
+            .unwrap();
+        assert!(built.success());
+        target.join("orlop-bridge")
+    })
+}
+
+impl Node {
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn settings(&self) -> Settings {
+        Settings {
+            conf_dir: self.path("net.d"),
+            bin_dirs: vec![self.path("bin"), "/usr/lib/cni".into()],
+            data_dir: self.path("data"),
+            run_dir: self.path("run"),
+            node_address: None,
+            plugin_timeout: Duration::from_secs(20),
+            boot_id_file: self.path("boot_id"),
+            capability_args: Default::default(),
+        }
+    }
+
+    /// The agent's network, as it is after a start.
+    pub fn network(&self) -> CniNetwork {
+        CniNetwork::new(self.settings())
+    }
+
+    /// A sandbox with a namespace.
+    pub async fn sandbox(&self, network: &CniNetwork, id: &str) -> PodNetwork {
+        PodNetwork {
+            namespace: "default".into(),
+            name: format!("pod-{id}"),
+            uid: format!("uid-{id}"),
+            sandbox_id: id.to_owned(),
+            netns: network.create_namespace(id).await.unwrap(),
+        }
+    }
+
+    /// A plugin that is a shell script. It finds its stdin in `$IN`, and every call is a line of the file `calls`.
+    pub fn script(&self, name: &str, body: &str) {
+        let path = self.path("bin").join(name);
+        let calls = self.path("calls");
+        let log = format!("echo \"$CNI_COMMAND {name}\" >>{}", calls.display());
+        fs::write(&path, format!("#!/bin/sh\nIN=$(cat)\n{log}\n{body}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// The scripts' calls so far.
+    pub fn calls(&self) -> Vec<String> {
+        let text = fs::read_to_string(self.path("calls")).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    pub fn conflist(&self, name: &str, value: &serde_json::Value) {
+        fs::write(self.path("net.d").join(name), value.to_string()).unwrap();
+    }
+
+    pub fn ip(&self, args: &str) -> String {
+        ip(args)
+    }
+
+    /// Names of the host's veths.
+    pub fn veths(&self) -> usize {
+        let links: serde_json::Value = serde_json::from_str(&ip("-j link show type veth")).unwrap();
+        links
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|l| l["ifname"].as_str().is_some_and(|n| n.starts_with('o')))
+            .count()
+    }
+
+    /// Addresses that are leased.
+    pub fn leases(&self) -> usize {
+        let bytes = fs::read(self.path("run/ipam/orlop.json")).unwrap_or_else(|_| b"{\"leases\":{}}".into());
+        let state: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        state["leases"].as_object().unwrap().len()
+    }
+}
+
+/// What control says at first.
+pub fn welcome(ranges: &[&str]) -> Welcome {
+    Welcome {
+        pod_cidrs: ranges.iter().map(|r| (*r).to_owned()).collect(),
+        cluster_pod_cidr: "10.244.0.0/16".into(),
+        service_cidr: "10.96.0.0/12".into(),
+    }
+}
+
+/// `ip ARGS` in the calling thread's namespace.
+pub fn ip(args: &str) -> String {
+    let output = Command::new("ip").args(args.split_whitespace()).output().unwrap();
+    assert!(
+        output.status.success(),
+        "ip {args}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Runs `f` in a namespace.
+pub fn inside<T: Send + 'static>(netns: &Path, f: impl FnOnce() -> T + Send + 'static) -> T {
+    let netns = File::open(netns).unwrap();
+    std::thread::spawn(move || {
+        setns(netns.as_fd(), CloneFlags::CLONE_NEWNET).unwrap();
+        f()
+    })
+    .join()
+    .unwrap()
+}
