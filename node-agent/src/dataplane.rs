@@ -1,9 +1,30 @@
 //! The service dataplane: what keeps the kernel's maps as control wants them, and reads its counters.
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+pub mod arena;
+pub mod bpf;
+pub mod btf;
+mod counters;
+mod ebpf;
+pub mod kernel;
+pub mod layout;
+mod logs;
+pub mod object;
+pub mod planner;
+mod tables;
+pub mod verify;
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use async_trait::async_trait;
 use orlop_proto::node::v1 as link;
+
+pub use ebpf::EbpfDataplane;
+pub use verify::Report;
 
 /// `namespace` and `name` of a service.
 pub type ServiceId = (String, String);
@@ -113,4 +134,81 @@ pub trait Dataplane: Send + Sync + 'static {
 
     /// `Ok` when programs are loaded and attached, otherwise what is wrong, in words for the node's Ready condition.
     fn health(&self) -> Result<(), String>;
+}
+
+/// Where the eBPF dataplane lives and how much it can hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The bpffs mount point; pins are in `orlop/INSTANCE` below it.
+    pub bpffs: PathBuf,
+    /// The node's name with dots as `_`.
+    pub instance: String,
+    /// Root of the cgroup2 mount that the programs are attached to; `None`: found in /proc/self/mountinfo.
+    pub cgroup_root: Option<PathBuf>,
+    /// How much fits.
+    pub sizes: Sizes,
+}
+
+/// How much the maps hold. A larger size is a migration at the next start: entries are copied, connections go on. Maps are
+/// never made smaller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Sizes {
+    /// Service ports with an address. Each costs 16 bytes, and 16 a CPU for its counters, used or not.
+    pub frontends: u32,
+    /// Backend slots: 16 bytes each, and 8 a CPU for counters, used or not. A changed service needs its new slots beside
+    /// the old ones for a moment.
+    pub slots: u32,
+    /// Pods with an interface on this node.
+    pub pods: u32,
+    /// Containers on this node whose CPU time is counted.
+    pub containers: u32,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self {
+            frontends: 131_072,
+            slots: 262_144,
+            pods: 4096,
+            containers: 4096,
+        }
+    }
+}
+
+/// What an `apply` wrote: proportional to what changed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Frontend entries written.
+    pub frontends_written: u64,
+    /// Frontend entries deleted.
+    pub frontends_deleted: u64,
+    /// Arena slots filled.
+    pub slots_written: u64,
+}
+
+impl Applied {
+    fn plus(self, other: Self) -> Self {
+        Self {
+            frontends_written: self.frontends_written + other.frontends_written,
+            frontends_deleted: self.frontends_deleted + other.frontends_deleted,
+            slots_written: self.slots_written + other.slots_written,
+        }
+    }
+}
+
+/// The id by which [`Counters::cpu_by_cgroup`] names a cgroup: the inode of its cgroup2 directory.
+///
+/// # Errors
+/// The directory is not there.
+pub fn cgroup_id(cgroup2_directory: &Path) -> std::io::Result<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    Ok(std::fs::metadata(cgroup2_directory)?.ino())
+}
+
+fn failed(doing: impl Into<String>, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> DataplaneError {
+    DataplaneError::Failed {
+        doing: doing.into(),
+        source: source.into(),
+    }
 }

@@ -1,0 +1,434 @@
+//! ClusterIPs at the socket: a backend is chosen once per connection, when the socket connects or first sends, so a packet
+//! costs nothing.
+//!
+//! A v4-mapped address (`::ffff:10.96.0.1` on an AF_INET6 socket, as most servers' clients have it) arrives at the 6 hooks and is
+//! treated as the address that it maps. What a socket was told is remembered with the socket (socket storage), so that
+//! `getpeername` and `recvmsg` show the ClusterIP again, and goes with it.
+
+use aya_ebpf::{
+    bindings::bpf_sock_addr, helpers::generated::bpf_set_retval, macros::cgroup_sock_addr, programs::SockAddrContext,
+};
+use aya_log_ebpf::warn;
+use orlop_ebpf_abi::{
+    Connected, DATAGRAM_PEERS, Datagrams, FrontendKey, Peer, Protocol, Scope,
+    selection::{Selection, select},
+};
+
+use crate::maps::{Pinned, count_connection, count_refused, failures, sk_conn4_v1, sk_udp4_v1};
+
+const ALLOW: i32 = 1;
+const REFUSE: i32 = 0;
+const ECONNREFUSED: i32 = 111;
+const ENOMEM: i32 = 12;
+
+#[cgroup_sock_addr(connect4)]
+pub fn connect4(ctx: SockAddrContext) -> i32 {
+    connect(&ctx, &V4 { raw: ctx.sock_addr })
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    connect(&ctx, &V6 { raw: ctx.sock_addr })
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    send(&ctx, &V4 { raw: ctx.sock_addr })
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    send(&ctx, &V6 { raw: ctx.sock_addr })
+}
+
+#[cgroup_sock_addr(recvmsg4)]
+pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    receive(&ctx, &V4 { raw: ctx.sock_addr })
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    receive(&ctx, &V6 { raw: ctx.sock_addr })
+}
+
+#[cgroup_sock_addr(getpeername4)]
+pub fn getpeername4(ctx: SockAddrContext) -> i32 {
+    peer_name(&ctx, &V4 { raw: ctx.sock_addr })
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub fn getpeername6(ctx: SockAddrContext) -> i32 {
+    peer_name(&ctx, &V6 { raw: ctx.sock_addr })
+}
+
+/// The address in the hook's context.
+trait Address {
+    /// The IPv4 address, if it is one or maps one.
+    fn get(&self) -> Option<[u8; 4]>;
+    fn set(&self, address: [u8; 4]);
+    fn raw(&self) -> *mut bpf_sock_addr;
+
+    #[inline(always)]
+    fn port(&self) -> u16 {
+        // SAFETY: the hook's context. Volatile: the verifier wants whole words at their offsets. The port is in network
+        // order in the lower half.
+        let word = unsafe { (&raw const (*self.raw()).user_port).read_volatile() };
+        u16::from_be(word as u16)
+    }
+
+    #[inline(always)]
+    fn set_port(&self, port: u16) {
+        // SAFETY: as above.
+        unsafe { (&raw mut (*self.raw()).user_port).write_volatile(u32::from(port.to_be())) };
+    }
+
+    #[inline(always)]
+    fn protocol(&self) -> Option<Protocol> {
+        // SAFETY: as above.
+        Protocol::from_number(unsafe { (&raw const (*self.raw()).protocol).read_volatile() })
+    }
+}
+
+struct V4 {
+    raw: *mut bpf_sock_addr,
+}
+
+impl Address for V4 {
+    #[inline(always)]
+    fn get(&self) -> Option<[u8; 4]> {
+        // SAFETY: the hook's context.
+        Some(unsafe { (&raw const (*self.raw).user_ip4).read_volatile() }.to_ne_bytes())
+    }
+
+    #[inline(always)]
+    fn set(&self, address: [u8; 4]) {
+        // SAFETY: as above.
+        unsafe { (&raw mut (*self.raw).user_ip4).write_volatile(u32::from_ne_bytes(address)) };
+    }
+
+    #[inline(always)]
+    fn raw(&self) -> *mut bpf_sock_addr {
+        self.raw
+    }
+}
+
+struct V6 {
+    raw: *mut bpf_sock_addr,
+}
+
+impl Address for V6 {
+    #[inline(always)]
+    fn get(&self) -> Option<[u8; 4]> {
+        // SAFETY: the hook's context.
+        unsafe {
+            let words = (&raw const (*self.raw).user_ip6).cast::<u32>();
+            if words.read_volatile() != 0
+                || words.add(1).read_volatile() != 0
+                || words.add(2).read_volatile() != 0xffff_u32.to_be()
+            {
+                return None;
+            }
+            Some(words.add(3).read_volatile().to_ne_bytes())
+        }
+    }
+
+    #[inline(always)]
+    fn set(&self, address: [u8; 4]) {
+        // SAFETY: as above; the upper words stay those of a mapped address.
+        unsafe {
+            (&raw mut (*self.raw).user_ip6)
+                .cast::<u32>()
+                .add(3)
+                .write_volatile(u32::from_ne_bytes(address))
+        };
+    }
+
+    #[inline(always)]
+    fn raw(&self) -> *mut bpf_sock_addr {
+        self.raw
+    }
+}
+
+#[inline(always)]
+fn connect<A: Address>(ctx: &SockAddrContext, to: &A) -> i32 {
+    let Some(protocol) = to.protocol() else { return ALLOW };
+    let Some(address) = to.get() else {
+        forget(ctx);
+        return ALLOW;
+    };
+    let key = FrontendKey {
+        address,
+        port: to.port(),
+        protocol,
+        scope: Scope::Cluster,
+    };
+    match select(&Pinned, &key, None) {
+        Selection::NotAService => {
+            forget(ctx);
+            ALLOW
+        }
+        Selection::Backend {
+            service,
+            backend,
+            address,
+            port,
+            kept: _,
+        } => {
+            // SAFETY: the hook's socket; the storage goes with it.
+            let Some(connected) = (unsafe { sk_conn4_v1.get_or_insert_ptr_mut(ctx, None).as_mut() }) else {
+                return no_storage();
+            };
+            set_connected(connected, &key, address, port);
+            count_connection(service, backend);
+            to.set(address);
+            to.set_port(port);
+            ALLOW
+        }
+        Selection::NoBackend { service } => {
+            count_refused(service);
+            refuse(ECONNREFUSED)
+        }
+        Selection::Exhausted => exhausted(ctx, &key),
+    }
+}
+
+#[inline(always)]
+fn set_connected(connected: &mut Connected, key: &FrontendKey, address: [u8; 4], port: u16) {
+    connected.service_address = key.address;
+    connected.backend_address = address;
+    connected.backend_port = port;
+    connected.service_port = key.port;
+}
+
+/// The socket connects to something that is no service: an earlier connect, or attempt, through one no longer counts.
+#[inline(always)]
+fn forget(ctx: &SockAddrContext) {
+    // SAFETY: the hook's socket.
+    if let Some(connected) = unsafe { sk_conn4_v1.get_ptr_mut(ctx).as_mut() } {
+        connected.service_port = 0;
+    }
+}
+
+/// A datagram with an address of its own: the socket keeps its backend for a service while that is ready.
+#[inline(always)]
+fn send<A: Address>(ctx: &SockAddrContext, to: &A) -> i32 {
+    let Some(protocol @ Protocol::Udp) = to.protocol() else {
+        return ALLOW;
+    };
+    let Some(address) = to.get() else { return ALLOW };
+    let key = FrontendKey {
+        address,
+        port: to.port(),
+        protocol,
+        scope: Scope::Cluster,
+    };
+    // SAFETY: the hook's socket.
+    let known = unsafe { sk_udp4_v1.get_ptr_mut(ctx) };
+    let peer = peer_of_service(known, &key);
+    match select(&Pinned, &key, peer.and_then(backend_of)) {
+        Selection::NotAService => {
+            forget_direct(known, key.address, key.port);
+            ALLOW
+        }
+        Selection::Backend {
+            service,
+            backend,
+            address,
+            port,
+            kept,
+        } => {
+            if !kept {
+                let Some(peer) = peer.or_else(|| new_peer(ctx)) else {
+                    return no_storage();
+                };
+                set_peer(peer, &key, address, port);
+                count_connection(service, backend);
+            }
+            to.set(address);
+            to.set_port(port);
+            ALLOW
+        }
+        Selection::NoBackend { service } => {
+            count_refused(service);
+            refuse(ECONNREFUSED)
+        }
+        Selection::Exhausted => exhausted(ctx, &key),
+    }
+}
+
+#[inline(always)]
+fn peer_at(known: *mut Datagrams, index: usize) -> *mut Peer {
+    // SAFETY: the caller's index is below DATAGRAM_PEERS, as the verifier checks again.
+    unsafe { (&raw mut (*known).peers).cast::<Peer>().add(index) }
+}
+
+#[inline(always)]
+fn pack(address: [u8; 4], port: u16) -> u64 {
+    u64::from(u32::from_ne_bytes(address)) | (u64::from(port) << 32)
+}
+
+/// The entry of a service.
+#[inline(always)]
+fn peer_of_service(known: *mut Datagrams, key: &FrontendKey) -> Option<*mut Peer> {
+    if known.is_null() {
+        return None;
+    }
+    let wanted = pack(key.address, key.port);
+    let mut index = 0;
+    while index < DATAGRAM_PEERS {
+        let peer = peer_at(known, index);
+        // SAFETY: in the storage; the two halves of an entry are one word each.
+        if unsafe { peer.cast::<u64>().read_volatile() } == wanted {
+            return Some(peer);
+        }
+        index += 1;
+    }
+    None
+}
+
+/// The entry whose backend a datagram goes to, or comes from.
+#[inline(always)]
+fn peer_of_backend(known: *mut Datagrams, address: [u8; 4], port: u16) -> Option<*mut Peer> {
+    if known.is_null() {
+        return None;
+    }
+    let wanted = pack(address, port);
+    let mut index = 0;
+    while index < DATAGRAM_PEERS {
+        let peer = peer_at(known, index);
+        // SAFETY: as above.
+        if unsafe { peer.cast::<u64>().add(1).read_volatile() } == wanted {
+            return Some(peer);
+        }
+        index += 1;
+    }
+    None
+}
+
+#[inline(always)]
+fn backend_of(peer: *mut Peer) -> Option<([u8; 4], u16)> {
+    // SAFETY: as above.
+    let word = unsafe { peer.cast::<u64>().add(1).read_volatile() };
+    if word == 0 {
+        None
+    } else {
+        Some(((word as u32).to_ne_bytes(), (word >> 32) as u16))
+    }
+}
+
+/// Takes the next entry; threads that share the socket get one each.
+#[inline(always)]
+fn new_peer(ctx: &SockAddrContext) -> Option<*mut Peer> {
+    // SAFETY: the hook's socket; the storage starts as zeros and goes with it.
+    unsafe {
+        let known = sk_udp4_v1.get_or_insert_ptr_mut(ctx, None);
+        if known.is_null() {
+            return None;
+        }
+        let next = core::intrinsics::atomic_xadd::<u64, u64, { core::intrinsics::AtomicOrdering::Relaxed }>(
+            &raw mut (*known).next,
+            1,
+        );
+        Some(peer_at(known, next as usize & (DATAGRAM_PEERS - 1)))
+    }
+}
+
+/// First the backend, then the service: an entry with a service has a backend.
+#[inline(always)]
+fn set_peer(peer: *mut Peer, key: &FrontendKey, address: [u8; 4], port: u16) {
+    // SAFETY: in the storage; see `peer_of_service`.
+    unsafe {
+        peer.cast::<u64>().add(1).write_volatile(pack(address, port));
+        peer.cast::<u64>().write_volatile(pack(key.address, key.port));
+    }
+}
+
+/// The socket talks to an address that is no service. If that is the backend of one it talks to as well, its answers can
+/// no longer be told apart: the last send wins.
+#[inline(always)]
+fn forget_direct(known: *mut Datagrams, address: [u8; 4], port: u16) {
+    if let Some(peer) = peer_of_backend(known, address, port) {
+        // SAFETY: in the storage.
+        unsafe {
+            peer.cast::<u64>().write_volatile(0);
+            peer.cast::<u64>().add(1).write_volatile(0);
+        }
+    }
+}
+
+/// Shows the ClusterIP as the sender.
+#[inline(always)]
+fn receive<A: Address>(ctx: &SockAddrContext, from: &A) -> i32 {
+    let Some(address) = from.get() else { return ALLOW };
+    let port = from.port();
+    if show_service(ctx, from, address, port) {
+        return ALLOW;
+    }
+    // SAFETY: the hook's socket.
+    let known = unsafe { sk_udp4_v1.get_ptr_mut(ctx) };
+    if let Some(peer) = peer_of_backend(known, address, port) {
+        // SAFETY: in the storage; see `peer_of_service`.
+        let word = unsafe { peer.cast::<u64>().read_volatile() };
+        if word != 0 {
+            from.set((word as u32).to_ne_bytes());
+            from.set_port((word >> 32) as u16);
+        }
+    }
+    ALLOW
+}
+
+/// Shows the ClusterIP as the peer.
+#[inline(always)]
+fn peer_name<A: Address>(ctx: &SockAddrContext, peer: &A) -> i32 {
+    if let Some(address) = peer.get() {
+        show_service(ctx, peer, address, peer.port());
+    }
+    ALLOW
+}
+
+/// Replaces a backend's address by that of the service which the socket is connected through.
+#[inline(always)]
+fn show_service<A: Address>(ctx: &SockAddrContext, shown: &A, address: [u8; 4], port: u16) -> bool {
+    // SAFETY: the hook's socket.
+    let Some(connected) = (unsafe { sk_conn4_v1.get_ptr_mut(ctx).as_mut() }) else {
+        return false;
+    };
+    if connected.service_port == 0 || connected.backend_port != port || connected.backend_address != address {
+        return false;
+    }
+    shown.set(connected.service_address);
+    shown.set_port(connected.service_port);
+    true
+}
+
+#[inline(always)]
+fn refuse(error: i32) -> i32 {
+    // SAFETY: the connect and sendmsg hooks may set what the system call returns.
+    unsafe { bpf_set_retval(-error) };
+    REFUSE
+}
+
+#[inline(always)]
+fn no_storage() -> i32 {
+    if let Some(failures) = failures() {
+        // SAFETY: this CPU's own element.
+        unsafe { (*failures).no_storage += 1 };
+    }
+    refuse(ENOMEM)
+}
+
+#[cold]
+#[inline(never)]
+fn exhausted(ctx: &SockAddrContext, key: &FrontendKey) -> i32 {
+    if let Some(failures) = failures() {
+        // SAFETY: this CPU's own element.
+        unsafe { (*failures).exhausted += 1 };
+    }
+    warn!(
+        ctx,
+        "service {:i}:{} refused: its entry was another's each time",
+        u32::from_be_bytes(key.address),
+        key.port
+    );
+    refuse(ECONNREFUSED)
+}

@@ -1,0 +1,478 @@
+//! bpf(2) by hand, where aya offers nothing: batches, replacing a pinned link's program, infos with BTF ids.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+};
+
+mod command {
+    pub const MAP_UPDATE_ELEM: u32 = 2;
+    pub const MAP_DELETE_ELEM: u32 = 3;
+    pub const OBJ_PIN: u32 = 6;
+    pub const OBJ_GET: u32 = 7;
+    pub const PROG_GET_FD_BY_ID: u32 = 13;
+    pub const MAP_GET_FD_BY_ID: u32 = 14;
+    pub const OBJ_GET_INFO_BY_FD: u32 = 15;
+    pub const BTF_GET_FD_BY_ID: u32 = 19;
+    pub const MAP_LOOKUP_BATCH: u32 = 24;
+    pub const MAP_UPDATE_BATCH: u32 = 26;
+    pub const MAP_DELETE_BATCH: u32 = 27;
+    pub const LINK_CREATE: u32 = 28;
+    pub const LINK_UPDATE: u32 = 29;
+}
+
+/// What the kernel says of a map.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MapInfo {
+    /// BPF_MAP_TYPE_...
+    pub kind: u32,
+    /// The kernel's id.
+    pub id: u32,
+    /// Bytes of a key.
+    pub key_size: u32,
+    /// Bytes of a value (on one CPU).
+    pub value_size: u32,
+    /// How many fit.
+    pub max_entries: u32,
+    /// BPF_F_...
+    pub flags: u32,
+    /// Up to 15 characters.
+    pub name: String,
+    /// The BTF object that describes key and value, 0 for none.
+    pub btf_id: u32,
+    /// Type id of the key there.
+    pub btf_key: u32,
+    /// Type id of the value there.
+    pub btf_value: u32,
+}
+
+/// What the kernel says of a program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProgramInfo {
+    /// The kernel's id.
+    pub id: u32,
+    /// Ids of the maps that it uses.
+    pub map_ids: Vec<u32>,
+    /// Instructions that the verifier walked.
+    pub verified_instructions: u32,
+}
+
+/// What the kernel says of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// The attached program's id.
+    pub program: u32,
+    /// What it is attached to.
+    pub target: Target,
+}
+
+/// What a link is attached to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// A cgroup by id; 0 once it is gone.
+    Cgroup(u64),
+    /// An interface by index (in the network namespace of the link's making); 0 once it is gone.
+    Interface(u32),
+    /// A tracepoint.
+    Tracing,
+}
+
+fn bpf<T>(command: u32, attributes: &mut T) -> io::Result<i32> {
+    // SAFETY: every caller passes the attribute struct of its command, with pointers to memory that outlives the call and
+    // is as large as the sizes beside them say. The kernel takes what lies beyond the given size as zero.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of::<T>()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    i32::try_from(result).map_err(io::Error::other)
+}
+
+fn new_fd(raw: i32) -> OwnedFd {
+    // SAFETY: the kernel has just made this descriptor for us.
+    unsafe { OwnedFd::from_raw_fd(raw) }
+}
+
+fn raw(fd: impl AsFd) -> u32 {
+    fd.as_fd().as_raw_fd().unsigned_abs()
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
+}
+
+#[repr(C)]
+struct ObjectAttributes {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+/// Opens what is pinned at `path`.
+///
+/// # Errors
+/// The kernel's, `NotFound` among them.
+pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attributes = ObjectAttributes {
+        path: path.as_ptr() as u64,
+        fd: 0,
+        flags: 0,
+    };
+    bpf(command::OBJ_GET, &mut attributes).map(new_fd)
+}
+
+/// Pins a map, program or link.
+///
+/// # Errors
+/// The kernel's.
+pub fn pin(fd: impl AsFd, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attributes = ObjectAttributes {
+        path: path.as_ptr() as u64,
+        fd: raw(fd),
+        flags: 0,
+    };
+    bpf(command::OBJ_PIN, &mut attributes).map(drop)
+}
+
+#[repr(C)]
+struct InfoAttributes {
+    fd: u32,
+    length: u32,
+    info: u64,
+}
+
+/// An info struct as bytes: fields are read at the offsets of the kernel's ABI, what an older kernel does not know is 0.
+struct Info<const N: usize>([u8; N]);
+
+impl<const N: usize> Info<N> {
+    fn get(fd: BorrowedFd<'_>, buffer: [u8; N]) -> io::Result<Self> {
+        let mut buffer = buffer;
+        let mut attributes = InfoAttributes {
+            fd: raw(fd),
+            length: u32::try_from(N).unwrap_or(0),
+            info: buffer.as_mut_ptr() as u64,
+        };
+        bpf(command::OBJ_GET_INFO_BY_FD, &mut attributes)?;
+        Ok(Self(buffer))
+    }
+
+    fn u32(&self, offset: usize) -> u32 {
+        let mut bytes = [0; 4];
+        bytes.copy_from_slice(&self.0[offset..offset + 4]);
+        u32::from_ne_bytes(bytes)
+    }
+
+    fn u64(&self, offset: usize) -> u64 {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&self.0[offset..offset + 8]);
+        u64::from_ne_bytes(bytes)
+    }
+}
+
+/// What the kernel says of a map.
+///
+/// # Errors
+/// The kernel's.
+pub fn map_info(fd: impl AsFd) -> io::Result<MapInfo> {
+    let info = Info::get(fd.as_fd(), [0_u8; 80])?;
+    let name = &info.0[24..40];
+    let length = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+    Ok(MapInfo {
+        kind: info.u32(0),
+        id: info.u32(4),
+        key_size: info.u32(8),
+        value_size: info.u32(12),
+        max_entries: info.u32(16),
+        flags: info.u32(20),
+        name: String::from_utf8_lossy(&name[..length]).into_owned(),
+        btf_id: info.u32(64),
+        btf_key: info.u32(68),
+        btf_value: info.u32(72),
+    })
+}
+
+/// What the kernel says of a program.
+///
+/// # Errors
+/// The kernel's.
+pub fn program_info(fd: impl AsFd) -> io::Result<ProgramInfo> {
+    const LENGTH: usize = 232;
+    let count = Info::get(fd.as_fd(), [0_u8; LENGTH])?.u32(52);
+    let mut map_ids = vec![0_u32; count as usize];
+    let mut ask = [0_u8; LENGTH];
+    ask[52..56].copy_from_slice(&count.to_ne_bytes());
+    ask[56..64].copy_from_slice(&(map_ids.as_mut_ptr() as u64).to_ne_bytes());
+    let info = Info::get(fd.as_fd(), ask)?;
+    Ok(ProgramInfo {
+        id: info.u32(4),
+        map_ids,
+        verified_instructions: info.u32(216),
+    })
+}
+
+/// What the kernel says of a link.
+///
+/// # Errors
+/// The kernel's, or a link of a kind that we never make.
+pub fn link_info(fd: impl AsFd) -> io::Result<LinkInfo> {
+    let info = Info::get(fd.as_fd(), [0_u8; 32])?;
+    let target = match info.u32(0) {
+        1 | 2 => Target::Tracing,
+        3 => Target::Cgroup(info.u64(16)),
+        11 => Target::Interface(info.u32(16)),
+        kind => return Err(io::Error::other(format!("a link of kind {kind}"))),
+    };
+    Ok(LinkInfo {
+        program: info.u32(8),
+        target,
+    })
+}
+
+#[repr(C)]
+struct IdAttributes {
+    id: u32,
+    next: u32,
+    flags: u32,
+}
+
+/// Opens a program by id.
+///
+/// # Errors
+/// The kernel's.
+pub fn program_by_id(id: u32) -> io::Result<OwnedFd> {
+    bpf(command::PROG_GET_FD_BY_ID, &mut IdAttributes { id, next: 0, flags: 0 }).map(new_fd)
+}
+
+/// Opens a map by id.
+///
+/// # Errors
+/// The kernel's.
+pub fn map_by_id(id: u32) -> io::Result<OwnedFd> {
+    bpf(command::MAP_GET_FD_BY_ID, &mut IdAttributes { id, next: 0, flags: 0 }).map(new_fd)
+}
+
+/// The bytes of a BTF object.
+///
+/// # Errors
+/// The kernel's.
+pub fn btf_by_id(id: u32) -> io::Result<Vec<u8>> {
+    let fd = bpf(command::BTF_GET_FD_BY_ID, &mut IdAttributes { id, next: 0, flags: 0 }).map(new_fd)?;
+    let size = Info::get(fd.as_fd(), [0_u8; 32])?.u32(8);
+    let mut bytes = vec![0_u8; size as usize];
+    let mut ask = [0_u8; 32];
+    ask[0..8].copy_from_slice(&(bytes.as_mut_ptr() as u64).to_ne_bytes());
+    ask[8..12].copy_from_slice(&size.to_ne_bytes());
+    Info::get(fd.as_fd(), ask)?;
+    Ok(bytes)
+}
+
+#[repr(C)]
+struct LinkCreateAttributes {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    more: [u64; 4],
+}
+
+/// Attaches a program: `target` is a cgroup's descriptor, an interface's index, or 0 for a tracepoint.
+///
+/// # Errors
+/// The kernel's.
+pub fn create_link(program: impl AsFd, target: u32, attach_type: u32) -> io::Result<OwnedFd> {
+    let mut attributes = LinkCreateAttributes {
+        program: raw(program),
+        target,
+        attach_type,
+        flags: 0,
+        more: [0; 4],
+    };
+    bpf(command::LINK_CREATE, &mut attributes).map(new_fd)
+}
+
+#[repr(C)]
+struct LinkUpdateAttributes {
+    link: u32,
+    program: u32,
+    flags: u32,
+    old: u32,
+}
+
+/// Replaces a link's program, atomically.
+///
+/// # Errors
+/// The kernel's; `ENOLINK` when what it was attached to is gone.
+pub fn update_link(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
+    let mut attributes = LinkUpdateAttributes {
+        link: raw(link),
+        program: raw(program),
+        flags: 0,
+        old: 0,
+    };
+    bpf(command::LINK_UPDATE, &mut attributes).map(drop)
+}
+
+#[repr(C)]
+struct ElementAttributes {
+    map: u32,
+    reserved: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Writes one entry. For per-CPU maps `value` holds all CPUs'.
+///
+/// # Errors
+/// The kernel's.
+pub fn update(map: impl AsFd, key: &[u8], value: &[u8]) -> io::Result<()> {
+    let mut attributes = ElementAttributes {
+        map: raw(map),
+        reserved: 0,
+        key: key.as_ptr() as u64,
+        value: value.as_ptr() as u64,
+        flags: 0,
+    };
+    bpf(command::MAP_UPDATE_ELEM, &mut attributes).map(drop)
+}
+
+/// Deletes one entry; one that is not there is a success.
+///
+/// # Errors
+/// The kernel's.
+pub fn delete(map: impl AsFd, key: &[u8]) -> io::Result<()> {
+    let mut attributes = ElementAttributes {
+        map: raw(map),
+        reserved: 0,
+        key: key.as_ptr() as u64,
+        value: 0,
+        flags: 0,
+    };
+    match bpf(command::MAP_DELETE_ELEM, &mut attributes) {
+        Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+#[repr(C)]
+struct BatchAttributes {
+    from: u64,
+    to: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
+    flags: u64,
+}
+
+/// Writes `count` entries whose keys and values lie one after the other.
+///
+/// # Errors
+/// The kernel's; the entries before the failing one are written.
+pub fn update_batch(map: impl AsFd, keys: &[u8], values: &[u8], count: usize) -> io::Result<()> {
+    batch(command::MAP_UPDATE_BATCH, map, keys, values, count)
+}
+
+/// Deletes `count` entries.
+///
+/// # Errors
+/// The kernel's; `ENOENT` for a key that is not there, the ones after it are then untouched.
+pub fn delete_batch(map: impl AsFd, keys: &[u8], count: usize) -> io::Result<()> {
+    batch(command::MAP_DELETE_BATCH, map, keys, &[], count)
+}
+
+fn batch(command: u32, map: impl AsFd, keys: &[u8], values: &[u8], count: usize) -> io::Result<()> {
+    if count == 0 {
+        return Ok(());
+    }
+    let mut attributes = BatchAttributes {
+        from: 0,
+        to: 0,
+        keys: keys.as_ptr() as u64,
+        values: values.as_ptr() as u64,
+        count: u32::try_from(count).map_err(io::Error::other)?,
+        map: raw(map),
+        element_flags: 0,
+        flags: 0,
+    };
+    bpf(command, &mut attributes).map(drop)
+}
+
+/// Calls `each` for the entries of a map, in the kernel's order, a few thousand per system call, until it says `false`. Values of
+/// per-CPU maps hold all CPUs', each rounded up to 8 bytes.
+///
+/// # Errors
+/// The kernel's.
+pub fn for_each(map: impl AsFd, info: &MapInfo, mut each: impl FnMut(&[u8], &[u8]) -> bool) -> io::Result<()> {
+    let key_size = info.key_size as usize;
+    let value_size = value_bytes(info)?;
+    let mut room: usize = 4096.min(info.max_entries.max(1) as usize);
+    let (mut position, mut next) = ([0_u8; 64], [0_u8; 64]);
+    let mut first = true;
+    loop {
+        let (mut keys, mut values) = (vec![0_u8; room * key_size], vec![0_u8; room * value_size]);
+        let mut attributes = BatchAttributes {
+            from: if first { 0 } else { position.as_mut_ptr() as u64 },
+            to: next.as_mut_ptr() as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: u32::try_from(room).map_err(io::Error::other)?,
+            map: raw(map.as_fd()),
+            element_flags: 0,
+            flags: 0,
+        };
+        let ended = match bpf(command::MAP_LOOKUP_BATCH, &mut attributes) {
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            // One bucket of a hash map holds more than there was room for.
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+                room *= 2;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let count = attributes.count as usize;
+        for (key, value) in keys
+            .chunks_exact(key_size)
+            .zip(values.chunks_exact(value_size))
+            .take(count)
+        {
+            if !each(key, value) {
+                return Ok(());
+            }
+        }
+        if ended {
+            return Ok(());
+        }
+        position = next;
+        first = false;
+    }
+}
+
+/// Bytes of one entry's value as system calls carry it.
+///
+/// # Errors
+/// The number of CPUs cannot be read.
+pub fn value_bytes(info: &MapInfo) -> io::Result<usize> {
+    const PERCPU: [u32; 3] = [5, 6, 10];
+    let size = info.value_size as usize;
+    if PERCPU.contains(&info.kind) {
+        return Ok(size.next_multiple_of(8) * cpus()?);
+    }
+    Ok(size)
+}
+
+/// CPUs that the kernel has room for.
+///
+/// # Errors
+/// The number cannot be read.
+pub fn cpus() -> io::Result<usize> {
+    aya::util::nr_cpus().map_err(|(path, error)| io::Error::other(format!("{path}: {error}")))
+}

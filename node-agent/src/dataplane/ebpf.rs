@@ -1,0 +1,407 @@
+//! The dataplane in the kernel.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use orlop_ebpf_abi as abi;
+
+use super::{
+    Applied, Config, Counters, Dataplane, DataplaneError, NetworkCounters, PodInterface, Report, ServiceChanges,
+    arena::Arena,
+    bpf::{self, Target},
+    counters, failed,
+    kernel::{self, Hook, Kernel, PROGRAMS},
+    logs,
+    planner::{Limits, Planner, Retired, Writes},
+    tables, verify,
+};
+
+/// [`Dataplane`] with eBPF. Cheap to clone.
+#[derive(Clone)]
+pub struct EbpfDataplane {
+    inner: Arc<Inner>,
+    /// What was retired goes to a thread that waits for the grace period. It ends when the last sender is gone.
+    retire: Sender<Retired>,
+}
+
+struct Inner {
+    config: Config,
+    kernel: Kernel,
+    arena: Arena,
+    state: Mutex<State>,
+    _logs: Option<logs::Reader>,
+}
+
+struct State {
+    planner: Planner,
+    /// A write failed: what is in the maps is to be read again before the next.
+    unsure: bool,
+    /// Interface index by pod uid.
+    pods: BTreeMap<String, u32>,
+    /// The last CPU times told; a figure never goes back.
+    cpu: HashMap<u64, u64>,
+    total: Applied,
+}
+
+impl EbpfDataplane {
+    /// Loads or adopts programs and maps, and attaches them. Services that an earlier life wrote go on being served until the
+    /// first complete change.
+    ///
+    /// # Errors
+    /// See [`Kernel::start`].
+    pub fn start(config: Config) -> Result<Self, DataplaneError> {
+        let kernel = Kernel::start(&config)?;
+        let map = kernel.map(abi::ARENA);
+        let arena = Arena::map(&map.fd, map.info.max_entries).map_err(|error| failed("map the arena", error))?;
+        let program = bpf::program_info(kernel.program("connect4")).map_err(|error| failed("read a program", error))?;
+        let logs = match logs::Reader::start(program.id) {
+            Ok(reader) => Some(reader),
+            Err(error) => {
+                tracing::warn!(error = %error, "the programs' log is not read");
+                None
+            }
+        };
+        let planner = adopt(&kernel, &arena)?;
+        let state = State {
+            planner,
+            unsure: false,
+            pods: BTreeMap::new(),
+            cpu: HashMap::new(),
+            total: Applied::default(),
+        };
+        let inner = Arc::new(Inner {
+            config,
+            kernel,
+            arena,
+            state: Mutex::new(state),
+            _logs: logs,
+        });
+        inner.adopt_pods()?;
+        let (retire, retired) = channel();
+        let background = Arc::downgrade(&inner);
+        thread::Builder::new()
+            .name("dataplane-gc".into())
+            .spawn(move || collect(&retired, &background))
+            .map_err(|error| failed("start a thread", error))?;
+        Ok(Self { inner, retire })
+    }
+
+    /// [`Dataplane::apply`], in this thread; says what it wrote.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn apply_now(&self, changes: &ServiceChanges) -> Result<Applied, DataplaneError> {
+        let inner = &*self.inner;
+        let mut state = inner.lock();
+        if state.unsure {
+            state.planner = adopt(&inner.kernel, &inner.arena)?;
+            state.unsure = false;
+        }
+        let writes = state.planner.apply(changes);
+        let mut applied = inner.write(&mut state, &writes)?;
+        let mut full = writes.full;
+        let mut retired = writes.retired;
+        if full.is_some() {
+            // The room may be in ranges that were just given up: wait until they are free.
+            let waiting = std::mem::take(&mut retired);
+            if !waiting.is_empty() {
+                grace_period();
+                inner
+                    .release(&mut state, &waiting)
+                    .map_err(|error| failed("zero what was given up", error))?;
+                let writes = state.planner.retry();
+                applied = applied.plus(inner.write(&mut state, &writes)?);
+                (full, retired) = (writes.full, writes.retired);
+            }
+        }
+        drop(state);
+        if !retired.is_empty() {
+            // The thread lives as long as this sender.
+            let _sent = self.retire.send(retired);
+        }
+        match full {
+            Some(map) => Err(DataplaneError::Full { map: map.to_owned() }),
+            None => Ok(applied),
+        }
+    }
+
+    /// [`Dataplane::attach_pod`], in this thread and its network namespace.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn attach_pod_now(&self, pod: &PodInterface) -> Result<(), DataplaneError> {
+        let inner = &*self.inner;
+        let name = &pod.host_interface;
+        let index = nix::net::if_::if_nametoindex(name.as_str())
+            .map_err(|error| failed(format!("find interface {name}"), io::Error::from(error)))?;
+        let mut state = inner.lock();
+        let map = inner.kernel.map(abi::TRAFFIC);
+        if state.pods.get(&pod.pod_uid) != Some(&index) {
+            let zeros = vec![0; bpf::value_bytes(&map.info).map_err(|error| failed("count CPUs", error))?];
+            bpf::update(&map.fd, &index.to_ne_bytes(), &zeros)
+                .map_err(|error| failed(format!("make counters for {name}"), error))?;
+        }
+        for (spec, hook) in interface_programs() {
+            inner
+                .kernel
+                .attach_interface(&link_name(&pod.pod_uid, spec), spec, hook, index)?;
+        }
+        state.pods.insert(pod.pod_uid.clone(), index);
+        Ok(())
+    }
+
+    /// [`Dataplane::detach_pod`], in this thread.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn detach_pod_now(&self, uid: &str) -> Result<(), DataplaneError> {
+        let inner = &*self.inner;
+        let mut state = inner.lock();
+        for (spec, _) in interface_programs() {
+            let path = inner.kernel.pins.link(&link_name(uid, spec));
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(failed(format!("unpin {}", path.display()), error));
+                }
+                _ => {}
+            }
+        }
+        if let Some(index) = state.pods.remove(uid)
+            && !state.pods.values().any(|other| *other == index)
+        {
+            bpf::delete(&inner.kernel.map(abi::TRAFFIC).fd, &index.to_ne_bytes())
+                .map_err(|error| failed("delete the pod's counters", error))?;
+        }
+        Ok(())
+    }
+
+    /// [`Dataplane::read_counters`], in this thread.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn read_counters_now(&self) -> Result<Counters, DataplaneError> {
+        let inner = &*self.inner;
+        let mut state = inner.lock();
+        let reading = |what: &str| format!("read counters of {what}");
+        let mut cpu = counters::cpu(&inner.kernel).map_err(|error| failed(reading("CPU time"), error))?;
+        counters::forget_gone_containers(&inner.kernel, &cpu, &state.cpu)
+            .map_err(|error| failed(reading("CPU time"), error))?;
+        for (id, time) in &mut cpu {
+            *time = (*time).max(state.cpu.get(id).copied().unwrap_or(0));
+        }
+        state.cpu.clone_from(&cpu);
+        let traffic =
+            counters::traffic(inner.kernel.map(abi::TRAFFIC)).map_err(|error| failed(reading("traffic"), error))?;
+        let network_by_pod = state
+            .pods
+            .iter()
+            .filter_map(|(uid, index)| Some((uid.clone(), *traffic.get(index)?)))
+            .collect::<HashMap<String, NetworkCounters>>();
+        let services =
+            counters::services(&inner.kernel, &state.planner).map_err(|error| failed(reading("services"), error))?;
+        Ok(Counters {
+            cpu_by_cgroup: cpu,
+            network_by_pod,
+            services,
+        })
+    }
+
+    /// Compares what was applied with what is in the kernel.
+    ///
+    /// # Errors
+    /// Something cannot be read at all.
+    pub fn verify_now(&self) -> Result<Report, DataplaneError> {
+        let state = self.inner.lock();
+        let services: Vec<_> = state.planner.services().cloned().collect();
+        verify::verify(&self.inner.config, &services)
+    }
+
+    /// What all calls of `apply` together wrote since the start.
+    #[must_use]
+    pub fn written(&self) -> Applied {
+        self.inner.lock().total
+    }
+
+    /// What is loaded and pinned.
+    #[must_use]
+    pub fn kernel(&self) -> &Kernel {
+        &self.inner.kernel
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T, DataplaneError> + Send + 'static,
+    ) -> Result<T, DataplaneError> {
+        let this = self.clone();
+        tokio::task::spawn_blocking(move || work(&this))
+            .await
+            .map_err(|error| failed("run in the background", error))?
+    }
+}
+
+#[async_trait]
+impl Dataplane for EbpfDataplane {
+    async fn apply(&self, changes: ServiceChanges) -> Result<(), DataplaneError> {
+        self.blocking(move |this| this.apply_now(&changes).map(drop)).await
+    }
+
+    async fn attach_pod(&self, interface: PodInterface) -> Result<(), DataplaneError> {
+        self.blocking(move |this| this.attach_pod_now(&interface)).await
+    }
+
+    async fn detach_pod(&self, pod_uid: &str) -> Result<(), DataplaneError> {
+        let uid = pod_uid.to_owned();
+        self.blocking(move |this| this.detach_pod_now(&uid)).await
+    }
+
+    async fn read_counters(&self) -> Result<Counters, DataplaneError> {
+        self.blocking(Self::read_counters_now).await
+    }
+
+    fn health(&self) -> Result<(), String> {
+        verify::health(&self.inner.kernel)
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self, state: &mut State, writes: &Writes) -> Result<Applied, DataplaneError> {
+        if let Err(error) = tables::write(&self.kernel, &self.arena, writes) {
+            state.unsure = true;
+            return Err(failed("write services", error));
+        }
+        let count = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
+        let applied = Applied {
+            frontends_written: count(writes.frontends.len()),
+            frontends_deleted: count(writes.deletions.len()),
+            slots_written: count(writes.slots.iter().map(|(_, slots)| slots.len()).sum()),
+        };
+        state.total = state.total.plus(applied);
+        Ok(applied)
+    }
+
+    /// After the grace period: zeroes slots and counters, then they can be used again.
+    fn release(&self, state: &mut State, retired: &Retired) -> io::Result<()> {
+        for (base, length) in &retired.ranges {
+            self.arena.clear(*base, *length);
+        }
+        counters::clear_ids(self.kernel.map(abi::SERVICE_COUNTERS), &retired.services)?;
+        counters::clear_ids(self.kernel.map(abi::BACKEND_COUNTERS), &retired.backends)?;
+        state.planner.release(retired);
+        Ok(())
+    }
+
+    /// Which pods' interfaces have links from before; counters that belong to none are deleted.
+    fn adopt_pods(&self) -> Result<(), DataplaneError> {
+        let mut state = self.lock();
+        for (name, path) in kernel::pod_links(&self.kernel.pins) {
+            let info = bpf::open_pinned(&path)
+                .and_then(bpf::link_info)
+                .map_err(|error| failed(format!("read link {name}"), error))?;
+            let uid = name
+                .strip_prefix("pod_")
+                .and_then(|rest| rest.rsplit_once('_'))
+                .map(|(uid, _)| uid);
+            if let (Some(uid), Target::Interface(index @ 1..)) = (uid, info.target) {
+                state.pods.insert(uid.to_owned(), index);
+            }
+        }
+        let map = self.kernel.map(abi::TRAFFIC);
+        let known = counters::traffic(map).map_err(|error| failed("read counters of traffic", error))?;
+        for index in known
+            .keys()
+            .filter(|index| !state.pods.values().any(|of_pod| of_pod == *index))
+        {
+            bpf::delete(&map.fd, &index.to_ne_bytes()).map_err(|error| failed("delete counters", error))?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads the maps, deletes what cannot be right, zeroes what nothing refers to.
+fn adopt(kernel: &Kernel, arena: &Arena) -> Result<Planner, DataplaneError> {
+    let map = kernel.map(abi::FRONTENDS);
+    let (frontends, foreign) = tables::read(map).map_err(|error| failed("read the frontends", error))?;
+    let limits = Limits {
+        frontends: map.info.max_entries,
+        slots: arena.slots(),
+    };
+    let (planner, wrong) = Planner::adopt(limits, &frontends, |index| arena.read(index));
+    if !wrong.is_empty() || !foreign.is_empty() {
+        tracing::warn!(
+            entries = wrong.len() + foreign.len(),
+            "frontends that cannot be right are deleted"
+        );
+        tables::delete(kernel, &wrong).map_err(|error| failed("delete frontends", error))?;
+        for key in &foreign {
+            bpf::delete(&map.fd, key).map_err(|error| failed("delete frontends", error))?;
+        }
+    }
+    // An earlier life may have ended between a flip and the grace period after it.
+    grace_period();
+    for (base, length) in planner.free_ranges() {
+        arena.clear(base, length);
+    }
+    counters::clear(kernel.map(abi::SERVICE_COUNTERS), |id| planner.service_id_is_free(id))
+        .and_then(|()| counters::clear(kernel.map(abi::BACKEND_COUNTERS), |id| planner.backend_id_is_free(id)))
+        .map_err(|error| failed("clear counters", error))?;
+    Ok(planner)
+}
+
+/// Frees what was retired, a grace period later, many at once.
+fn collect(retired: &Receiver<Retired>, inner: &std::sync::Weak<Inner>) {
+    while let Ok(first) = retired.recv() {
+        let batch: Vec<Retired> = std::iter::once(first).chain(retired.try_iter()).collect();
+        grace_period();
+        let Some(inner) = inner.upgrade() else { return };
+        let mut state = inner.lock();
+        if state.unsure {
+            // The maps are read again before the next write, and free is then what they do not use.
+            continue;
+        }
+        for retired in &batch {
+            if let Err(error) = inner.release(&mut state, retired) {
+                tracing::error!(%error, "what was given up cannot be zeroed");
+                state.unsure = true;
+                break;
+            }
+        }
+    }
+}
+
+/// Returns when every program that was running has ended: such programs run inside an RCU read section, and the global
+/// membarrier waits for one RCU period. Where it is refused (seccomp, nohz_full), time must do; no program takes that long.
+fn grace_period() {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    const FALLBACK: Duration = Duration::from_secs(2);
+    // SAFETY: membarrier(2) takes numbers only.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result != 0 {
+        thread::sleep(FALLBACK);
+    }
+}
+
+fn interface_programs() -> impl Iterator<Item = (&'static str, u32)> {
+    PROGRAMS.iter().filter_map(|spec| match spec.hook {
+        Hook::Interface(hook) => Some((spec.name, hook)),
+        _ => None,
+    })
+}
+
+/// `pod_UID_ingress`, `pod_UID_egress`.
+fn link_name(uid: &str, program: &str) -> String {
+    let side = program.rsplit('_').next().unwrap_or(program);
+    format!("pod_{uid}_{side}")
+}

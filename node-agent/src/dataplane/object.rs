@@ -1,0 +1,8 @@
+//! The kernel programs, as the build script made them from `ebpf/programs`: one ELF object with all programs, the maps'
+//! definitions and their BTF. It is embedded, so an agent carries the programs that belong to it.
+
+/// The object, aligned as an ELF parser wants it.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/orlop-ebpf.o"));
+
+/// A hash of the object: tells whether the pinned programs are these.
+pub const ID: &str = env!("ORLOP_BPF_ID");
