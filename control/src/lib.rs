@@ -5,6 +5,8 @@ pub mod cache;
 pub mod config;
 pub mod kinds;
 pub mod link;
+pub mod manifest;
+pub mod merge;
 pub mod metrics;
 pub mod model;
 pub mod pki;

@@ -12,7 +12,7 @@ pub use check::{JsonError, JsonErrorKind, check, key_path};
 pub(crate) use fields::{
     always_message, int_or_string, is_default, is_empty, is_none, map, micro_time, plain, quantity_map, time,
 };
-pub use text::{TextError, parse};
+pub use text::{TextError, UniqueValue, parse};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 use serde_json::Value;

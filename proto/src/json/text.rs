@@ -8,6 +8,9 @@ use serde::{
 };
 use serde_json::{Map, Number, Value};
 
+/// Beyond 2^53 a double has no room for all digits; integers of 64 bits are not read as doubles.
+const EXACT_MAX: f64 = 9_007_199_254_740_992.0;
+
 /// Why a text is not JSON that can be used.
 #[derive(Debug)]
 pub struct TextError(serde_json::Error);
@@ -70,6 +73,9 @@ impl<'de> Visitor<'de> for ValueVisitor {
     }
 
     fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
+        if value.abs() >= EXACT_MAX {
+            return Err(E::custom("a number that has more digits than can be kept: write it as a string"));
+        }
         Number::from_f64(value)
             .map(Value::Number)
             .ok_or_else(|| E::custom("not a finite number"))
@@ -119,6 +125,7 @@ mod tests {
         assert!(parse(&format!("{}{}", "[".repeat(10_000), "]".repeat(10_000))).is_err());
         assert!(parse(r#"{"a": 1e1000}"#).is_err());
         assert!(parse(r#"{"a": NaN}"#).is_err());
+        assert!(parse(r#"{"a": 99999999999999999999}"#).is_err());
         assert_eq!(
             parse(r#"{"a": [1, "x", null]}"#).expect("json"),
             serde_json::json!({"a": [1, "x", null]})

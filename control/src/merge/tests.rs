@@ -1,0 +1,248 @@
+use orlop_proto::{Resource, core::v1, json};
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+
+const SERVICE: ResourceKind = <v1::Service as Resource>::KIND;
+const POD: ResourceKind = <v1::Pod as Resource>::KIND;
+
+fn service(spec: Value) -> Value {
+    json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "default"}, "spec": spec})
+}
+
+/// The result without the annotation, and without the maps that it may have left empty.
+fn plain(mut value: Value) -> Value {
+    if let Some(meta) = metadata(&mut value) {
+        if let Some(annotations) = meta.get_mut("annotations").and_then(Value::as_object_mut) {
+            annotations.remove(LAST_APPLIED);
+        }
+        meta.retain(|_, value| *value != json!({}));
+    }
+    value
+}
+
+#[test]
+fn what_the_server_wrote_survives() {
+    let first = service(json!({"selector": {"app": "web"}, "ports": [{"port": 80}, {"port": 443}]}));
+    let mut live = apply(&SERVICE, &first, None);
+    live["metadata"]["uid"] = json!("u");
+    live["metadata"]["resourceVersion"] = json!("7");
+    live["metadata"]["labels"] = json!({"other": "x"});
+    live["spec"]["clusterIP"] = json!("10.96.0.7");
+    live["spec"]["clusterIPs"] = json!(["10.96.0.7"]);
+    live["spec"]["type"] = json!("ClusterIP");
+    live["spec"]["ports"] = json!([
+        {"port": 80, "protocol": "TCP", "targetPort": 80}, {"port": 443, "protocol": "TCP", "targetPort": 443},
+        {"port": 53, "protocol": "UDP"},
+    ]);
+    live["status"] = json!({"loadBalancer": {}});
+    assert_eq!(apply(&SERVICE, &first, Some(&live)), live);
+
+    let mut second =
+        service(json!({"selector": {"app": "web", "tier": "a"}, "ports": [{"port": 80, "targetPort": "http"}]}));
+    second["status"] = json!({"loadBalancer": null});
+    second["metadata"]["creationTimestamp"] = Value::Null;
+    let result = apply(&SERVICE, &second, Some(&live));
+    assert_eq!(
+        plain(result.clone()),
+        json!({
+            "apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": "web", "namespace": "default", "uid": "u", "resourceVersion": "7", "labels": {"other": "x"}},
+            "spec": {
+                "selector": {"app": "web", "tier": "a"}, "clusterIP": "10.96.0.7", "clusterIPs": ["10.96.0.7"], "type": "ClusterIP",
+                "ports": [{"port": 80, "protocol": "TCP", "targetPort": "http"}, {"port": 53, "protocol": "UDP"}],
+            },
+            "status": {"loadBalancer": {}},
+        })
+    );
+    assert_eq!(apply(&SERVICE, &second, Some(&result)), result);
+}
+
+#[test]
+fn what_is_taken_out_goes() {
+    let first =
+        service(json!({"selector": {"a": "1", "b": "2"}, "clusterIP": "10.96.0.7", "publishNotReadyAddresses": true}));
+    let mut first = first;
+    first["metadata"]["labels"] = json!({"mine": "1"});
+    first["metadata"]["finalizers"] = json!(["a/mine", "a/both"]);
+    let mut live = apply(&SERVICE, &first, None);
+    live["metadata"]["labels"]["other"] = json!("2");
+    live["metadata"]["finalizers"] = json!(["a/other", "a/mine", "a/both"]);
+    let mut second = service(json!({"selector": {"b": "2"}}));
+    second["metadata"]["finalizers"] = json!(["a/both", "a/new"]);
+    let result = plain(apply(&SERVICE, &second, Some(&live)));
+    assert_eq!(
+        result["spec"],
+        json!({"selector": {"b": "2"}, "clusterIP": "10.96.0.7"})
+    );
+    assert_eq!(result["metadata"]["labels"], json!({"other": "2"}));
+    assert_eq!(result["metadata"]["finalizers"], json!(["a/other", "a/both", "a/new"]));
+}
+
+#[test]
+fn null_takes_out_what_others_wrote() {
+    let mut live =
+        service(json!({"publishNotReadyAddresses": true, "ports": [{"port": 80, "protocol": "TCP", "name": "a"}]}));
+    live["metadata"]["resourceVersion"] = json!("7");
+    let given = service(json!({"publishNotReadyAddresses": null, "ports": [{"port": 80, "name": null}]}));
+    let result = plain(apply(&SERVICE, &given, Some(&live)));
+    assert_eq!(result["spec"], json!({"ports": [{"port": 80, "protocol": "TCP"}]}));
+}
+
+#[test]
+fn false_is_not_absent() {
+    let live = service(json!({"publishNotReadyAddresses": true}));
+    let given = service(json!({"publishNotReadyAddresses": false}));
+    assert_eq!(
+        apply(&SERVICE, &given, Some(&live))["spec"]["publishNotReadyAddresses"],
+        json!(false)
+    );
+}
+
+#[test]
+fn orders_of_lists() {
+    let pod = |env: &[&str]| {
+        let env: Vec<Value> = env.iter().map(|name| json!({"name": name, "value": "1"})).collect();
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": {"containers": [{"name": "c", "env": env}]}})
+    };
+    let names = |value: &Value| -> Vec<String> {
+        let env = value["spec"]["containers"][0]["env"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        env.iter()
+            .map(|one| one["name"].as_str().unwrap_or_default().to_owned())
+            .collect()
+    };
+    let live = pod(&["x", "a", "y", "b"]);
+    assert_eq!(
+        names(&apply(&POD, &pod(&["a", "b"]), Some(&live))),
+        ["x", "a", "y", "b"]
+    );
+    assert_eq!(
+        names(&apply(&POD, &pod(&["b", "a"]), Some(&live))),
+        ["b", "a", "x", "y"]
+    );
+    assert_eq!(
+        names(&apply(&POD, &pod(&["n", "b"]), Some(&live))),
+        ["n", "b", "x", "a", "y"]
+    );
+    assert_eq!(names(&apply(&POD, &pod(&["a", "a"]), Some(&live))), ["a", "a"]);
+}
+
+#[test]
+fn the_annotation_is_kubectls() {
+    let given = service(json!({"ports": [{"port": 80}]}));
+    let result = apply(&SERVICE, &given, None);
+    let text = result["metadata"]["annotations"][LAST_APPLIED]
+        .as_str()
+        .expect("annotation");
+    assert_eq!(
+        text,
+        "{\"apiVersion\":\"v1\",\"kind\":\"Service\",\"metadata\":{\"annotations\":{},\"name\":\"web\",\"namespace\":\"default\"},\
+         \"spec\":{\"ports\":[{\"port\":80}]}}\n"
+    );
+    // Applying what was read back does not nest the annotation.
+    let again = apply(&SERVICE, &result, Some(&result));
+    assert_eq!(again["metadata"]["annotations"][LAST_APPLIED].as_str(), Some(text));
+    for spoilt in ["", "{", "[]", "7"] {
+        let mut live = result.clone();
+        live["metadata"]["annotations"][LAST_APPLIED] = json!(spoilt);
+        assert_eq!(apply(&SERVICE, &given, Some(&live)), result);
+    }
+}
+
+/// Any JSON that a message can have, of few names and values, so that parts meet.
+fn any_message(message: &'static Message) -> BoxedStrategy<Value> {
+    let fields: Vec<_> = message
+        .fields
+        .iter()
+        .filter(|field| !SYSTEM_FIELDS.contains(&field.json) && ALLOCATED.iter().all(|(_, name)| *name != field.json))
+        .map(|field| {
+            let one = any_value(field.value);
+            let value = match field.shape {
+                Shape::Single => one,
+                Shape::List(ListMerge::Set) => prop::collection::btree_set("[abc]", 0..4)
+                    .prop_map(|set| set.into_iter().map(Value::from).collect())
+                    .boxed(),
+                Shape::List(_) => prop::collection::vec(one, 0..4).prop_map(Value::Array).boxed(),
+                Shape::Map => prop::collection::btree_map("[abc]", one, 0..3)
+                    .prop_map(|map| Value::Object(map.into_iter().collect()))
+                    .boxed(),
+            };
+            prop::option::weighted(0.4, value).prop_map(|value| (field.json, value))
+        })
+        .collect();
+    fields
+        .prop_map(|fields| {
+            let present = fields
+                .into_iter()
+                .filter_map(|(name, value)| value.map(|value| (name.to_owned(), value)));
+            Value::Object(present.collect())
+        })
+        .boxed()
+}
+
+fn any_value(value: schema::Value) -> BoxedStrategy<Value> {
+    match value {
+        schema::Value::Message(message) => any_message(message),
+        schema::Value::Bool => any::<bool>().prop_map(Value::from).boxed(),
+        schema::Value::Int32 | schema::Value::Int64 => (0..3).prop_map(Value::from).boxed(),
+        schema::Value::Time => Just(json!("2024-01-01T00:00:00Z")).boxed(),
+        schema::Value::Quantity | schema::Value::String | schema::Value::IntOrString => {
+            "[abc]".prop_map(Value::from).boxed()
+        }
+    }
+}
+
+fn any_object() -> impl Strategy<Value = (ResourceKind, Value, Value)> {
+    (0..ResourceKind::ALL.len()).prop_flat_map(|index| {
+        let kind = ResourceKind::ALL[index];
+        let object = || {
+            any_message(Message::of(&kind)).prop_map(|mut value| {
+                metadata(&mut value);
+                value.as_object_mut().map(|object| object.remove("status"));
+                value
+            })
+        };
+        (Just(kind), object(), object())
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    /// Applying the same again changes nothing, whatever is there.
+    #[test]
+    fn applying_twice_is_applying_once((kind, given, live) in any_object()) {
+        let once = apply(&kind, &given, Some(&live));
+        prop_assert_eq!(apply(&kind, &given, Some(&once)), once);
+    }
+
+    /// When nobody else writes, the object is what was given last.
+    #[test]
+    fn nothing_stays_of_what_was_taken_out((kind, first, second) in any_object()) {
+        let live = apply(&kind, &first, None);
+        let result = apply(&kind, &second, Some(&live));
+        let sorted = |value: Value| {
+            let mut value = plain(value);
+            let set = metadata(&mut value).and_then(|meta| meta.get_mut("finalizers")).and_then(Value::as_array_mut);
+            if let Some(set) = set {
+                set.sort_by_key(ToString::to_string);
+            }
+            value
+        };
+        prop_assert_eq!(sorted(result), sorted(apply(&kind, &second, None)));
+    }
+
+    /// What is given is there, and the result has the form of the kind.
+    #[test]
+    fn the_result_has_its_kinds_form((kind, given, live) in any_object()) {
+        let result = apply(&kind, &given, Some(&live));
+        prop_assert_eq!(json::check(Message::of(&kind), &result), Vec::new());
+        for (field, value) in given["metadata"]["labels"].as_object().into_iter().flatten() {
+            prop_assert_eq!(&result["metadata"]["labels"][field], value);
+        }
+    }
+}
