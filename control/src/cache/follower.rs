@@ -122,7 +122,7 @@ impl Follower {
         if idle {
             self.indexes.feeds().for_each(|(_, feed)| feed.trim());
         }
-        self.progress.send_replace(last.max(*self.progress.borrow()));
+        self.progress.send_modify(|progress| *progress = last.max(*progress));
     }
 }
 

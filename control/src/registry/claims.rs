@@ -1,13 +1,218 @@
 //! Addresses of services and ranges of nodes.
+//!
+//! A claim is a record of its own (`clusterips/ADDRESS`, `podcidrs/RANGE`) that is written and removed in the transaction of the
+//! object that holds it. The store refuses the second claim, whoever makes it.
 
-use orlop_proto::core::v1::Node;
+use std::{collections::HashSet, net::Ipv4Addr};
 
-use super::{Registry, RegistryError};
-use crate::cache::ObjectKey;
+use ipnet::Ipv4Net;
+use orlop_proto::core::v1::{Node, Service};
+use rand::Rng as _;
+
+use super::{
+    FieldError, Registered, Registry, RegistryError,
+    write::{conflict, field, invalid},
+};
+use crate::{
+    cache::ObjectKey,
+    store::{Key, StoreError},
+};
+
+const CLUSTER_IPS: &str = "clusterips";
+const POD_CIDRS: &str = "podcidrs";
+/// Addresses that are tried at random before all claims are read.
+const RANDOM_ATTEMPTS: usize = 4;
+const ATTEMPTS: usize = 64;
+/// Host number of the `kubernetes` service's address.
+const KUBERNETES_HOST: u32 = 1;
+/// Host number of the DNS service's address.
+const DNS_HOST: u32 = 10;
+
+/// Who named the address of a service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Chosen {
+    /// The user, or there is none.
+    Given,
+    /// The server: when it is taken, another will do.
+    ByServer,
+}
+
+pub(super) fn cluster_ip_key(address: &str) -> Key {
+    Key::internal(CLUSTER_IPS, address)
+}
+
+pub(super) fn pod_cidr_key(range: &str) -> Key {
+    // A slash would be another level of the key.
+    Key::internal(POD_CIDRS, &range.replace('/', "-"))
+}
+
+/// What to tell who asked for what another has.
+pub(super) fn taken(claim: &Key) -> Vec<FieldError> {
+    if claim.as_str().starts_with(CLUSTER_IPS) {
+        vec![field("spec.clusterIP", "provided IP is already allocated")]
+    } else {
+        vec![field("spec.podCIDRs", "the range is already given to another node")]
+    }
+}
 
 impl Registry {
-    /// Gives a node its pod range (`spec.podCIDR`) unless it has one.
+    /// Gives a node its pod range (`spec.podCIDR`) unless it has one. A range is free when no other node's overlaps it.
     pub async fn assign_pod_cidr(&self, node: &str) -> Result<Node, RegistryError> {
-        self.read(&ObjectKey::new("", node)).await
+        let key = ObjectKey::new("", node);
+        for _ in 0..ATTEMPTS {
+            let old: Node = self.read(&key).await?;
+            if old.spec.as_ref().is_some_and(|spec| !spec.pod_cidr.is_empty()) {
+                return Ok(old);
+            }
+            let range = self.free_pod_cidr().await?.to_string();
+            let mut new = old.clone();
+            let spec = new.spec.get_or_insert_default();
+            spec.pod_cidr.clone_from(&range);
+            spec.pod_cidrs = vec![range];
+            match self.put(&old, new).await {
+                Ok(Some(stored)) => return Ok(stored),
+                // Another node took the range, or somebody else wrote the node.
+                Ok(None) | Err(RegistryError::Invalid { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(conflict::<Node>(&key, "no attempt to give it a range succeeded"))
+    }
+
+    async fn free_pod_cidr(&self) -> Result<Ipv4Net, RegistryError> {
+        let listing = self.store.list(&format!("{POD_CIDRS}/")).await?;
+        let ranges = listing.records.iter().filter_map(|record| {
+            record
+                .key
+                .as_str()
+                .split('/')
+                .nth(1)?
+                .replace('-', "/")
+                .parse::<Ipv4Net>()
+                .ok()
+        });
+        let mut taken: Vec<Ipv4Net> = ranges.collect();
+        taken.sort_unstable();
+        let exact: HashSet<Ipv4Net> = taken.iter().copied().collect();
+        let prefix = self.config.pod_cidr_prefix;
+        let others: Vec<Ipv4Net> = taken.into_iter().filter(|range| range.prefix_len() != prefix).collect();
+        let overlaps = |range: &Ipv4Net| {
+            others
+                .iter()
+                .any(|other| other.contains(range) || range.contains(other))
+        };
+        let subnets = self.config.pod_cidr.subnets(prefix).map_err(|_| {
+            RegistryError::Exhausted(format!(
+                "{} has no part with prefix length {prefix}",
+                self.config.pod_cidr
+            ))
+        })?;
+        let mut free = subnets.filter(|range| !exact.contains(range) && !overlaps(range));
+        free.next().ok_or_else(|| {
+            RegistryError::Exhausted(format!(
+                "no range of length {prefix} is free in {}",
+                self.config.pod_cidr
+            ))
+        })
+    }
+
+    /// Fills in a service's address; for other kinds nothing. What the user gave is checked.
+    pub(super) async fn choose_cluster_ip<T: Registered>(&self, object: &mut T) -> Result<Chosen, RegistryError> {
+        let key = ObjectKey::of(object);
+        let Some(service) = object.as_service() else {
+            return Ok(Chosen::Given);
+        };
+        let is_kubernetes = *key.namespace == *"default" && *key.name == *"kubernetes";
+        let spec = service.spec.get_or_insert_default();
+        if spec.cluster_ip.is_empty() {
+            // With one address family the two fields say the same.
+            spec.cluster_ip = spec.cluster_ips.first().cloned().unwrap_or_default();
+        }
+        if spec.cluster_ip.is_empty() {
+            let address = self.free_cluster_ip().await?.to_string();
+            spec.cluster_ip.clone_from(&address);
+            spec.cluster_ips = vec![address];
+            return Ok(Chosen::ByServer);
+        }
+        if spec.cluster_ips.is_empty() {
+            spec.cluster_ips = vec![spec.cluster_ip.clone()];
+        }
+        if spec.cluster_ip != "None" {
+            self.check_cluster_ip(&spec.cluster_ip, is_kubernetes)
+                .map_err(|message| invalid::<Service>(&key, vec![field("spec.clusterIP", message)]))?;
+        }
+        Ok(Chosen::Given)
+    }
+
+    fn check_cluster_ip(&self, text: &str, is_kubernetes: bool) -> Result<(), String> {
+        let range = self.config.service_cidr;
+        let address: Ipv4Addr = text.parse().map_err(|_| format!("\"{text}\" is not an IPv4 address"))?;
+        let usable = range.contains(&address) && address != range.network() && address != range.broadcast();
+        if !usable {
+            return Err(format!(
+                "the provided IP ({address}) is not in the valid range. The range of valid IPs is {range}"
+            ));
+        }
+        if address == host(range, KUBERNETES_HOST) && !is_kubernetes {
+            return Err("provided IP is already allocated".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The address of the `kubernetes` service.
+    pub fn kubernetes_address(&self) -> Ipv4Addr {
+        host(self.config.service_cidr, KUBERNETES_HOST)
+    }
+
+    /// An address that nobody holds: at random above the band that Kubernetes leaves to given ones, then anywhere.
+    async fn free_cluster_ip(&self) -> Result<Ipv4Addr, RegistryError> {
+        let range = self.config.service_cidr;
+        let last = u32::from(range.broadcast()) - u32::from(range.network());
+        let first_dynamic = band(range).min(last);
+        if first_dynamic < last {
+            for _ in 0..RANDOM_ATTEMPTS {
+                let candidate = host(range, rand::rng().random_range(first_dynamic..last));
+                let free = match self.store.get(&cluster_ip_key(&candidate.to_string())).await {
+                    Ok(record) => record.is_none(),
+                    // A claim that cannot be read may be somebody's.
+                    Err(StoreError::Damaged { .. }) => false,
+                    Err(error) => return Err(error.into()),
+                };
+                if free && !is_reserved(range, candidate) {
+                    return Ok(candidate);
+                }
+            }
+        }
+        let listing = self.store.list(&format!("{CLUSTER_IPS}/")).await?;
+        let addresses = listing
+            .records
+            .iter()
+            .filter_map(|record| record.key.as_str().split('/').nth(1)?.parse().ok());
+        let taken: HashSet<Ipv4Addr> = addresses.collect();
+        let hosts = (first_dynamic..last).chain(1..first_dynamic);
+        let mut free = hosts
+            .map(|number| host(range, number))
+            .filter(|at| !taken.contains(at) && !is_reserved(range, *at));
+        free.next()
+            .ok_or_else(|| RegistryError::Exhausted(format!("no service address is free in {range}")))
+    }
+}
+
+fn host(range: Ipv4Net, number: u32) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(range.network()).saturating_add(number))
+}
+
+/// Addresses that are never chosen, only given.
+fn is_reserved(range: Ipv4Net, address: Ipv4Addr) -> bool {
+    address == host(range, KUBERNETES_HOST) || address == host(range, DNS_HOST)
+}
+
+/// Addresses at the beginning of the range that are left to those who name theirs: between 16 and 256, a sixteenth of the range.
+fn band(range: Ipv4Net) -> u32 {
+    let size = u64::from(u32::from(range.broadcast()) - u32::from(range.network())) + 1;
+    if size <= 16 {
+        1
+    } else {
+        u32::try_from((size / 16).clamp(16, 256)).unwrap_or(256)
     }
 }

@@ -1,5 +1,15 @@
 //! What a deletion means.
 
+use orlop_proto::core::v1::Namespace;
+use prost_types::Timestamp;
+
+use super::{
+    Registered, Registry, RegistryError,
+    kinds::KUBERNETES,
+    write::{conflict, now},
+};
+use crate::cache::ObjectKey;
+
 /// How an object is to be deleted.
 #[derive(Debug, Clone, Default)]
 pub struct DeleteOptions {
@@ -28,39 +38,111 @@ pub enum Propagation {
     Background,
 }
 
-use orlop_proto::{ResourceKind, api::v1::Object};
-
-use super::{Registered, Registry, RegistryError};
-use crate::cache::ObjectKey;
+/// Namespaces that cannot be deleted, as in Kubernetes.
+const IMMORTAL: [&str; 3] = ["default", "kube-system", "kube-public"];
+const ATTEMPTS: usize = 64;
 
 impl Registry {
     /// Asks for a deletion. Returns the object: as it was, when it is gone; with its deletionTimestamp, when it stays for now
     /// (a pod on a node, finalizers, a namespace with content).
     pub async fn delete<T: Registered>(&self, key: &ObjectKey, options: DeleteOptions) -> Result<T, RegistryError> {
-        let _ = options;
-        self.read(key).await
+        if T::KIND.resource == "namespaces" && IMMORTAL.contains(&&*key.name) {
+            return Err(RegistryError::Precondition(format!(
+                "namespace {} cannot be deleted",
+                key.name
+            )));
+        }
+        for _ in 0..ATTEMPTS {
+            let old: T = self.read(key).await?;
+            check(&old, key, &options.preconditions)?;
+            let grace = old.grace(options.grace_period_seconds);
+            if grace == 0 && old.meta().finalizers.is_empty() && !old.is_held() {
+                match self.remove(&old).await? {
+                    Some(gone) => return Ok(gone),
+                    None => continue,
+                }
+            }
+            let Some(new) = marked(&old, grace) else { return Ok(old) };
+            if let Some(stored) = self.put(&old, new).await? {
+                return Ok(stored);
+            }
+        }
+        Err(conflict::<T>(key, "others kept writing it"))
     }
 
-    /// The same for a kind by name.
-    pub async fn delete_object(
-        &self,
-        kind: &ResourceKind,
-        key: &ObjectKey,
-        options: DeleteOptions,
-    ) -> Result<Object, RegistryError> {
-        let _ = options;
-        Err(RegistryError::NotFound {
-            resource: kind.resource,
-            name: key.to_string(),
-        })
-    }
-
-    /// The namespace is empty: its finalizer "kubernetes" is cleared and it goes.
+    /// The namespace is empty: its finalizer "kubernetes" is cleared and it goes. A namespace that is not there, or that is another
+    /// one of the same name, is a success.
     pub async fn finalize_namespace(&self, name: &str, uid: &str) -> Result<(), RegistryError> {
-        let _ = uid;
-        Err(RegistryError::NotFound {
-            resource: "namespaces",
-            name: name.to_owned(),
-        })
+        let key = ObjectKey::new("", name);
+        for _ in 0..ATTEMPTS {
+            let old: Namespace = match self.read(&key).await {
+                Err(error) if error.is_not_found() => return Ok(()),
+                other => other?,
+            };
+            let meta = old.metadata.clone().unwrap_or_default();
+            if meta.uid != uid {
+                return Ok(());
+            }
+            if meta.deletion_timestamp.is_none() {
+                return Err(RegistryError::Precondition(format!(
+                    "namespace {name} is not being deleted"
+                )));
+            }
+            let mut new = old.clone();
+            if let Some(spec) = &mut new.spec {
+                spec.finalizers.retain(|finalizer| finalizer != KUBERNETES);
+            }
+            if self.put(&old, new).await?.is_some() {
+                return Ok(());
+            }
+        }
+        Err(conflict::<Namespace>(&key, "others kept writing it"))
     }
+}
+
+fn check<T: Registered>(object: &T, key: &ObjectKey, preconditions: &Preconditions) -> Result<(), RegistryError> {
+    let meta = object.meta();
+    let pairs = [
+        ("uid", &preconditions.uid, &meta.uid),
+        (
+            "resourceVersion",
+            &preconditions.resource_version,
+            &meta.resource_version,
+        ),
+    ];
+    for (what, wanted, found) in pairs {
+        if let Some(wanted) = wanted.as_ref().filter(|wanted| !wanted.is_empty() && *wanted != found) {
+            let resource = T::KIND.resource;
+            let message = format!("{resource} \"{key}\": the {what} is {found}, not {wanted}");
+            return Err(RegistryError::Precondition(message));
+        }
+    }
+    Ok(())
+}
+
+/// The object with its deletion asked for; `None` when that changes nothing: a later deletion can only shorten the grace period.
+fn marked<T: Registered>(old: &T, grace: i64) -> Option<T> {
+    let mut new = old.clone();
+    new.begin_deletion();
+    let meta = new.meta_mut();
+    match (meta.deletion_timestamp, meta.deletion_grace_period_seconds) {
+        (Some(_), None | Some(0)) => return None,
+        (Some(_), Some(before)) if grace >= before => return None,
+        (Some(end), Some(before)) => {
+            let end = Timestamp {
+                seconds: end.seconds - before + grace,
+                nanos: end.nanos,
+            };
+            meta.deletion_timestamp = Some(end);
+        }
+        (None, _) => {
+            let now = now();
+            meta.deletion_timestamp = Some(Timestamp {
+                seconds: now.seconds.saturating_add(grace),
+                nanos: 0,
+            });
+        }
+    }
+    meta.deletion_grace_period_seconds = Some(grace);
+    Some(new)
 }

@@ -4,19 +4,235 @@ use orlop_proto::{
     Resource,
     apps::v1::ReplicaSet,
     coordination::v1::Lease,
-    core::v1::{Event, Namespace, Node, Pod, ReplicationController, Service},
+    core::v1::{
+        Event, LoadBalancerStatus, Namespace, NamespaceSpec, NamespaceStatus, Node, Pod, PodStatus,
+        ReplicationController, Service, ServiceStatus,
+    },
     discovery::v1::EndpointSlice,
 };
 
-/// A kind that the registry can write. Every kind of the model is one.
-pub trait Registered: Resource {}
+use super::FieldError;
+use crate::store::Key;
 
-impl Registered for Namespace {}
-impl Registered for Node {}
-impl Registered for Pod {}
-impl Registered for Service {}
+/// The finalizer in a namespace's spec that the namespace controller works off.
+pub(super) const KUBERNETES: &str = "kubernetes";
+
+/// A kind that the registry can write. Every kind of the model is one.
+///
+/// The provided methods are those of a kind without particulars.
+pub trait Registered: Resource {
+    /// Whether `metadata.generation` counts changes of the spec.
+    #[doc(hidden)]
+    const GENERATIONS: bool = true;
+
+    /// Fills in what users leave out.
+    #[doc(hidden)]
+    fn set_defaults(&mut self) {}
+
+    /// All fields that are wrong.
+    #[doc(hidden)]
+    fn validate(&self) -> Vec<FieldError> {
+        Vec::new()
+    }
+
+    /// All fields that may not change like this.
+    #[doc(hidden)]
+    fn validate_update(&self, old: &Self) -> Vec<FieldError> {
+        let _ = old;
+        Vec::new()
+    }
+
+    /// The state that a new object begins in, whatever the user wrote there.
+    #[doc(hidden)]
+    fn begin(&mut self) {}
+
+    /// Takes the status half of another.
+    #[doc(hidden)]
+    fn take_status(&mut self, from: &Self) {
+        let _ = from;
+    }
+
+    /// Takes from the stored object what the server gave it and an update left out.
+    #[doc(hidden)]
+    fn keep_given(&mut self, old: &Self) {
+        let _ = old;
+    }
+
+    /// Records that exist as long as the object does, and that no other object can have.
+    #[doc(hidden)]
+    fn claims(&self) -> Vec<Key> {
+        Vec::new()
+    }
+
+    /// Seconds that a deletion waits for somebody's confirmation.
+    #[doc(hidden)]
+    fn grace(&self, asked: Option<i64>) -> i64 {
+        let _ = asked;
+        0
+    }
+
+    /// Whether something but finalizers keeps a deleted object.
+    #[doc(hidden)]
+    fn is_held(&self) -> bool {
+        false
+    }
+
+    /// What a deletion that does not remove the object writes into it.
+    #[doc(hidden)]
+    fn begin_deletion(&mut self) {}
+
+    /// The service, when it is one.
+    #[doc(hidden)]
+    fn as_service(&mut self) -> Option<&mut Service> {
+        None
+    }
+}
+
+/// Whether two objects are the same but for metadata and status.
+pub(super) fn same_spec<T: Registered>(one: &T, other: &T) -> bool {
+    let mut other = other.clone();
+    other.take_status(one);
+    *other.meta_mut() = one.meta().clone();
+    let mut one = one.clone();
+    one.meta_mut();
+    one.set_type();
+    other.set_type();
+    one == other
+}
+
+impl Registered for Namespace {
+    const GENERATIONS: bool = false;
+
+    fn begin(&mut self) {
+        let spec = self.spec.get_or_insert_with(NamespaceSpec::default);
+        if !spec.finalizers.iter().any(|finalizer| finalizer == KUBERNETES) {
+            spec.finalizers.push(KUBERNETES.to_owned());
+        }
+        self.status = Some(NamespaceStatus {
+            phase: "Active".to_owned(),
+        });
+    }
+    fn take_status(&mut self, from: &Self) {
+        self.status.clone_from(&from.status);
+    }
+    fn keep_given(&mut self, old: &Self) {
+        // Finalizers of the spec are worked off by the controller alone.
+        self.spec.clone_from(&old.spec);
+    }
+    fn is_held(&self) -> bool {
+        self.spec.as_ref().is_some_and(|spec| !spec.finalizers.is_empty())
+    }
+    fn begin_deletion(&mut self) {
+        self.status.get_or_insert_default().phase = "Terminating".to_owned();
+    }
+}
+
+impl Registered for Node {
+    const GENERATIONS: bool = false;
+
+    // An agent registers its node with its status: it is kept.
+    fn take_status(&mut self, from: &Self) {
+        self.status.clone_from(&from.status);
+    }
+    fn keep_given(&mut self, old: &Self) {
+        let old = old.spec.clone().unwrap_or_default();
+        if old.pod_cidr.is_empty() {
+            return;
+        }
+        let spec = self.spec.get_or_insert_default();
+        if spec.pod_cidr.is_empty() {
+            spec.pod_cidr = old.pod_cidr;
+        }
+        if spec.pod_cidrs.is_empty() {
+            spec.pod_cidrs = old.pod_cidrs;
+        }
+    }
+    fn claims(&self) -> Vec<Key> {
+        let ranges = self.spec.iter().flat_map(|spec| &spec.pod_cidrs);
+        ranges.map(|range| super::claims::pod_cidr_key(range)).collect()
+    }
+}
+
+impl Registered for Pod {
+    fn begin(&mut self) {
+        let qos_class = super::pods::qos_class(self).to_owned();
+        self.status = Some(PodStatus {
+            phase: "Pending".to_owned(),
+            qos_class,
+            ..PodStatus::default()
+        });
+    }
+    fn take_status(&mut self, from: &Self) {
+        self.status.clone_from(&from.status);
+    }
+    fn grace(&self, asked: Option<i64>) -> i64 {
+        super::pods::grace(self, asked)
+    }
+}
+
+impl Registered for Service {
+    const GENERATIONS: bool = false;
+
+    fn begin(&mut self) {
+        self.status = Some(ServiceStatus {
+            load_balancer: Some(LoadBalancerStatus {}),
+        });
+    }
+    fn take_status(&mut self, from: &Self) {
+        self.status.clone_from(&from.status);
+    }
+    fn keep_given(&mut self, old: &Self) {
+        let old = old.spec.clone().unwrap_or_default();
+        let spec = self.spec.get_or_insert_default();
+        if spec.cluster_ip.is_empty() && spec.cluster_ips.is_empty() {
+            spec.cluster_ip = old.cluster_ip;
+            spec.cluster_ips = old.cluster_ips;
+        }
+    }
+    fn claims(&self) -> Vec<Key> {
+        let addresses = self.spec.iter().flat_map(|spec| &spec.cluster_ips);
+        addresses
+            .filter(|address| *address != "None")
+            .map(|address| super::claims::cluster_ip_key(address))
+            .collect()
+    }
+    fn validate_update(&self, old: &Self) -> Vec<FieldError> {
+        let of = |service: &Self| service.spec.clone().map(|spec| spec.cluster_ip).unwrap_or_default();
+        if of(self) == of(old) {
+            Vec::new()
+        } else {
+            vec![super::write::field("spec.clusterIP", "field is immutable")]
+        }
+    }
+    fn as_service(&mut self) -> Option<&mut Service> {
+        Some(self)
+    }
+}
+
 impl Registered for EndpointSlice {}
-impl Registered for ReplicationController {}
-impl Registered for ReplicaSet {}
-impl Registered for Event {}
-impl Registered for Lease {}
+
+impl Registered for ReplicationController {
+    fn begin(&mut self) {
+        self.status = Some(orlop_proto::core::v1::ReplicationControllerStatus::default());
+    }
+    fn take_status(&mut self, from: &Self) {
+        self.status.clone_from(&from.status);
+    }
+}
+
+impl Registered for ReplicaSet {
+    fn begin(&mut self) {
+        self.status = Some(orlop_proto::apps::v1::ReplicaSetStatus::default());
+    }
+    fn take_status(&mut self, from: &Self) {
+        self.status.clone_from(&from.status);
+    }
+}
+
+impl Registered for Event {
+    const GENERATIONS: bool = false;
+}
+
+impl Registered for Lease {
+    const GENERATIONS: bool = false;
+}

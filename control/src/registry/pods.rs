@@ -1,9 +1,19 @@
 //! What only pods have: a binding to a node, and a node that says when they are gone.
 
-use orlop_proto::core::v1::Pod;
+use futures::StreamExt as _;
+use orlop_proto::core::v1::{Container, Pod, PodCondition};
 
-use super::{Registry, RegistryError};
+use super::{
+    Registry, RegistryError,
+    write::{conflict, now},
+};
 use crate::cache::ObjectKey;
+
+/// Kubernetes' default of `spec.terminationGracePeriodSeconds`.
+const DEFAULT_GRACE: i64 = 30;
+const ATTEMPTS: usize = 64;
+/// Bindings under way at once: they share the store's commits.
+const BINDINGS: usize = 1024;
 
 /// A pod and the node that it is to run on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,20 +27,153 @@ pub struct Binding {
 }
 
 impl Registry {
-    /// Binds a pod that is not bound and not deleted; condition PodScheduled becomes True. Binding it again to the same node changes nothing.
+    /// Binds a pod that is not bound and not deleted; condition PodScheduled becomes True. Binding it again to the same node
+    /// changes nothing.
     pub async fn bind_pod(&self, binding: &Binding) -> Result<Pod, RegistryError> {
-        self.read(&binding.pod).await
+        let key = &binding.pod;
+        let cached = self.cache.reader::<Pod>().get(&key.namespace, &key.name);
+        let mut old = match cached.filter(|cached| is_bindable(cached, binding)) {
+            Some(cached) => Pod::clone(&cached),
+            None => self.read(key).await?,
+        };
+        for _ in 0..ATTEMPTS {
+            let meta = old.metadata.clone().unwrap_or_default();
+            if meta.uid != binding.uid {
+                return Err(conflict::<Pod>(
+                    key,
+                    format!("its uid is {}, not {}", meta.uid, binding.uid),
+                ));
+            }
+            let mut new = old.clone();
+            let spec = new.spec.get_or_insert_default();
+            if spec.node_name == binding.node {
+                return Ok(old);
+            }
+            if !spec.node_name.is_empty() {
+                return Err(conflict::<Pod>(
+                    key,
+                    format!("it is already bound to node {}", spec.node_name),
+                ));
+            }
+            if meta.deletion_timestamp.is_some() {
+                return Err(conflict::<Pod>(key, "it is being deleted"));
+            }
+            spec.node_name.clone_from(&binding.node);
+            set_scheduled(&mut new);
+            if let Some(stored) = self.put(&old, new).await? {
+                return Ok(stored);
+            }
+            old = self.read(key).await?;
+        }
+        Err(conflict::<Pod>(key, "others kept writing it"))
     }
 
     /// Binds many pods at once, each on its own: results in the order of the bindings.
     pub async fn bind_pods(&self, bindings: Vec<Binding>) -> Vec<Result<Pod, RegistryError>> {
-        futures::future::join_all(bindings.iter().map(|binding| self.bind_pod(binding))).await
+        let work = futures::stream::iter(bindings).map(|binding| async move { self.bind_pod(&binding).await });
+        work.buffered(BINDINGS).collect().await
     }
 
     /// The node says that nothing of this deleted pod is left: its object goes (or loses its last hold, when it has finalizers).
     /// A pod that is not there, or that is another one of the same name, is a success.
     pub async fn confirm_pod_gone(&self, namespace: &str, name: &str, uid: &str) -> Result<(), RegistryError> {
-        let _ = (namespace, name, uid);
-        Ok(())
+        let key = ObjectKey::new(namespace, name);
+        for _ in 0..ATTEMPTS {
+            let old: Pod = match self.read(&key).await {
+                Err(error) if error.is_not_found() => return Ok(()),
+                other => other?,
+            };
+            let meta = old.metadata.clone().unwrap_or_default();
+            if meta.uid != uid {
+                return Ok(());
+            }
+            if meta.deletion_timestamp.is_none() {
+                return Err(RegistryError::Precondition(format!("pod {key} is not being deleted")));
+            }
+            let mut new = old.clone();
+            new.metadata.get_or_insert_default().deletion_grace_period_seconds = Some(0);
+            if self.put(&old, new).await?.is_some() {
+                return Ok(());
+            }
+        }
+        Err(conflict::<Pod>(&key, "others kept writing it"))
     }
+}
+
+/// Whether the cache's copy is good enough to try with; whatever is surprising is asked of the store.
+fn is_bindable(pod: &Pod, binding: &Binding) -> bool {
+    let bound = pod.spec.as_ref().is_some_and(|spec| !spec.node_name.is_empty());
+    let meta = pod.metadata.as_ref();
+    !bound && meta.is_some_and(|meta| meta.uid == binding.uid && meta.deletion_timestamp.is_none())
+}
+
+fn set_scheduled(pod: &mut Pod) {
+    let condition = PodCondition {
+        r#type: "PodScheduled".to_owned(),
+        status: "True".to_owned(),
+        last_transition_time: Some(now()),
+        ..PodCondition::default()
+    };
+    let conditions = &mut pod.status.get_or_insert_default().conditions;
+    match conditions.iter_mut().find(|present| present.r#type == condition.r#type) {
+        Some(present) => *present = condition,
+        None => conditions.push(condition),
+    }
+}
+
+/// Seconds until a deleted pod's containers are killed. 0: nobody has to be waited for.
+pub(super) fn grace(pod: &Pod, asked: Option<i64>) -> i64 {
+    let spec = pod.spec.clone().unwrap_or_default();
+    let ended = pod
+        .status
+        .as_ref()
+        .is_some_and(|status| matches!(&*status.phase, "Succeeded" | "Failed"));
+    if spec.node_name.is_empty() || ended {
+        return 0;
+    }
+    let seconds = asked.or(spec.termination_grace_period_seconds).unwrap_or(DEFAULT_GRACE);
+    // As Kubernetes: below zero means "at once, but let the node know".
+    if seconds < 0 { 1 } else { seconds }
+}
+
+/// Guaranteed, Burstable or BestEffort, by cpu and memory of all containers.
+pub(super) fn qos_class(pod: &Pod) -> &'static str {
+    let containers = pod.spec.as_ref().map(|spec| &*spec.containers).unwrap_or_default();
+    let any = containers.iter().any(|container| {
+        let resources = container.resources.clone().unwrap_or_default();
+        COMPUTE
+            .iter()
+            .any(|name| has(&resources.limits, name) || has(&resources.requests, name))
+    });
+    if !any {
+        "BestEffort"
+    } else if containers.iter().all(is_guaranteed) {
+        "Guaranteed"
+    } else {
+        "Burstable"
+    }
+}
+
+const COMPUTE: [&str; 2] = ["cpu", "memory"];
+
+fn has(quantities: &std::collections::BTreeMap<String, String>, name: &str) -> bool {
+    quantities.get(name).is_some_and(|quantity| !is_zero(quantity))
+}
+
+/// Whether a quantity is zero: no digit but 0 in its number.
+fn is_zero(quantity: &str) -> bool {
+    let number = quantity
+        .split(|letter: char| letter == 'e' || letter == 'E')
+        .next()
+        .unwrap_or_default();
+    !number.chars().any(|letter| ('1'..='9').contains(&letter))
+}
+
+/// Whether cpu and memory have limits, and requests that are absent (then the limits are theirs) or equal.
+fn is_guaranteed(container: &Container) -> bool {
+    let resources = container.resources.clone().unwrap_or_default();
+    COMPUTE.iter().all(|name| {
+        let limit = resources.limits.get(*name).filter(|limit| !is_zero(limit));
+        limit.is_some_and(|limit| resources.requests.get(*name).is_none_or(|request| request == limit))
+    })
 }

@@ -1,8 +1,23 @@
 //! Reading, creating, replacing.
 
-use super::{Registered, Registry, RegistryError};
-use crate::cache::ObjectKey;
-use crate::store::Key;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use orlop_proto::{Resource as _, core::v1::Namespace};
+use prost_types::Timestamp;
+use rand::Rng as _;
+
+use super::{FieldError, Registered, Registry, RegistryError, claims::Chosen, codec::encode, kinds::same_spec};
+use crate::{
+    cache::ObjectKey,
+    store::{Expected, Key, Operation, Revision, StoreError, Transaction, Write},
+};
+
+/// How often a write begins anew when others wrote in between. Each failure means that somebody else succeeded.
+const ATTEMPTS: usize = 64;
+/// What generated names end in: Kubernetes' letters, which make no words.
+const SUFFIX: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
+const SUFFIX_LENGTH: usize = 5;
+const GENERATED_LENGTH: usize = 63;
 
 /// Which half of an object a write replaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,40 +26,401 @@ pub(super) enum Part {
     Status,
 }
 
+/// The store key of an object.
+pub(super) fn store_key<T: Registered>(key: &ObjectKey) -> Key {
+    Key::object(&T::KIND, &key.namespace, &key.name)
+}
+
+pub(super) fn not_found<T: Registered>(key: &ObjectKey) -> RegistryError {
+    RegistryError::NotFound {
+        resource: T::KIND.resource,
+        name: key.to_string(),
+    }
+}
+
+pub(super) fn conflict<T: Registered>(key: &ObjectKey, message: impl Into<String>) -> RegistryError {
+    RegistryError::Conflict {
+        resource: T::KIND.resource,
+        name: key.to_string(),
+        message: message.into(),
+    }
+}
+
+pub(super) fn invalid<T: Registered>(key: &ObjectKey, fields: Vec<FieldError>) -> RegistryError {
+    RegistryError::Invalid {
+        resource: T::KIND.resource,
+        name: key.to_string(),
+        fields,
+    }
+}
+
+pub(super) fn field(path: &str, message: impl Into<String>) -> FieldError {
+    FieldError {
+        field: path.to_owned(),
+        message: message.into(),
+    }
+}
+
+/// The revision that an object was read at.
+pub(super) fn revision_of<T: Registered>(object: &T) -> Revision {
+    object.meta().resource_version.parse().unwrap_or_default()
+}
+
+/// Now, in whole seconds, as metav1.Time.
+pub(super) fn now() -> Timestamp {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanos: 0,
+    }
+}
+
+/// What became of a commit.
+pub(super) enum Committed {
+    At(Revision),
+    /// The condition on this key did not hold; it is not the fence's.
+    Failed(Key),
+}
+
 impl Registry {
-    pub(super) async fn read<T: Registered>(&self, key: &ObjectKey) -> Result<T, RegistryError> {
-        let store_key = Key::object(&T::KIND, &key.namespace, &key.name);
-        match self.store.get(&store_key).await? {
-            Some(record) => Ok(super::decode(&store_key, &record.value, record.revision)?),
-            None => Err(RegistryError::NotFound {
-                resource: T::KIND.resource,
-                name: key.to_string(),
-            }),
+    /// Commits under the fence.
+    pub(super) async fn commit(&self, mut operations: Vec<Operation>) -> Result<Committed, RegistryError> {
+        if let Some(fence) = &self.fence {
+            let expected = Expected::Revision(fence.revision);
+            operations.push(Operation {
+                key: fence.key.clone(),
+                expected,
+                write: Write::Check,
+            });
+        }
+        match self.store.commit(Transaction { operations }).await {
+            Ok(revision) => Ok(Committed::At(revision)),
+            Err(StoreError::Conflict { key, .. }) => match &self.fence {
+                Some(fence) if fence.key == key => Err(RegistryError::Fenced(key)),
+                _ => Ok(Committed::Failed(key)),
+            },
+            Err(error) => Err(error.into()),
         }
     }
 
-    pub(super) async fn create_new<T: Registered>(&self, object: T) -> Result<T, RegistryError> {
-        self.read(&ObjectKey::of(&object)).await
+    pub(super) async fn read<T: Registered>(&self, key: &ObjectKey) -> Result<T, RegistryError> {
+        let store_key = store_key::<T>(key);
+        match self.store.get(&store_key).await? {
+            Some(record) => Ok(super::decode(&store_key, &record.value, record.revision)?),
+            None => Err(not_found::<T>(key)),
+        }
     }
 
-    pub(super) async fn replace<T: Registered>(&self, object: T, _part: Part) -> Result<T, RegistryError> {
-        self.read(&ObjectKey::of(&object)).await
+    pub(super) async fn create_new<T: Registered>(&self, mut object: T) -> Result<T, RegistryError> {
+        let generated = begin(&mut object)?;
+        for attempt in 0..ATTEMPTS {
+            if generated {
+                object.meta_mut().name = generate_name(&object.meta().generate_name);
+            }
+            let key = ObjectKey::of(&object);
+            let mut new = object.clone();
+            let chosen = self.choose_cluster_ip(&mut new).await?;
+            let fields = new.validate();
+            if !fields.is_empty() {
+                return Err(invalid::<T>(&key, fields));
+            }
+            let mut operations = vec![Operation {
+                key: store_key::<T>(&key),
+                expected: Expected::Absent,
+                write: Write::Put(encode(&new)),
+            }];
+            if T::KIND.namespaced {
+                operations.push(self.namespace_is_active(&key, attempt > 0).await?);
+            }
+            operations.extend(new.claims().into_iter().map(|claim| claimed(&new, claim)));
+            match self.commit(operations).await? {
+                Committed::At(revision) => {
+                    new.meta_mut().resource_version = revision.to_string();
+                    return Ok(new);
+                }
+                Committed::Failed(failed) if failed == store_key::<T>(&key) => {
+                    if !generated {
+                        return Err(RegistryError::AlreadyExists {
+                            resource: T::KIND.resource,
+                            name: key.to_string(),
+                        });
+                    }
+                }
+                Committed::Failed(failed) if new.claims().contains(&failed) => {
+                    if chosen == Chosen::Given {
+                        // An object of the same name that has the same address: that is the error to tell.
+                        if self.store.get(&store_key::<T>(&key)).await?.is_some() && !generated {
+                            return Err(RegistryError::AlreadyExists {
+                                resource: T::KIND.resource,
+                                name: key.to_string(),
+                            });
+                        }
+                        return Err(invalid::<T>(&key, super::claims::taken(&failed)));
+                    }
+                }
+                // The namespace changed: it is looked at again.
+                Committed::Failed(_) => {}
+            }
+        }
+        Err(conflict::<T>(
+            &ObjectKey::of(&object),
+            "no attempt to create it succeeded",
+        ))
     }
 
-    pub(super) async fn change<T, F>(&self, key: &ObjectKey, _part: Part, _change: F) -> Result<T, RegistryError>
+    /// The condition that the namespace is there and takes new objects. What the cache has may be old: then the commit fails on
+    /// it, and the next attempt asks the store (`fresh`).
+    async fn namespace_is_active(&self, key: &ObjectKey, fresh: bool) -> Result<Operation, RegistryError> {
+        let of_namespace = ObjectKey::new("", &key.namespace);
+        let cached = self.cache.reader::<Namespace>().get("", &key.namespace);
+        let namespace = match cached.filter(|cached| !fresh && !cached.is_deleting()) {
+            Some(cached) => Namespace::clone(&cached),
+            None => self.read(&of_namespace).await?,
+        };
+        if namespace.is_deleting() {
+            return Err(RegistryError::Precondition(format!(
+                "namespace {} is being terminated: nothing new can be created in it",
+                key.namespace
+            )));
+        }
+        let expected = Expected::Revision(revision_of(&namespace));
+        Ok(Operation {
+            key: store_key::<Namespace>(&of_namespace),
+            expected,
+            write: Write::Check,
+        })
+    }
+
+    pub(super) async fn replace<T: Registered>(&self, given: T, part: Part) -> Result<T, RegistryError> {
+        let key = ObjectKey::of(&given);
+        for _ in 0..ATTEMPTS {
+            let old: T = self.read(&key).await?;
+            let (uid, version) = (&given.meta().uid, &given.meta().resource_version);
+            if !uid.is_empty() && *uid != old.meta().uid {
+                return Err(conflict::<T>(&key, format!("its uid is {}, not {uid}", old.meta().uid)));
+            }
+            if !version.is_empty() && *version != old.meta().resource_version {
+                let message = format!("its resourceVersion is {}, not {version}", old.meta().resource_version);
+                return Err(conflict::<T>(&key, message));
+            }
+            let new = merged(&old, given.clone(), part)?;
+            if let Some(stored) = self.put(&old, new).await? {
+                return Ok(stored);
+            }
+        }
+        Err(conflict::<T>(&key, "others kept writing it"))
+    }
+
+    pub(super) async fn change<T, F>(&self, key: &ObjectKey, part: Part, mut change: F) -> Result<T, RegistryError>
     where
         T: Registered,
         F: FnMut(&mut T) -> bool + Send,
     {
-        self.read(key).await
+        let cached = self.cache.reader::<T>().get(&key.namespace, &key.name);
+        let mut old = match cached {
+            Some(cached) => T::clone(&cached),
+            None => self.read(key).await?,
+        };
+        for _ in 0..ATTEMPTS {
+            let mut given = old.clone();
+            if !change(&mut given) {
+                return Ok(old);
+            }
+            let new = merged(&old, given, part)?;
+            if let Some(stored) = self.put(&old, new).await? {
+                return Ok(stored);
+            }
+            old = self.read(key).await?;
+        }
+        Err(conflict::<T>(key, "others kept writing it"))
     }
 
     pub(super) async fn drop_finalizer<T: Registered>(
         &self,
         key: &ObjectKey,
-        _uid: &str,
-        _finalizer: &str,
+        uid: &str,
+        finalizer: &str,
     ) -> Result<(), RegistryError> {
-        self.read::<T>(key).await.map(|_| ())
+        let result = self.change::<T, _>(key, Part::Spec, |object| {
+            let before = object.meta().finalizers.len();
+            if object.meta().uid == uid {
+                object.meta_mut().finalizers.retain(|present| present != finalizer);
+            }
+            object.meta().finalizers.len() != before
+        });
+        match result.await {
+            Err(error) if !error.is_not_found() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes `new` in the place of `old`, or removes it when nothing keeps it any more. `None`: somebody else wrote in between.
+    pub(super) async fn put<T: Registered>(&self, old: &T, mut new: T) -> Result<Option<T>, RegistryError> {
+        if is_done(&new) {
+            return self.remove(old).await;
+        }
+        let (before, after) = (encode(old), encode(&new));
+        if before == after {
+            // Nothing to write; but what was read may be old.
+            return Ok(Some(old.clone()));
+        }
+        let key = ObjectKey::of(old);
+        let expected = Expected::Revision(revision_of(old));
+        let mut operations = vec![Operation {
+            key: store_key::<T>(&key),
+            expected,
+            write: Write::Put(after),
+        }];
+        let (held, wanted) = (old.claims(), new.claims());
+        let released = held.iter().filter(|claim| !wanted.contains(claim));
+        operations.extend(released.map(|claim| released_claim(claim.clone())));
+        let added: Vec<Key> = wanted.into_iter().filter(|claim| !held.contains(claim)).collect();
+        operations.extend(added.iter().map(|claim| claimed(&new, claim.clone())));
+        match self.commit(operations).await? {
+            Committed::At(revision) => {
+                new.meta_mut().resource_version = revision.to_string();
+                Ok(Some(new))
+            }
+            Committed::Failed(failed) if added.contains(&failed) => {
+                Err(invalid::<T>(&key, super::claims::taken(&failed)))
+            }
+            Committed::Failed(_) => Ok(None),
+        }
+    }
+
+    /// Removes an object with its claims. `None`: somebody else wrote in between.
+    pub(super) async fn remove<T: Registered>(&self, old: &T) -> Result<Option<T>, RegistryError> {
+        let key = ObjectKey::of(old);
+        let expected = Expected::Revision(revision_of(old));
+        let mut operations = vec![Operation {
+            key: store_key::<T>(&key),
+            expected,
+            write: Write::Delete,
+        }];
+        operations.extend(old.claims().into_iter().map(released_claim));
+        match self.commit(operations).await? {
+            Committed::At(revision) => {
+                let mut last = old.clone();
+                last.meta_mut().resource_version = revision.to_string();
+                Ok(Some(last))
+            }
+            Committed::Failed(_) => Ok(None),
+        }
+    }
+}
+
+/// Checks and fills what the server gives to a new object. Returns whether its name is to be generated.
+fn begin<T: Registered>(object: &mut T) -> Result<bool, RegistryError> {
+    object.set_type();
+    let key = ObjectKey::of(object);
+    let meta = object.meta_mut();
+    let mut fields = Vec::new();
+    if !meta.resource_version.is_empty() {
+        fields.push(field(
+            "metadata.resourceVersion",
+            "must not be set on an object to be created",
+        ));
+    }
+    if T::KIND.namespaced && meta.namespace.is_empty() {
+        fields.push(field("metadata.namespace", "required"));
+    }
+    if !T::KIND.namespaced && !meta.namespace.is_empty() {
+        fields.push(field("metadata.namespace", "not allowed on this kind"));
+    }
+    let generated = meta.name.is_empty() && !meta.generate_name.is_empty();
+    if meta.name.is_empty() && !generated {
+        fields.push(field("metadata.name", "name or generateName is required"));
+    }
+    if !fields.is_empty() {
+        return Err(invalid::<T>(&key, fields));
+    }
+    meta.uid = uuid::Uuid::new_v4().to_string();
+    meta.creation_timestamp = Some(now());
+    meta.deletion_timestamp = None;
+    meta.deletion_grace_period_seconds = None;
+    meta.generation = i64::from(T::GENERATIONS);
+    object.set_defaults();
+    object.begin();
+    Ok(generated)
+}
+
+fn generate_name(prefix: &str) -> String {
+    let mut random = rand::rng();
+    let suffix = (0..SUFFIX_LENGTH).map(|_| char::from(SUFFIX[random.random_range(0..SUFFIX.len())]));
+    prefix
+        .chars()
+        .take(GENERATED_LENGTH - SUFFIX_LENGTH)
+        .chain(suffix)
+        .collect()
+}
+
+/// The object to write: one half of `given`, everything else of `old`.
+fn merged<T: Registered>(old: &T, given: T, part: Part) -> Result<T, RegistryError> {
+    if part == Part::Status {
+        let mut new = old.clone();
+        new.take_status(&given);
+        return Ok(new);
+    }
+    let key = ObjectKey::of(old);
+    let mut new = given;
+    new.set_type();
+    new.take_status(old);
+    let meta = new.meta_mut();
+    let was = old.meta();
+    meta.name.clone_from(&was.name);
+    meta.namespace.clone_from(&was.namespace);
+    meta.generate_name.clone_from(&was.generate_name);
+    meta.uid.clone_from(&was.uid);
+    meta.resource_version.clone_from(&was.resource_version);
+    meta.creation_timestamp = was.creation_timestamp;
+    meta.deletion_timestamp = was.deletion_timestamp;
+    meta.deletion_grace_period_seconds = was.deletion_grace_period_seconds;
+    meta.generation = was.generation;
+    let mut fields = Vec::new();
+    if old.is_deleting()
+        && meta
+            .finalizers
+            .iter()
+            .any(|finalizer| !was.finalizers.contains(finalizer))
+    {
+        fields.push(field(
+            "metadata.finalizers",
+            "no finalizer can be added to an object that is being deleted",
+        ));
+    }
+    new.keep_given(old);
+    new.set_defaults();
+    fields.extend(new.validate());
+    fields.extend(new.validate_update(old));
+    if !fields.is_empty() {
+        return Err(invalid::<T>(&key, fields));
+    }
+    if T::GENERATIONS && !same_spec(old, &new) {
+        new.meta_mut().generation += 1;
+    }
+    Ok(new)
+}
+
+/// Whether a deletion was asked for and nothing keeps the object any more.
+fn is_done<T: Registered>(object: &T) -> bool {
+    let meta = object.meta();
+    let graced = meta.deletion_grace_period_seconds.is_none_or(|seconds| seconds == 0);
+    object.is_deleting() && graced && meta.finalizers.is_empty() && !object.is_held()
+}
+
+fn claimed<T: Registered>(owner: &T, claim: Key) -> Operation {
+    let text = format!("{}/{}", T::KIND.resource, ObjectKey::of(owner));
+    Operation {
+        key: claim,
+        expected: Expected::Absent,
+        write: Write::Put(text.into()),
+    }
+}
+
+fn released_claim(claim: Key) -> Operation {
+    Operation {
+        key: claim,
+        expected: Expected::Any,
+        write: Write::Delete,
     }
 }
