@@ -3,6 +3,7 @@
 //! It parses and answers; what a write means is the registry's business. Who may call is decided before, in `server`.
 
 mod apply;
+mod describe;
 mod errors;
 mod list;
 mod raw;
@@ -24,6 +25,7 @@ use orlop_proto::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
+pub use describe::error_details;
 pub use errors::{BadRequest, ErrorInfo, FieldViolation, RpcStatus};
 pub use raw::{RawObjects, RawWatchEvent};
 

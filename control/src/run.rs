@@ -10,7 +10,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
 use crate::{
-    api::ObjectsService,
+    api::{ObjectsService, error_details},
     cache::Cache,
     config::{Config, Engine},
     link::{Link, LinkConfig},
@@ -163,6 +163,7 @@ async fn services(
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .register_file_descriptor_set(error_details())
     };
     let objects = ObjectsService::new(parts.registry.clone(), parts.shutdown.clone());
     let join = JoinService::new(Arc::clone(store), Arc::clone(authority));

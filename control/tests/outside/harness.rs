@@ -1,0 +1,179 @@
+//! Starts control in this process, and reaches it as clients do.
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use hyper_util::rt::TokioIo;
+use orlop_control::{
+    config::Config,
+    run,
+    server::{Listener, Trust},
+};
+use rcgen::{CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair};
+use rustls::{ClientConfig, RootCertStore};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, pem::PemObject};
+use tempfile::TempDir;
+use tokio::{
+    net::{TcpListener, TcpStream, UnixStream},
+    task::JoinHandle,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint};
+
+/// A control plane of its own.
+pub struct Control {
+    pub directory: Arc<TempDir>,
+    pub address: SocketAddr,
+    pub socket: PathBuf,
+    shutdown: CancellationToken,
+    task: JoinHandle<Result<(), run::RunError>>,
+}
+
+/// A client certificate and its key.
+#[derive(Clone)]
+pub struct Pair {
+    pub certificate: CertificateDer<'static>,
+    pub key: Vec<u8>,
+}
+
+impl Control {
+    pub async fn start() -> Self {
+        Self::start_with("").await
+    }
+
+    pub async fn start_with(extra: &str) -> Self {
+        let directory = Arc::new(tempfile::tempdir().expect("directory"));
+        Self::start_in(directory, extra).await
+    }
+
+    /// In a directory that may have been used before.
+    pub async fn start_in(directory: Arc<TempDir>, extra: &str) -> Self {
+        let socket = directory.path().join("control.sock");
+        let text = format!(
+            "data_dir = {:?}\nunix_socket = {socket:?}\nlisten = []\nserver_names = [\"control.test\"]\n{extra}",
+            directory.path().join("data")
+        );
+        let config: Config = toml::from_str(&text).expect("configuration");
+        config.check().expect("sound configuration");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("binds");
+        let address = listener.local_addr().expect("address");
+        let shutdown = CancellationToken::new();
+        let inherited = vec![Listener::Tcp(listener, Trust::Tls)];
+        let task = tokio::spawn(run::run(config, inherited, shutdown.clone()));
+        let control = Self { directory, address, socket, shutdown, task };
+        for _ in 0..500 {
+            if UnixStream::connect(&control.socket).await.is_ok() {
+                return control;
+            }
+            assert!(!control.task.is_finished(), "control ended at its start");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("control did not start");
+    }
+
+    /// Ends it in good order; the directory stays.
+    pub async fn stop(self) -> Arc<TempDir> {
+        self.shutdown.cancel();
+        self.task.await.expect("no panic").expect("a good end");
+        self.directory
+    }
+
+    fn pki(&self, file: &str) -> Vec<u8> {
+        std::fs::read(self.directory.path().join("data/pki").join(file)).expect(file)
+    }
+
+    pub fn ca(&self) -> CertificateDer<'static> {
+        CertificateDer::from_pem_slice(&self.pki("ca.crt")).expect("ca.crt")
+    }
+
+    /// A pair that control made.
+    pub fn pair(&self, name: &str) -> Pair {
+        let certificate = CertificateDer::from_pem_slice(&self.pki(&format!("{name}.crt"))).expect("certificate");
+        let key = KeyPair::from_pem(&String::from_utf8(self.pki(&format!("{name}.key"))).expect("text")).expect("key");
+        Pair { certificate, key: key.serialize_der() }
+    }
+
+    /// A pair that the CA's key signs, with this subject, as nobody but a test would make it.
+    pub fn forge(&self, change: impl FnOnce(&mut CertificateParams)) -> Pair {
+        let key = KeyPair::from_pem(&String::from_utf8(self.pki("ca.key")).expect("text")).expect("key");
+        let issuer = Issuer::from_ca_cert_der(&self.ca(), key).expect("issuer");
+        sign(&issuer, change)
+    }
+
+    /// TLS as far as the handshake; in TLS 1.3 the client hears of a refusal only when it reads.
+    pub async fn tls(&self, pair: Option<&Pair>, alpn: &[&[u8]]) -> std::io::Result<TlsStream<TcpStream>> {
+        connect(self.address, self.ca(), pair, alpn).await
+    }
+
+    /// A channel over TLS.
+    pub async fn channel(&self, pair: Option<&Pair>) -> Result<Channel, tonic::transport::Error> {
+        let (address, ca, pair) = (self.address, self.ca(), pair.cloned());
+        let connector = tower::service_fn(move |_| {
+            let (ca, pair) = (ca.clone(), pair.clone());
+            async move { connect(address, ca, pair.as_ref(), &[b"h2"]).await.map(TokioIo::new) }
+        });
+        endpoint().connect_with_connector(connector).await
+    }
+
+    /// An administrator's channel over TLS.
+    pub async fn admin(&self) -> Channel {
+        self.channel(Some(&self.pair("admin"))).await.expect("connects")
+    }
+
+    /// A channel over the unix socket.
+    pub async fn unix(&self) -> Channel {
+        let path = self.socket.clone();
+        let connector = tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        });
+        endpoint().connect_with_connector(connector).await.expect("connects")
+    }
+}
+
+/// Signs a client certificate, good unless `change` spoils it.
+pub fn sign(issuer: &Issuer<'_, KeyPair>, change: impl FnOnce(&mut CertificateParams)) -> Pair {
+    let key = KeyPair::generate().expect("key");
+    let mut params = CertificateParams::default();
+    params.distinguished_name = subject("orlop-admin", "system:masters");
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    change(&mut params);
+    let certificate = params.signed_by(&key, issuer).expect("signs");
+    Pair { certificate: certificate.into(), key: key.serialize_der() }
+}
+
+pub fn subject(name: &str, group: &str) -> DistinguishedName {
+    let mut subject = DistinguishedName::new();
+    subject.push(DnType::CommonName, name);
+    subject.push(DnType::OrganizationName, group);
+    subject
+}
+
+fn endpoint() -> Endpoint {
+    Endpoint::from_static("http://control.test").timeout(Duration::from_secs(30))
+}
+
+async fn connect(
+    address: SocketAddr,
+    ca: CertificateDer<'static>,
+    pair: Option<&Pair>,
+    alpn: &[&[u8]],
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let mut roots = RootCertStore::empty();
+    roots.add(ca).map_err(std::io::Error::other)?;
+    let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(std::io::Error::other)?
+        .with_root_certificates(roots);
+    let mut config = match pair {
+        None => builder.with_no_client_auth(),
+        Some(pair) => {
+            let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(pair.key.clone()));
+            builder.with_client_auth_cert(vec![pair.certificate.clone()], key).map_err(std::io::Error::other)?
+        }
+    };
+    config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
+    let stream = TcpStream::connect(address).await?;
+    let name = ServerName::try_from("control.test").map_err(std::io::Error::other)?;
+    TlsConnector::from(Arc::new(config)).connect(name, stream).await
+}

@@ -1,0 +1,7 @@
+//! Control from outside: a real server with the embedded store, on TLS and on a unix socket.
+
+mod harness;
+mod identity;
+mod join;
+mod objects;
+mod pages;
