@@ -1,0 +1,132 @@
+//! The namespaces that a test runs in, and the programs that it needs.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::OnceLock,
+};
+
+use orlop_node::runtime::cgroup::Cgroups;
+
+/// Set in the inner process: the folder of the test's files.
+const INNER: &str = "ORLOP_TEST_STAGE";
+
+/// Where a test plays.
+pub struct Stage {
+    /// The test's own folder, with a short path: sockets are in it.
+    pub dir: PathBuf,
+    /// The static pause program.
+    pub pause: PathBuf,
+    /// The static fixture program.
+    pub fixture: PathBuf,
+    /// A folder with the CNI plugin.
+    pub cni_bin_dir: PathBuf,
+}
+
+impl Stage {
+    fn new(dir: PathBuf) -> Self {
+        let target = target();
+        let programs = target.join("x86_64-unknown-linux-gnu/debug");
+        Self {
+            dir,
+            pause: programs.join("orlop-pause"),
+            fixture: programs.join("orlop-fixture"),
+            cni_bin_dir: target.join("debug"),
+        }
+    }
+
+    /// The cgroup of this test's pods.
+    pub fn cgroup(&self) -> String {
+        let name = self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        format!("/orlop-test-{name}")
+    }
+}
+
+/// Runs the test inside namespaces of its own; `name` is the test's own name.
+pub fn on_stage(name: &str, test: impl AsyncFnOnce(Stage)) {
+    if let Ok(dir) = env::var(INNER) {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(test(Stage::new(dir.into())));
+        return;
+    }
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "this test needs root: namespaces, cgroups, mounts"
+    );
+    build();
+    let dir = tempfile::Builder::new().prefix("ot").rand_bytes(5).tempdir().unwrap();
+    let ended = Command::new("unshare")
+        .args([
+            "--mount",
+            "--net",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "--propagation",
+            "private",
+        ])
+        .arg("--")
+        .arg(env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env(INNER, dir.path())
+        .stdin(Stdio::null())
+        .status()
+        .unwrap();
+    let stage = Stage::new(dir.path().to_owned());
+    let left = Cgroups::detect().unwrap().remove(&stage.cgroup());
+    if !ended.success() {
+        let log = fs::read_to_string(stage.dir.join("containerd.log")).unwrap_or_default();
+        let tail: Vec<&str> = log.lines().rev().take(20).collect();
+        for line in tail.iter().rev() {
+            eprintln!("containerd: {line}");
+        }
+    }
+    assert!(ended.success(), "the test failed inside its namespaces: {ended}");
+    left.unwrap();
+}
+
+/// Builds what this package's tests need of other packages, once.
+fn build() {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        cargo(&[
+            "--target",
+            "x86_64-unknown-linux-gnu",
+            "-p",
+            "orlop-pause",
+            "-p",
+            "orlop-fixture",
+        ])
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .status()
+        .map(|status| assert!(status.success()))
+        .unwrap();
+        cargo(&["-p", "orlop-bridge"])
+            .status()
+            .map(|status| assert!(status.success()))
+            .unwrap();
+    });
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()));
+    command
+        .arg("build")
+        .arg("--quiet")
+        .args(arguments)
+        .arg("--target-dir")
+        .arg(target());
+    command
+}
+
+/// The target directory: this program is `TARGET/debug/deps/pods-HASH`.
+fn target() -> PathBuf {
+    let program = env::current_exe().unwrap();
+    program.ancestors().nth(3).map(Path::to_owned).unwrap()
+}
