@@ -74,7 +74,9 @@ impl<'de> Visitor<'de> for ValueVisitor {
 
     fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
         if value.abs() >= EXACT_MAX {
-            return Err(E::custom("a number that has more digits than can be kept: write it as a string"));
+            return Err(E::custom(
+                "a number that has more digits than can be kept: write it as a string",
+            ));
         }
         Number::from_f64(value)
             .map(Value::Number)
