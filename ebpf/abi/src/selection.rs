@@ -171,3 +171,169 @@ impl Slot {
         backend: 0,
     };
 }
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+
+    use std::{cell::Cell, collections::BTreeSet, vec::Vec};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Protocol, Scope};
+
+    const KEY: FrontendKey = FrontendKey {
+        address: [10, 96, 0, 1],
+        port: 80,
+        protocol: Protocol::Tcp,
+        scope: Scope::Cluster,
+    };
+
+    struct Host {
+        frontends: Vec<Option<Frontend>>,
+        looked: Cell<usize>,
+        slots: Vec<Slot>,
+        random: Cell<u32>,
+    }
+
+    impl Tables for Host {
+        /// The answers one after the other, the last one for ever.
+        fn frontend(&self, _key: &FrontendKey) -> Option<Frontend> {
+            let index = self.looked.replace(self.looked.get() + 1);
+            self.frontends[index.min(self.frontends.len() - 1)]
+        }
+        fn slot(&self, index: u32) -> Option<Slot> {
+            self.slots.get(index as usize).copied()
+        }
+        fn random(&self) -> u32 {
+            self.random
+                .set(self.random.get().wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
+            self.random.get()
+        }
+    }
+
+    fn frontend(key: &FrontendKey, generation: u32, base: u32, ready: u32, terminating: u32) -> Frontend {
+        let mut value = Frontend {
+            service: 9,
+            generation,
+            base,
+            ready,
+            terminating,
+            flags: 0,
+            owner: 0,
+            check: 0,
+        };
+        value.check = checksum(key, &value);
+        value
+    }
+
+    fn slot(last: u8, generation: u32) -> Slot {
+        Slot {
+            address: [10, 244, 0, last],
+            port: 8080,
+            state: SlotState::Ready,
+            reserved: 0,
+            generation,
+            backend: u32::from(last) + 100,
+        }
+    }
+
+    fn host(frontends: &[Option<Frontend>], slots: &[Slot]) -> Host {
+        Host {
+            frontends: frontends.to_vec(),
+            looked: Cell::new(0),
+            slots: slots.to_vec(),
+            random: Cell::new(1),
+        }
+    }
+
+    fn chosen(selection: Selection) -> u8 {
+        match selection {
+            Selection::Backend { address, backend, .. } => {
+                assert_eq!(backend, u32::from(address[3]) + 100);
+                address[3]
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn ready_ones_are_chosen_and_all_of_them() {
+        let tables = host(
+            &[Some(frontend(&KEY, 7, 1, 3, 1))],
+            &[Slot::FREE, slot(1, 7), slot(2, 7), slot(3, 7), slot(4, 7)],
+        );
+        let all: BTreeSet<u8> = (0..200).map(|_| chosen(select(&tables, &KEY, None))).collect();
+        assert_eq!(all, BTreeSet::from([1, 2, 3]));
+    }
+
+    #[test]
+    fn terminating_ones_only_without_ready_ones() {
+        let tables = host(
+            &[Some(frontend(&KEY, 7, 1, 0, 2))],
+            &[Slot::FREE, slot(1, 7), slot(2, 7)],
+        );
+        let all: BTreeSet<u8> = (0..100).map(|_| chosen(select(&tables, &KEY, None))).collect();
+        assert_eq!(all, BTreeSet::from([1, 2]));
+    }
+
+    #[test]
+    fn nobody_and_no_service() {
+        let tables = host(&[Some(frontend(&KEY, 7, 0, 0, 0))], &[]);
+        assert_eq!(select(&tables, &KEY, None), Selection::NoBackend { service: 9 });
+        assert_eq!(select(&host(&[None], &[]), &KEY, None), Selection::NotAService);
+    }
+
+    #[test]
+    fn anothers_entry_is_looked_up_again_at_most_three_times() {
+        let other = FrontendKey { port: 81, ..KEY };
+        let (foreign, own) = (frontend(&other, 8, 2, 1, 0), frontend(&KEY, 7, 1, 1, 0));
+        let slots = [Slot::FREE, slot(1, 7), slot(2, 8)];
+        let after = |times: usize| {
+            let mut answers = std::vec![Some(foreign); times];
+            answers.push(Some(own));
+            select(&host(&answers, &slots), &KEY, None)
+        };
+        assert_eq!((chosen(after(0)), chosen(after(2))), (1, 1));
+        assert_eq!(after(3), Selection::Exhausted);
+        // The element was deleted, and recycled: not a service, rather than another's backend.
+        assert_eq!(
+            select(&host(&[Some(foreign), None], &slots), &KEY, None),
+            Selection::NotAService
+        );
+        // A copy that is half of one entry and half of another.
+        let torn = Frontend {
+            base: foreign.base,
+            generation: foreign.generation,
+            ..own
+        };
+        assert_eq!(chosen(select(&host(&[Some(torn), Some(own)], &slots), &KEY, None)), 1);
+        // A slot of another generation, and one beyond the arena.
+        assert_eq!(
+            select(&host(&[Some(frontend(&KEY, 6, 1, 1, 0))], &slots), &KEY, None),
+            Selection::Exhausted
+        );
+        assert_eq!(
+            select(&host(&[Some(frontend(&KEY, 7, 3, 1, 0))], &slots), &KEY, None),
+            Selection::Exhausted
+        );
+    }
+
+    proptest! {
+        /// A backend is kept exactly if it is among the ready ones, wherever it stands.
+        #[test]
+        fn kept_if_ready(ready in prop::collection::btree_set(0..=255_u8, 1..60), terminating in 0..3_u32, keep: u8) {
+            let mut slots = std::vec![Slot::FREE];
+            slots.extend(ready.iter().map(|last| slot(*last, 7)));
+            let count = u32::try_from(ready.len()).unwrap();
+            slots.extend((0..terminating).map(|_| slot(keep, 7)));
+            let tables = host(&[Some(frontend(&KEY, 7, 1, count, terminating))], &slots);
+            let selection = select(&tables, &KEY, Some(([10, 244, 0, keep], 8080)));
+            let answer = chosen(selection);
+            let is_kept = matches!(selection, Selection::Backend { kept: true, .. });
+            prop_assert_eq!(is_kept, ready.contains(&keep));
+            prop_assert!(ready.contains(&answer) && (!is_kept || answer == keep));
+        }
+    }
+}

@@ -316,7 +316,7 @@ fn backend_of(peer: *mut Peer) -> Option<([u8; 4], u16)> {
     }
 }
 
-/// Takes the next entry; threads that share the socket get one each.
+/// Takes the next entry; threads that share the socket get one each. (With a relaxed ordering LLVM leaves out the fetch.)
 #[inline(always)]
 fn new_peer(ctx: &SockAddrContext) -> Option<*mut Peer> {
     // SAFETY: the hook's socket; the storage starts as zeros and goes with it.
@@ -325,7 +325,7 @@ fn new_peer(ctx: &SockAddrContext) -> Option<*mut Peer> {
         if known.is_null() {
             return None;
         }
-        let next = core::intrinsics::atomic_xadd::<u64, u64, { core::intrinsics::AtomicOrdering::Relaxed }>(
+        let next = core::intrinsics::atomic_xadd::<u64, u64, { core::intrinsics::AtomicOrdering::SeqCst }>(
             &raw mut (*known).next,
             1,
         );

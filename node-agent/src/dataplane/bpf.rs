@@ -97,8 +97,8 @@ fn new_fd(raw: i32) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(raw) }
 }
 
-fn raw(fd: impl AsFd) -> u32 {
-    fd.as_fd().as_raw_fd().unsigned_abs()
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().unsigned_abs()
 }
 
 fn c_path(path: &Path) -> io::Result<CString> {
@@ -134,7 +134,7 @@ pub fn pin(fd: impl AsFd, path: &Path) -> io::Result<()> {
     let path = c_path(path)?;
     let mut attributes = ObjectAttributes {
         path: path.as_ptr() as u64,
-        fd: raw(fd),
+        fd: raw(fd.as_fd()),
         flags: 0,
     };
     bpf(command::OBJ_PIN, &mut attributes).map(drop)
@@ -287,7 +287,7 @@ struct LinkCreateAttributes {
 /// The kernel's.
 pub fn create_link(program: impl AsFd, target: u32, attach_type: u32) -> io::Result<OwnedFd> {
     let mut attributes = LinkCreateAttributes {
-        program: raw(program),
+        program: raw(program.as_fd()),
         target,
         attach_type,
         flags: 0,
@@ -310,8 +310,8 @@ struct LinkUpdateAttributes {
 /// The kernel's; `ENOLINK` when what it was attached to is gone.
 pub fn update_link(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     let mut attributes = LinkUpdateAttributes {
-        link: raw(link),
-        program: raw(program),
+        link: raw(link.as_fd()),
+        program: raw(program.as_fd()),
         flags: 0,
         old: 0,
     };
@@ -333,7 +333,7 @@ struct ElementAttributes {
 /// The kernel's.
 pub fn update(map: impl AsFd, key: &[u8], value: &[u8]) -> io::Result<()> {
     let mut attributes = ElementAttributes {
-        map: raw(map),
+        map: raw(map.as_fd()),
         reserved: 0,
         key: key.as_ptr() as u64,
         value: value.as_ptr() as u64,
@@ -348,7 +348,7 @@ pub fn update(map: impl AsFd, key: &[u8], value: &[u8]) -> io::Result<()> {
 /// The kernel's.
 pub fn delete(map: impl AsFd, key: &[u8]) -> io::Result<()> {
     let mut attributes = ElementAttributes {
-        map: raw(map),
+        map: raw(map.as_fd()),
         reserved: 0,
         key: key.as_ptr() as u64,
         value: 0,
@@ -398,7 +398,7 @@ fn batch(command: u32, map: impl AsFd, keys: &[u8], values: &[u8], count: usize)
         keys: keys.as_ptr() as u64,
         values: values.as_ptr() as u64,
         count: u32::try_from(count).map_err(io::Error::other)?,
-        map: raw(map),
+        map: raw(map.as_fd()),
         element_flags: 0,
         flags: 0,
     };

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         mpsc::{Receiver, Sender, channel},
     },
     thread,
@@ -29,8 +29,8 @@ use super::{
 #[derive(Clone)]
 pub struct EbpfDataplane {
     inner: Arc<Inner>,
-    /// What was retired goes to a thread that waits for the grace period. It ends when the last sender is gone.
-    retire: Sender<Retired>,
+    /// Tells a thread that something was retired. It ends when the last sender is gone.
+    retired: Sender<()>,
 }
 
 struct Inner {
@@ -38,11 +38,19 @@ struct Inner {
     kernel: Kernel,
     arena: Arena,
     state: Mutex<State>,
+    /// Something was released.
+    released: Condvar,
     _logs: Option<logs::Reader>,
 }
 
 struct State {
     planner: Planner,
+    /// What waits for a grace period to begin.
+    retired: Vec<Retired>,
+    /// The thread has taken some of it and waits for its end.
+    releasing: bool,
+    /// The map that had no room for the last write.
+    full: Option<&'static str>,
     /// A write failed: what is in the maps is to be read again before the next.
     unsure: bool,
     /// Interface index by pod uid.
@@ -73,6 +81,9 @@ impl EbpfDataplane {
         let planner = adopt(&kernel, &arena)?;
         let state = State {
             planner,
+            retired: Vec::new(),
+            releasing: false,
+            full: None,
             unsure: false,
             pods: BTreeMap::new(),
             cpu: HashMap::new(),
@@ -83,16 +94,17 @@ impl EbpfDataplane {
             kernel,
             arena,
             state: Mutex::new(state),
+            released: Condvar::new(),
             _logs: logs,
         });
         inner.adopt_pods()?;
-        let (retire, retired) = channel();
+        let (sender, receiver) = channel();
         let background = Arc::downgrade(&inner);
         thread::Builder::new()
             .name("dataplane-gc".into())
-            .spawn(move || collect(&retired, &background))
+            .spawn(move || collect(&receiver, &background))
             .map_err(|error| failed("start a thread", error))?;
-        Ok(Self { inner, retire })
+        Ok(Self { inner, retired: sender })
     }
 
     /// [`Dataplane::apply`], in this thread; says what it wrote.
@@ -103,30 +115,29 @@ impl EbpfDataplane {
         let inner = &*self.inner;
         let mut state = inner.lock();
         if state.unsure {
+            // What was retired is not in the maps, so it is free again; the thread must not free it twice.
+            while state.releasing {
+                state = inner.released.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            state.retired.clear();
             state.planner = adopt(&inner.kernel, &inner.arena)?;
             state.unsure = false;
         }
         let writes = state.planner.apply(changes);
-        let mut applied = inner.write(&mut state, &writes)?;
-        let mut full = writes.full;
-        let mut retired = writes.retired;
-        if full.is_some() {
-            // The room may be in ranges that were just given up: wait until they are free.
-            let waiting = std::mem::take(&mut retired);
-            if !waiting.is_empty() {
-                grace_period();
-                inner
-                    .release(&mut state, &waiting)
-                    .map_err(|error| failed("zero what was given up", error))?;
-                let writes = state.planner.retry();
-                applied = applied.plus(inner.write(&mut state, &writes)?);
-                (full, retired) = (writes.full, writes.retired);
-            }
+        let mut applied = inner.write(&mut state, writes)?;
+        let mut full = state.full;
+        // There may be room once what was given up is free.
+        while full.is_some() && (state.releasing || !state.retired.is_empty()) {
+            state = inner.release_all(state)?;
+            let writes = state.planner.retry();
+            applied = applied.plus(inner.write(&mut state, writes)?);
+            full = state.full;
         }
+        let waiting = !state.retired.is_empty();
         drop(state);
-        if !retired.is_empty() {
+        if waiting {
             // The thread lives as long as this sender.
-            let _sent = self.retire.send(retired);
+            let _sent = self.retired.send(());
         }
         match full {
             Some(map) => Err(DataplaneError::Full { map: map.to_owned() }),
@@ -277,8 +288,9 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self, state: &mut State, writes: &Writes) -> Result<Applied, DataplaneError> {
-        if let Err(error) = tables::write(&self.kernel, &self.arena, writes) {
+    fn write(&self, state: &mut State, writes: Writes) -> Result<Applied, DataplaneError> {
+        state.full = writes.full;
+        if let Err(error) = tables::write(&self.kernel, &self.arena, &writes) {
             state.unsure = true;
             return Err(failed("write services", error));
         }
@@ -289,17 +301,40 @@ impl Inner {
             slots_written: count(writes.slots.iter().map(|(_, slots)| slots.len()).sum()),
         };
         state.total = state.total.plus(applied);
+        if !writes.retired.is_empty() {
+            state.retired.push(writes.retired);
+        }
         Ok(applied)
     }
 
-    /// After the grace period: zeroes slots and counters, then they can be used again.
-    fn release(&self, state: &mut State, retired: &Retired) -> io::Result<()> {
-        for (base, length) in &retired.ranges {
-            self.arena.clear(*base, *length);
+    /// Waits for a grace period and makes all that was retired usable, what the thread has taken too.
+    fn release_all<'a>(&'a self, mut state: MutexGuard<'a, State>) -> Result<MutexGuard<'a, State>, DataplaneError> {
+        let batch = std::mem::take(&mut state.retired);
+        if !batch.is_empty() {
+            grace_period();
         }
-        counters::clear_ids(self.kernel.map(abi::SERVICE_COUNTERS), &retired.services)?;
-        counters::clear_ids(self.kernel.map(abi::BACKEND_COUNTERS), &retired.backends)?;
-        state.planner.release(retired);
+        self.release(&mut state, &batch)?;
+        while state.releasing {
+            state = self.released.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(state)
+    }
+
+    /// After the grace period: zeroes slots and counters, then they can be used again.
+    fn release(&self, state: &mut State, batch: &[Retired]) -> Result<(), DataplaneError> {
+        for retired in batch {
+            for (base, length) in &retired.ranges {
+                self.arena.clear(*base, *length);
+            }
+            let cleared = counters::clear_ids(self.kernel.map(abi::SERVICE_COUNTERS), &retired.services)
+                .and_then(|()| counters::clear_ids(self.kernel.map(abi::BACKEND_COUNTERS), &retired.backends));
+            if let Err(error) = cleared {
+                // What is free is found again in the maps before the next write.
+                state.unsure = true;
+                return Err(failed("zero counters that were given up", error));
+            }
+            state.planner.release(retired);
+        }
         Ok(())
     }
 
@@ -361,23 +396,27 @@ fn adopt(kernel: &Kernel, arena: &Arena) -> Result<Planner, DataplaneError> {
 }
 
 /// Frees what was retired, a grace period later, many at once.
-fn collect(retired: &Receiver<Retired>, inner: &std::sync::Weak<Inner>) {
-    while let Ok(first) = retired.recv() {
-        let batch: Vec<Retired> = std::iter::once(first).chain(retired.try_iter()).collect();
-        grace_period();
+fn collect(retired: &Receiver<()>, inner: &std::sync::Weak<Inner>) {
+    while let Ok(()) = retired.recv() {
         let Some(inner) = inner.upgrade() else { return };
+        let batch = {
+            let mut state = inner.lock();
+            state.releasing = true;
+            std::mem::take(&mut state.retired)
+        };
+        if !batch.is_empty() {
+            grace_period();
+        }
         let mut state = inner.lock();
-        if state.unsure {
-            // The maps are read again before the next write, and free is then what they do not use.
-            continue;
+        // If a write failed meanwhile, the maps are read again, and free is what they do not use.
+        if !state.unsure
+            && let Err(error) = inner.release(&mut state, &batch)
+        {
+            tracing::error!(%error, "what was given up cannot be freed");
         }
-        for retired in &batch {
-            if let Err(error) = inner.release(&mut state, retired) {
-                tracing::error!(%error, "what was given up cannot be zeroed");
-                state.unsure = true;
-                break;
-            }
-        }
+        state.releasing = false;
+        drop(state);
+        inner.released.notify_all();
     }
 }
 
