@@ -2,12 +2,11 @@
 
 use std::{
     collections::VecDeque,
-    pin::Pin,
     sync::{Arc, OnceLock},
 };
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt as _};
+use futures::{StreamExt as _, stream::BoxStream};
 use orlop_proto::Resource;
 use prost::Message as _;
 use tokio::sync::watch;
@@ -129,8 +128,8 @@ impl<T: Resource> EventStream<T> {
         self.delivered
     }
 
-    /// As a [`Stream`]. It ends after an error.
-    pub fn into_stream(self) -> Pin<Box<dyn Stream<Item = Result<Arc<Entry<T>>, Lagged>> + Send>> {
+    /// As a [`futures::Stream`]. It ends after an error.
+    pub fn into_stream(self) -> BoxStream<'static, Result<Arc<Entry<T>>, Lagged>> {
         let stream = futures::stream::unfold(Some(self), |state| async move {
             let mut events = state?;
             match events.next().await {

@@ -146,7 +146,10 @@ impl Registry {
 
     fn check_cluster_ip(&self, text: &str, is_kubernetes: bool) -> Result<(), String> {
         let range = self.config.service_cidr;
-        let address: Ipv4Addr = text.parse().map_err(|_| format!("\"{text}\" is not an IPv4 address"))?;
+        // What is no address was found by the validation of the fields.
+        let Ok(address) = text.parse::<Ipv4Addr>() else {
+            return Ok(());
+        };
         let usable = range.contains(&address) && address != range.network() && address != range.broadcast();
         if !usable {
             return Err(format!(

@@ -1,18 +1,13 @@
 //! What is particular to a kind.
 
 use orlop_proto::{
-    Resource,
     apps::v1::ReplicaSet,
     coordination::v1::Lease,
-    core::v1::{
-        Event, LoadBalancerStatus, Namespace, NamespaceSpec, NamespaceStatus, Node, Pod, PodStatus,
-        ReplicationController, Service, ServiceStatus,
-    },
+    core::v1::{Event, Namespace, Node, Pod, ReplicationController, Service},
     discovery::v1::EndpointSlice,
 };
 
-use super::FieldError;
-use crate::store::Key;
+use crate::{model::Model, store::Key};
 
 /// The finalizer in a namespace's spec that the namespace controller works off.
 pub(super) const KUBERNETES: &str = "kubernetes";
@@ -20,31 +15,10 @@ pub(super) const KUBERNETES: &str = "kubernetes";
 /// A kind that the registry can write. Every kind of the model is one.
 ///
 /// The provided methods are those of a kind without particulars.
-pub trait Registered: Resource {
+pub trait Registered: Model {
     /// Whether `metadata.generation` counts changes of the spec.
     #[doc(hidden)]
     const GENERATIONS: bool = true;
-
-    /// Fills in what users leave out.
-    #[doc(hidden)]
-    fn set_defaults(&mut self) {}
-
-    /// All fields that are wrong.
-    #[doc(hidden)]
-    fn validate(&self) -> Vec<FieldError> {
-        Vec::new()
-    }
-
-    /// All fields that may not change like this.
-    #[doc(hidden)]
-    fn validate_update(&self, old: &Self) -> Vec<FieldError> {
-        let _ = old;
-        Vec::new()
-    }
-
-    /// The state that a new object begins in, whatever the user wrote there.
-    #[doc(hidden)]
-    fn begin(&mut self) {}
 
     /// Takes the status half of another.
     #[doc(hidden)]
@@ -103,15 +77,6 @@ pub(super) fn same_spec<T: Registered>(one: &T, other: &T) -> bool {
 impl Registered for Namespace {
     const GENERATIONS: bool = false;
 
-    fn begin(&mut self) {
-        let spec = self.spec.get_or_insert_with(NamespaceSpec::default);
-        if !spec.finalizers.iter().any(|finalizer| finalizer == KUBERNETES) {
-            spec.finalizers.push(KUBERNETES.to_owned());
-        }
-        self.status = Some(NamespaceStatus {
-            phase: "Active".to_owned(),
-        });
-    }
     fn take_status(&mut self, from: &Self) {
         self.status.clone_from(&from.status);
     }
@@ -154,14 +119,6 @@ impl Registered for Node {
 }
 
 impl Registered for Pod {
-    fn begin(&mut self) {
-        let qos_class = super::pods::qos_class(self).to_owned();
-        self.status = Some(PodStatus {
-            phase: "Pending".to_owned(),
-            qos_class,
-            ..PodStatus::default()
-        });
-    }
     fn take_status(&mut self, from: &Self) {
         self.status.clone_from(&from.status);
     }
@@ -173,11 +130,6 @@ impl Registered for Pod {
 impl Registered for Service {
     const GENERATIONS: bool = false;
 
-    fn begin(&mut self) {
-        self.status = Some(ServiceStatus {
-            load_balancer: Some(LoadBalancerStatus {}),
-        });
-    }
     fn take_status(&mut self, from: &Self) {
         self.status.clone_from(&from.status);
     }
@@ -196,14 +148,6 @@ impl Registered for Service {
             .map(|address| super::claims::cluster_ip_key(address))
             .collect()
     }
-    fn validate_update(&self, old: &Self) -> Vec<FieldError> {
-        let of = |service: &Self| service.spec.clone().map(|spec| spec.cluster_ip).unwrap_or_default();
-        if of(self) == of(old) {
-            Vec::new()
-        } else {
-            vec![super::write::field("spec.clusterIP", "field is immutable")]
-        }
-    }
     fn as_service(&mut self) -> Option<&mut Service> {
         Some(self)
     }
@@ -212,18 +156,12 @@ impl Registered for Service {
 impl Registered for EndpointSlice {}
 
 impl Registered for ReplicationController {
-    fn begin(&mut self) {
-        self.status = Some(orlop_proto::core::v1::ReplicationControllerStatus::default());
-    }
     fn take_status(&mut self, from: &Self) {
         self.status.clone_from(&from.status);
     }
 }
 
 impl Registered for ReplicaSet {
-    fn begin(&mut self) {
-        self.status = Some(orlop_proto::apps::v1::ReplicaSetStatus::default());
-    }
     fn take_status(&mut self, from: &Self) {
         self.status.clone_from(&from.status);
     }

@@ -1,7 +1,7 @@
 //! What only pods have: a binding to a node, and a node that says when they are gone.
 
 use futures::StreamExt as _;
-use orlop_proto::core::v1::{Container, Pod, PodCondition};
+use orlop_proto::core::v1::{Pod, PodCondition};
 
 use super::{
     Registry, RegistryError,
@@ -134,46 +134,4 @@ pub(super) fn grace(pod: &Pod, asked: Option<i64>) -> i64 {
     let seconds = asked.or(spec.termination_grace_period_seconds).unwrap_or(DEFAULT_GRACE);
     // As Kubernetes: below zero means "at once, but let the node know".
     if seconds < 0 { 1 } else { seconds }
-}
-
-/// Guaranteed, Burstable or BestEffort, by cpu and memory of all containers.
-pub(super) fn qos_class(pod: &Pod) -> &'static str {
-    let containers = pod.spec.as_ref().map(|spec| &*spec.containers).unwrap_or_default();
-    let any = containers.iter().any(|container| {
-        let resources = container.resources.clone().unwrap_or_default();
-        COMPUTE
-            .iter()
-            .any(|name| has(&resources.limits, name) || has(&resources.requests, name))
-    });
-    if !any {
-        "BestEffort"
-    } else if containers.iter().all(is_guaranteed) {
-        "Guaranteed"
-    } else {
-        "Burstable"
-    }
-}
-
-const COMPUTE: [&str; 2] = ["cpu", "memory"];
-
-fn has(quantities: &std::collections::BTreeMap<String, String>, name: &str) -> bool {
-    quantities.get(name).is_some_and(|quantity| !is_zero(quantity))
-}
-
-/// Whether a quantity is zero: no digit but 0 in its number.
-fn is_zero(quantity: &str) -> bool {
-    let number = quantity
-        .split(|letter: char| letter == 'e' || letter == 'E')
-        .next()
-        .unwrap_or_default();
-    !number.chars().any(|letter| ('1'..='9').contains(&letter))
-}
-
-/// Whether cpu and memory have limits, and requests that are absent (then the limits are theirs) or equal.
-fn is_guaranteed(container: &Container) -> bool {
-    let resources = container.resources.clone().unwrap_or_default();
-    COMPUTE.iter().all(|name| {
-        let limit = resources.limits.get(*name).filter(|limit| !is_zero(limit));
-        limit.is_some_and(|limit| resources.requests.get(*name).is_none_or(|request| request == limit))
-    })
 }

@@ -119,8 +119,16 @@ impl Registry {
             }
             let key = ObjectKey::of(&object);
             let mut new = object.clone();
-            let chosen = self.choose_cluster_ip(&mut new).await?;
-            let fields = new.validate();
+            new.set_defaults();
+            new.reset_status();
+            let mut fields = new.validate_create();
+            let chosen = match self.choose_cluster_ip(&mut new).await {
+                Err(RegistryError::Invalid { fields: more, .. }) => {
+                    fields.extend(more);
+                    Chosen::Given
+                }
+                other => other?,
+            };
             if !fields.is_empty() {
                 return Err(invalid::<T>(&key, fields));
             }
@@ -339,8 +347,6 @@ fn begin<T: Registered>(object: &mut T) -> Result<bool, RegistryError> {
     meta.deletion_timestamp = None;
     meta.deletion_grace_period_seconds = None;
     meta.generation = i64::from(T::GENERATIONS);
-    object.set_defaults();
-    object.begin();
     Ok(generated)
 }
 
@@ -359,6 +365,10 @@ fn merged<T: Registered>(old: &T, given: T, part: Part) -> Result<T, RegistryErr
     if part == Part::Status {
         let mut new = old.clone();
         new.take_status(&given);
+        let fields = new.validate_status_update(old);
+        if !fields.is_empty() {
+            return Err(invalid::<T>(&ObjectKey::of(old), fields));
+        }
         return Ok(new);
     }
     let key = ObjectKey::of(old);
@@ -376,22 +386,9 @@ fn merged<T: Registered>(old: &T, given: T, part: Part) -> Result<T, RegistryErr
     meta.deletion_timestamp = was.deletion_timestamp;
     meta.deletion_grace_period_seconds = was.deletion_grace_period_seconds;
     meta.generation = was.generation;
-    let mut fields = Vec::new();
-    if old.is_deleting()
-        && meta
-            .finalizers
-            .iter()
-            .any(|finalizer| !was.finalizers.contains(finalizer))
-    {
-        fields.push(field(
-            "metadata.finalizers",
-            "no finalizer can be added to an object that is being deleted",
-        ));
-    }
     new.keep_given(old);
     new.set_defaults();
-    fields.extend(new.validate());
-    fields.extend(new.validate_update(old));
+    let fields = new.validate_update(old);
     if !fields.is_empty() {
         return Err(invalid::<T>(&key, fields));
     }

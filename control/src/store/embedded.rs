@@ -143,6 +143,34 @@ impl EmbeddedStore {
     }
 }
 
+#[cfg(test)]
+impl EmbeddedStore {
+    /// Forgets the log up to a revision.
+    pub(super) fn compact_to(&self, revision: Revision) -> Result<(), redb::Error> {
+        let transaction = self.shared.database.begin_write()?;
+        transaction.open_table(LOG)?.retain(|at, _| at > revision)?;
+        transaction.open_table(COUNTERS)?.insert(COMPACTED, revision)?;
+        Ok(transaction.commit()?)
+    }
+
+    /// Writes bytes without a frame, as a revision of its own.
+    pub(super) fn write_raw(&self, key: &Key, bytes: &[u8]) -> Result<(), redb::Error> {
+        let transaction = self.shared.database.begin_write()?;
+        let revision = {
+            let mut counters = transaction.open_table(COUNTERS)?;
+            let revision = counters.get(REVISION)?.map_or(0, |guard| guard.value()) + 1;
+            counters.insert(REVISION, revision)?;
+            transaction
+                .open_table(RECORDS)?
+                .insert(full(key).as_str(), (revision, bytes))?;
+            revision
+        };
+        transaction.commit()?;
+        self.shared.revision.send_replace(revision);
+        Ok(())
+    }
+}
+
 impl Drop for EmbeddedStore {
     fn drop(&mut self) {
         self.requests.take();

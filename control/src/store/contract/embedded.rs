@@ -1,0 +1,147 @@
+//! The embedded engine, and what only it promises.
+
+use std::path::PathBuf;
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::store::embedded::{EmbeddedConfig, EmbeddedStore, OpenError};
+
+pub(super) struct Embedded {
+    dir: TempDir,
+    store: Option<Arc<EmbeddedStore>>,
+}
+
+pub(super) async fn bench() -> Embedded {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Some(Arc::new(open(&dir.path().join("store.redb"))));
+    Embedded { dir, store }
+}
+
+fn config() -> EmbeddedConfig {
+    EmbeddedConfig {
+        bookmark_interval: Duration::from_millis(100),
+        ..EmbeddedConfig::default()
+    }
+}
+
+/// Watches that were just dropped may hold the file for a moment.
+fn open(path: &std::path::Path) -> EmbeddedStore {
+    for _ in 0..100 {
+        match EmbeddedStore::open(path, config()) {
+            Err(OpenError::InUse { .. }) => std::thread::sleep(Duration::from_millis(20)),
+            other => return other.unwrap(),
+        }
+    }
+    panic!("{} stays in use", path.display());
+}
+
+impl Embedded {
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("store.redb")
+    }
+}
+
+#[async_trait]
+impl Bench for Embedded {
+    fn store(&self) -> Arc<dyn Store> {
+        self.store.clone().unwrap()
+    }
+    async fn restart(&mut self) {
+        self.store.take();
+        self.store = Some(Arc::new(open(&self.path())));
+    }
+    async fn compact(&self, revision: Revision) {
+        self.store.as_ref().unwrap().compact_to(revision).unwrap();
+    }
+    async fn write_raw(&self, key: &Key, bytes: &[u8]) {
+        self.store.as_ref().unwrap().write_raw(key, bytes).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_second_process_is_refused() {
+    let bench = bench().await;
+    let error = EmbeddedStore::open(&bench.path(), config()).err().unwrap();
+    assert!(matches!(error, OpenError::InUse { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn what_is_no_database_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store.redb");
+    std::fs::write(&path, vec![7_u8; 8192]).unwrap();
+    let error = EmbeddedStore::open(&path, config()).err().unwrap();
+    assert!(matches!(error, OpenError::Database { .. }), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), vec![7_u8; 8192], "it is left as it was");
+}
+
+#[tokio::test]
+async fn the_log_is_compacted_by_size_and_by_age() {
+    let dir = tempfile::tempdir().unwrap();
+    for config in [
+        EmbeddedConfig {
+            log_bytes: 2000,
+            ..config()
+        },
+        EmbeddedConfig {
+            log_age: Duration::ZERO,
+            ..config()
+        },
+    ] {
+        let path = dir.path().join(format!("{}.redb", config.log_bytes));
+        let store: Arc<dyn Store> = Arc::new(EmbeddedStore::open(&path, config).unwrap());
+        let mut last = 0;
+        for number in 0..100 {
+            last = write(&store, put("pods/a", &format!("{number:050}"))).await;
+        }
+        let error = store.watch("pods/", 1).await.err().unwrap();
+        let StoreError::Compacted { requested: 1, oldest } = error else {
+            panic!("{error}")
+        };
+        assert!(oldest > 1 && oldest <= last);
+        let _watch = store.watch("pods/", oldest).await.unwrap();
+        assert_eq!(value(&store, "pods/a").await.unwrap().1, last, "records stay");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_that_missed_the_live_buffer_goes_back_to_the_log() {
+    let bench = bench().await;
+    let store = bench.store();
+    let mut watch = store.watch("pods/", 0).await.unwrap();
+    // One commit each: more than the buffer holds.
+    for number in 0..1500 {
+        write(&store, put("pods/a", &number.to_string())).await;
+    }
+    let mut last = 0;
+    for number in 0..1500 {
+        let set = next(&mut watch, &mut last).await.unwrap();
+        assert!(
+            shorts(&set)[0].starts_with(&["+", "~"][usize::from(number > 0)]),
+            "{set:?}"
+        );
+        assert_eq!(set.revision, number + 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_conflict_with_a_neighbour_of_the_same_group_is_told_after_the_commit() {
+    let bench = bench().await;
+    let store = bench.store();
+    let commits = (0..64).map(|number| store.commit(all([if_(put("pods/a", &number.to_string()), Expected::Absent)])));
+    let results = futures::future::join_all(commits).await;
+    let won: Vec<Revision> = results
+        .iter()
+        .filter_map(|result| result.as_ref().ok().copied())
+        .collect();
+    assert_eq!(won.len(), 1);
+    let stored = value(&store, "pods/a").await.unwrap().1;
+    for result in results {
+        match result {
+            Ok(revision) => assert_eq!(revision, stored),
+            Err(StoreError::Conflict { found, .. }) => assert_eq!(found, Some(stored)),
+            Err(other) => panic!("{other}"),
+        }
+    }
+}
