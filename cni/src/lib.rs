@@ -14,7 +14,6 @@ use error::{Failure, code};
 use request::{Env, Verb};
 use version::CniVersion;
 
-pub mod announce;
 pub mod config;
 pub mod delegate;
 pub mod error;

@@ -206,6 +206,16 @@ impl Net {
             .map_err(|e| Failure::netlink("bringing the link up", &e))
     }
 
+    /// Sets the hardware address.
+    pub async fn set_mac(&self, index: u32, mac: &[u8]) -> Result<(), Failure> {
+        let message = LinkUnspec::new_with_index(index).address(mac.to_vec()).build();
+        let request = self.handle.link().set(message);
+        request
+            .execute()
+            .await
+            .map_err(|e| Failure::netlink("setting the hardware address", &e))
+    }
+
     /// Removes a link by name; a success when it is gone.
     pub async fn delete(&self, name: &str) -> Result<(), Failure> {
         let message = LinkMessageBuilder::<LinkUnspec>::new().name(name).build();

@@ -11,7 +11,6 @@ use std::{
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
-    announce,
     config::{Config, Ipam},
     delegate,
     error::{Failure, code},
@@ -338,7 +337,11 @@ impl Wiring<'_> {
         Ok(link)
     }
 
-    /// Waits until the bridge lets frames through, then tells the neighbours.
+    /// Waits until the bridge lets frames through, then tells the neighbours who has the addresses now: one that is given
+    /// again comes with another hardware address, and its peers would talk to the old one until their caches expire.
+    ///
+    /// The kernel does it, by gratuitous ARP and unsolicited neighbour advertisements, when a hardware address is set, to
+    /// the same as before too. A packet socket of ours would cost an RCU period, 10 ms and more, when it is closed.
     async fn announce(&self, host_end: &Link, container_end: &Link, ips: &[Ip]) -> Result<(), Failure> {
         let deadline = Instant::now() + FORWARDING_PATIENCE;
         while !self
@@ -356,14 +359,18 @@ impl Wiring<'_> {
         if ips.is_empty() {
             return Ok(());
         }
-        let failed = |e: &std::io::Error| Failure::io("announcing the container's addresses", e);
-        let socket = self.namespaces.inside(announce::open)?.map_err(|e| failed(&e))?;
-        let mac = <[u8; 6]>::try_from(&*container_end.mac)
-            .map_err(|_| Failure::new(code::NETLINK, "the container's interface has no hardware address"))?;
-        for ip in ips {
-            announce::send(&socket, container_end.index, mac, ip.address.addr()).map_err(|e| failed(&e))?;
-        }
-        Ok(())
+        let ifname = &self.at.ifname;
+        let has = |v4: bool| ips.iter().any(|ip| ip.address.addr().is_ipv4() == v4);
+        self.namespaces.inside(|| {
+            if has(true) {
+                sysctl(&format!("ipv4/conf/{ifname}/arp_notify"), "1")?;
+            }
+            if has(false) {
+                sysctl(&format!("ipv6/conf/{ifname}/ndisc_notify"), "1")?;
+            }
+            Ok(())
+        })??;
+        self.inside.set_mac(container_end.index, &container_end.mac).await
     }
 }
 
@@ -401,15 +408,18 @@ fn gateway_for(dst: IpNet, ips: &[Ip]) -> Option<IpAddr> {
 /// Some hosts start interfaces without IPv6; and the automatic link-local address needs no wait for duplicates either,
 /// which a port in hairpin mode would even take for found. Of the calling thread's namespace.
 fn enable_ipv6(ifname: &str) -> Result<(), Failure> {
-    for (key, value) in [("disable_ipv6", "0"), ("accept_dad", "0")] {
-        let path = format!("/proc/sys/net/ipv6/conf/{ifname}/{key}");
-        // A read-only /proc/sys is common in containers; what is as wanted needs no write.
-        if fs::read_to_string(&path).is_ok_and(|now| now.trim() == value) {
-            continue;
-        }
-        fs::write(&path, value).map_err(|e| Failure::io(format!("writing {path}"), &e))?;
+    sysctl(&format!("ipv6/conf/{ifname}/disable_ipv6"), "0")?;
+    sysctl(&format!("ipv6/conf/{ifname}/accept_dad"), "0")
+}
+
+/// Sets a value below `/proc/sys/net` of the calling thread's namespace. A read-only /proc/sys is common in containers;
+/// what is as wanted needs no write.
+fn sysctl(key: &str, value: &str) -> Result<(), Failure> {
+    let path = format!("/proc/sys/net/{key}");
+    if fs::read_to_string(&path).is_ok_and(|now| now.trim() == value) {
+        return Ok(());
     }
-    Ok(())
+    fs::write(&path, value).map_err(|e| Failure::io(format!("writing {path}"), &e))
 }
 
 fn mismatch(msg: String) -> Failure {

@@ -132,39 +132,39 @@ fn pods_reach_each_other_and_the_gateway() {
 fn an_address_that_moves_is_announced() {
     on_node(|node| {
         // One address to give: the second pod gets the first one's, with another hardware address.
-        let ranges = json!([[{"subnet": "10.99.0.0/24", "rangeStart": "10.99.0.5", "rangeEnd": "10.99.0.5"}]]);
+        let ranges = json!([
+            [{"subnet": "10.99.0.0/24", "rangeStart": "10.99.0.5", "rangeEnd": "10.99.0.5"}],
+            [{"subnet": "fd99::/64", "rangeStart": "fd99::5", "rangeEnd": "fd99::5"}],
+        ]);
         let config = node.config("1.1.0", json!({"ipam": {"ranges": ranges}}));
         let (first, second) = (node.pod("first"), node.pod("second"));
         // Another port: a bridge without any loses its carrier, and the node forgets its neighbours.
         let mut other = node.config("1.1.0", json!({"ipam": {"ranges": [[{"subnet": "fd98::/64"}]]}}));
         other["name"] = json!("other");
         node.call("ADD", &node.pod("other"), &other).expect();
-        let before = node.call("ADD", &first, &config).expect();
-        assert!(
-            UdpSocket::bind("0.0.0.0:0")
-                .unwrap()
-                .send_to(b"x", "10.99.0.5:9")
-                .is_ok()
-        );
-        let neighbour = || -> Value { serde_json::from_str(&ip("-j neigh show 10.99.0.5 dev orlop0")).unwrap() };
-        for _ in 0..200 {
-            if neighbour()[0]["lladdr"].is_string() {
-                break;
+        let learnt = |address: &str, mac: &Value| {
+            let shown =
+                || -> Value { serde_json::from_str(&ip(&format!("-j neigh show {address} dev orlop0"))).unwrap() };
+            for _ in 0..200 {
+                if shown()[0]["lladdr"] == *mac {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(10));
             }
-            std::thread::sleep(Duration::from_millis(10));
+            panic!("{}, not {mac}", shown());
+        };
+        let before = node.call("ADD", &first, &config).expect();
+        for (any, address) in [("0.0.0.0:0", "10.99.0.5"), ("[::]:0", "fd99::5")] {
+            UdpSocket::bind(any).unwrap().send_to(b"x", (address, 9)).unwrap();
+            learnt(address, &before["interfaces"][2]["mac"]);
         }
-        assert_eq!(neighbour()[0]["lladdr"], before["interfaces"][2]["mac"]);
         node.call("DEL", &first, &config).expect();
         // Nothing is sent to it: only the announcement can teach the node.
         let after = node.call("ADD", &second, &config).expect();
         assert_ne!(before["interfaces"][2]["mac"], after["interfaces"][2]["mac"]);
-        for _ in 0..200 {
-            if neighbour()[0]["lladdr"] == after["interfaces"][2]["mac"] {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(10));
+        for address in ["10.99.0.5", "fd99::5"] {
+            learnt(address, &after["interfaces"][2]["mac"]);
         }
-        panic!("{}", neighbour());
     });
 }
 
@@ -356,28 +356,26 @@ fn a_reboot_frees_all_leases() {
 fn check_sees_what_was_changed_behind_its_back() {
     on_node(|node| {
         let config = node.config("1.1.0", json!({}));
-        type Change = fn(&Node, &Pod);
-        let changes: [(&str, Change); 6] = [
-            ("address", |_, pod| {
-                drop(inside(pod, || ip("addr flush dev eth0 scope global")))
-            }),
-            ("route", |_, pod| drop(inside(pod, || ip("route del default")))),
-            ("link down", |_, pod| drop(inside(pod, || ip("link set eth0 down")))),
-            ("port", |node, _| {
-                drop(node.ip(&format!("link set {} nomaster", node.veths()[0])))
-            }),
-            ("gateway", |node, _| drop(node.ip("addr flush dev orlop0"))),
-            ("mac", |_, pod| {
-                drop(inside(pod, || ip("link set eth0 address 02:00:00:00:00:09")))
-            }),
+        // Where (in the pod, or on the node), and what `ip` does there.
+        let changes = [
+            (true, "addr flush dev eth0 scope global"),
+            (true, "route del default"),
+            (true, "link set eth0 down"),
+            (true, "link set eth0 address 02:00:00:00:00:09"),
+            (false, "link set VETH nomaster"),
+            (false, "addr flush dev orlop0"),
         ];
-        for (index, (what, change)) in changes.into_iter().enumerate() {
+        for (index, (in_pod, change)) in changes.into_iter().enumerate() {
             let pod = node.pod(&format!("p{index}"));
             let result = node.call("ADD", &pod, &config).expect();
             let with_result = with_result(&config, &result);
             node.call("CHECK", &pod, &with_result).expect();
-            change(node, &pod);
-            assert_eq!(node.call("CHECK", &pod, &with_result).code(), 103, "{what}");
+            if in_pod {
+                inside(&pod, || ip(change));
+            } else {
+                node.ip(&change.replace("VETH", &node.veths()[0]));
+            }
+            assert_eq!(node.call("CHECK", &pod, &with_result).code(), 103, "{change}");
             node.call("DEL", &pod, &with_result).expect();
         }
         assert_eq!(node.call("CHECK", &node.pod("x"), &config).code(), 7);

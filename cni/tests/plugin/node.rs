@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 /// The test's node.
 #[derive(Debug)]
 pub struct Node {
-    dir: tempfile::TempDir,
+    dir: PathBuf,
     host: File,
 }
 
@@ -79,22 +79,33 @@ pub fn on_node(test: impl FnOnce(&Arc<Node>) + Send + 'static) {
         .unwrap();
         let host = File::open("/proc/thread-self/ns/net").unwrap();
         let dir = tempfile::Builder::new().prefix("orlop-bridge-").tempdir().unwrap();
+        // A file system of its own: what a failed test leaves mounted goes with it.
+        mount(Some("tmpfs"), dir.path(), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        let _unmount = Mounted(dir.path().to_owned());
         fs::write(dir.path().join("boot_id"), "this boot\n").unwrap();
-        let node = Arc::new(Node { dir, host });
+        let node = Arc::new(Node {
+            dir: dir.path().to_owned(),
+            host,
+        });
         node.ip("link set lo up");
         test(&node);
-        for pin in fs::read_dir(node.dir.path()).unwrap().flatten() {
-            umount2(&pin.path(), MntFlags::MNT_DETACH).ok();
-        }
     };
     if let Err(panic) = std::thread::spawn(run).join() {
         std::panic::resume_unwind(panic);
     }
 }
 
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        umount2(&self.0, MntFlags::MNT_DETACH).ok();
+    }
+}
+
 impl Node {
     pub fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        self.dir.join(name)
     }
 
     /// A container with a namespace.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use nix::{
-    mount::{MsFlags, mount},
+    mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns, unshare},
 };
 use orlop_node::network::{CniNetwork, Network, PodNetwork, Settings};
@@ -18,7 +18,7 @@ use orlop_proto::node::v1::Welcome;
 
 /// The test's node.
 pub struct Node {
-    dir: tempfile::TempDir,
+    dir: PathBuf,
 }
 
 /// Runs the test on a node of its own.
@@ -50,13 +50,11 @@ pub fn on_node<F: Future<Output = ()>>(test: impl FnOnce(Node) -> F + Send + 'st
         fs::write(node.path("boot_id"), "this boot\n").unwrap();
         fs::copy(bridge_plugin(), node.path("bin").join("orlop-bridge")).unwrap();
         node.ip("link set lo up");
-        let path = node.dir.path().to_owned();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .unwrap();
         runtime.block_on(test(node));
-        nix::mount::umount2(&path, nix::mount::MntFlags::MNT_DETACH).ok();
     };
     if let Err(panic) = std::thread::spawn(run).join() {
         std::panic::resume_unwind(panic);
@@ -91,9 +89,17 @@ fn bridge_plugin() -> &'static Path {
     })
 }
 
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        umount2(&self.0, MntFlags::MNT_DETACH).ok();
+    }
+}
+
 impl Node {
     pub fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        self.dir.join(name)
     }
 
     pub fn settings(&self) -> Settings {
