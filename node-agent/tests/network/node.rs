@@ -33,18 +33,20 @@ pub fn on_node<F: Future<Output = ()>>(test: impl FnOnce(Node) -> F + Send + 'st
             None::<&str>,
         )
         .unwrap();
-        let node = Node {
-            dir: tempfile::Builder::new().prefix("orlop-network-").tempdir().unwrap(),
-        };
-        // Everything under a file system of its own: what a failed test leaves mounted goes with the namespace.
+        let dir = tempfile::Builder::new().prefix("orlop-network-").tempdir().unwrap();
+        // A file system of its own: what a failed test leaves mounted goes with it.
         mount(
             Some("tmpfs"),
-            node.dir.path(),
+            dir.path(),
             Some("tmpfs"),
             MsFlags::empty(),
             None::<&str>,
         )
         .unwrap();
+        let _unmount = Mounted(dir.path().to_owned());
+        let node = Node {
+            dir: dir.path().to_owned(),
+        };
         fs::create_dir(node.path("bin")).unwrap();
         fs::create_dir(node.path("net.d")).unwrap();
         fs::write(node.path("boot_id"), "this boot\n").unwrap();
