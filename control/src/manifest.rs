@@ -38,7 +38,7 @@ impl Default for Limits {
             documents: 20_000,
             objects: 20_000,
             depth: 64,
-            nodes: 4_000_000,
+            nodes: 2_000_000,
             aliases: 1_000,
             errors: 500,
         }
@@ -132,6 +132,11 @@ fn documents(text: &str, limits: &Limits) -> Result<Vec<Value>, String> {
     }
     if text.contains('\0') {
         return Err("the manifest contains NUL characters: is it UTF-16, or not a text?".to_owned());
+    }
+    // Every node of JSON needs one of these, so this bounds the memory before anything is read.
+    let marks = text.bytes().filter(|byte| matches!(byte, b',' | b'[' | b'{')).count();
+    if marks > limits.nodes.saturating_mul(2) {
+        return Err(format!("the manifest has more than {} values", limits.nodes));
     }
     let documents = if text.trim_start().starts_with('{') {
         json(text)

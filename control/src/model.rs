@@ -5,6 +5,8 @@
 mod endpoint_slice;
 mod error;
 mod event;
+#[cfg(test)]
+pub(crate) mod generate;
 mod lease;
 mod meta;
 pub mod names;
@@ -99,3 +101,6 @@ fn selectable_meta<'a>(object: &'a impl Resource, name: &str) -> Option<Cow<'a, 
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests;

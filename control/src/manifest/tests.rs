@@ -150,12 +150,14 @@ fn hostile_texts_are_refused() {
         .map(|level| format!("{}a:\n", " ".repeat(level % 2000)))
         .collect();
     let documents = "---\na: 1\n".repeat(20_001);
+    let many = format!("{{\"a\": [{}0]}}", "[],".repeat(5_000_000));
     let big = format!("a: {}", "x".repeat(33 << 20));
     for (name, text) in [
         ("bomb", bomb.as_str()),
         ("deep", &deep),
         ("deep json", &deep_json),
         ("block", &block),
+        ("many", &many),
         ("documents", &documents),
         ("big", &big),
         ("bom", "\u{feff}apiVersion: v1\nkind: Pod\n"),

@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
+use crate::model::generate::Generator;
 
 const SERVICE: ResourceKind = <v1::Service as Resource>::KIND;
 const POD: ResourceKind = <v1::Pod as Resource>::KIND;
@@ -153,54 +154,29 @@ fn the_annotation_is_kubectls() {
     }
 }
 
-/// Any JSON that a message can have, of few names and values, so that parts meet.
-fn any_message(message: &'static Message) -> BoxedStrategy<Value> {
-    let fields: Vec<_> = message
-        .fields
-        .iter()
-        .filter(|field| !SYSTEM_FIELDS.contains(&field.json) && ALLOCATED.iter().all(|(_, name)| *name != field.json))
-        .map(|field| {
-            let one = any_value(field.value);
-            let value = match field.shape {
-                Shape::Single => one,
-                Shape::List(ListMerge::Set) => prop::collection::btree_set("[abc]", 0..4)
-                    .prop_map(|set| set.into_iter().map(Value::from).collect())
-                    .boxed(),
-                Shape::List(_) => prop::collection::vec(one, 0..4).prop_map(Value::Array).boxed(),
-                Shape::Map => prop::collection::btree_map("[abc]", one, 0..3)
-                    .prop_map(|map| Value::Object(map.into_iter().collect()))
-                    .boxed(),
-            };
-            prop::option::weighted(0.4, value).prop_map(|value| (field.json, value))
-        })
-        .collect();
-    fields
-        .prop_map(|fields| {
-            let present = fields
-                .into_iter()
-                .filter_map(|(name, value)| value.map(|value| (name.to_owned(), value)));
-            Value::Object(present.collect())
-        })
-        .boxed()
-}
-
-fn any_value(value: schema::Value) -> BoxedStrategy<Value> {
-    match value {
-        schema::Value::Message(message) => any_message(message),
-        schema::Value::Bool => any::<bool>().prop_map(Value::from).boxed(),
-        schema::Value::Int32 | schema::Value::Int64 => (0..3).prop_map(Value::from).boxed(),
-        schema::Value::Time => Just(json!("2024-01-01T00:00:00Z")).boxed(),
-        schema::Value::Quantity | schema::Value::String | schema::Value::IntOrString => {
-            "[abc]".prop_map(Value::from).boxed()
-        }
-    }
-}
+const ANY: Generator = Generator {
+    words: &["a", "b", "c"],
+    without: &[
+        "creationTimestamp",
+        "deletionGracePeriodSeconds",
+        "deletionTimestamp",
+        "generation",
+        "resourceVersion",
+        "uid",
+        "clusterIP",
+        "clusterIPs",
+        "nodeName",
+        "podCIDR",
+        "podCIDRs",
+    ],
+    present: 0.4,
+};
 
 fn any_object() -> impl Strategy<Value = (ResourceKind, Value, Value)> {
     (0..ResourceKind::ALL.len()).prop_flat_map(|index| {
         let kind = ResourceKind::ALL[index];
         let object = || {
-            any_message(Message::of(&kind)).prop_map(|mut value| {
+            ANY.message(Message::of(&kind)).prop_map(|mut value| {
                 metadata(&mut value);
                 value.as_object_mut().map(|object| object.remove("status"));
                 value
