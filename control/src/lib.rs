@@ -3,6 +3,8 @@
 pub mod api;
 pub mod cache;
 pub mod config;
+pub mod controllers;
+pub mod events;
 pub mod kinds;
 pub mod link;
 pub mod manifest;
@@ -12,5 +14,6 @@ pub mod model;
 pub mod pki;
 pub mod registry;
 pub mod run;
+pub mod scheduler;
 pub mod server;
 pub mod store;

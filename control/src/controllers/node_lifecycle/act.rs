@@ -1,0 +1,247 @@
+//! One look at all nodes: writes what the plans say.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures::{StreamExt as _, stream};
+use orlop_proto::{
+    Resource as _,
+    coordination::v1::Lease,
+    core::v1::{Node, Pod},
+    time,
+};
+use tokio::time::Instant;
+
+use super::{
+    Disruption, EvictionLimiter, Evictions, LifecycleConfig, Monitor,
+    plan::{evicts, is_ready, plan_conditions, plan_taints},
+};
+use crate::{
+    cache::{ObjectKey, Reader},
+    controllers::pods,
+    events::Recorder,
+    registry::{DeleteOptions, Preconditions, Registry},
+    scheduler::taints::NO_EXECUTE,
+};
+
+/// The namespace of the nodes' leases.
+const LEASES: &str = "kube-node-lease";
+/// Writes under way at once.
+const WRITES: usize = 32;
+/// How long the store may take to say its revision before our view counts as stale.
+const FRESH_WITHIN: Duration = Duration::from_secs(1);
+
+/// The controller's memory.
+pub(super) struct Lifecycle {
+    registry: Registry,
+    recorder: Recorder,
+    config: LifecycleConfig,
+    nodes: Reader<Node>,
+    leases: Reader<Lease>,
+    pods: Reader<Pod>,
+    monitor: Monitor,
+    limiter: EvictionLimiter,
+    evictions: Evictions,
+}
+
+impl Lifecycle {
+    pub(super) fn new(registry: Registry, recorder: Recorder, config: LifecycleConfig) -> Self {
+        let cache = registry.cache().clone();
+        Self {
+            nodes: cache.reader(),
+            leases: cache.reader(),
+            pods: cache.reader(),
+            monitor: Monitor::new(config.period.max(FRESH_WITHIN)),
+            limiter: EvictionLimiter::default(),
+            evictions: Evictions::default(),
+            registry,
+            recorder,
+            config,
+        }
+    }
+
+    pub(super) async fn look(&mut self, now: Instant) {
+        let fresh = matches!(self.registry.cache().catch_up(FRESH_WITHIN).await, Ok(true));
+        let mut nodes: Vec<Arc<Node>> = self.nodes.snapshot().objects.values().cloned().collect();
+        let leases = self.leases.snapshot();
+        let with_leases = nodes
+            .iter()
+            .map(|node| (&**node, leases.get(LEASES, node.name()).map(|lease| &**lease)));
+        self.monitor.observe(with_leases, now, fresh);
+        if !fresh {
+            tracing::warn!("the store cannot be read: nothing is said about nodes");
+            return;
+        }
+        let silent: HashSet<String> = nodes
+            .iter()
+            .filter(|node| self.monitor.silence(node.name(), now) > self.config.monitor_grace)
+            .map(|node| node.name().to_owned())
+            .collect();
+        self.write_conditions(&mut nodes, &silent).await;
+        self.write_taints(&mut nodes, now).await;
+        let evicting = nodes.iter().any(|node| has_no_execute(node));
+        if silent.is_empty() && !evicting {
+            self.evictions = Evictions::default();
+            return;
+        }
+        let pods = self.pods.snapshot();
+        self.mark_not_ready(pods.objects.values(), &silent).await;
+        let by_name: HashMap<&str, &Node> = nodes
+            .iter()
+            .filter(|node| has_no_execute(node))
+            .map(|node| (node.name(), &**node))
+            .collect();
+        let due = self
+            .evictions
+            .due(&by_name, pods.objects.values(), self.config.eviction_delay, now);
+        stream::iter(due)
+            .for_each_concurrent(WRITES, |pod| self.evict(pod))
+            .await;
+    }
+
+    async fn write_conditions(&self, nodes: &mut [Arc<Node>], silent: &HashSet<String>) {
+        let now = time::now_seconds();
+        let writes: Vec<(usize, Arc<Node>)> = nodes
+            .iter()
+            .enumerate()
+            .filter(|(_, node)| silent.contains(node.name()) && plan_conditions(node, now).is_some())
+            .map(|(index, node)| (index, node.clone()))
+            .collect();
+        let results = stream::iter(writes).map(|(index, node)| async move {
+            let key = ObjectKey::new("", node.name());
+            // With the version that was judged: a node that has spoken meanwhile is not written over.
+            let version = node.meta().resource_version.clone();
+            let written = self
+                .registry
+                .modify_status(&key, |node: &mut Node| {
+                    let planned = plan_conditions(node, now).filter(|_| node.meta().resource_version == version);
+                    let changes = planned.is_some();
+                    if let Some(conditions) = planned {
+                        node.status.get_or_insert_default().conditions = conditions;
+                    }
+                    changes
+                })
+                .await;
+            (index, written)
+        });
+        let mut results = results.buffer_unordered(WRITES);
+        while let Some((index, written)) = results.next().await {
+            match written {
+                Ok(node) => {
+                    tracing::warn!(node = node.name(), "not heard of: NotReady");
+                    let text = format!("Node {} status is now: NodeNotReady", node.name());
+                    self.recorder.normal(&node, "NodeNotReady", text);
+                    nodes[index] = Arc::new(node);
+                }
+                Err(error) if error.is_not_found() || error.is_conflict() => {}
+                Err(error) => tracing::warn!(node = nodes[index].name(), %error, "conditions could not be written"),
+            }
+        }
+    }
+
+    async fn write_taints(&mut self, nodes: &mut [Arc<Node>], now: Instant) {
+        let ready = nodes.iter().filter(|node| is_ready(node)).count();
+        let disruption = Disruption::judge(ready, nodes.len() - ready, &self.config);
+        self.limiter.refill(disruption, nodes.len(), &self.config, now);
+        let at = time::now_seconds();
+        let mut writes = Vec::new();
+        for (index, node) in nodes.iter().enumerate() {
+            // Once tainted a node stays so until it is ready; when all are lost, nobody is.
+            let may_evict = disruption != Disruption::Full && !is_ready(node) && (evicts(node) || self.limiter.take());
+            if plan_taints(node, may_evict, at).is_some() {
+                writes.push((index, node.name().to_owned(), may_evict));
+            }
+        }
+        let registry = &self.registry;
+        let results = stream::iter(writes).map(|(index, name, may_evict)| async move {
+            let written = registry
+                .modify(&ObjectKey::new("", &name), |node: &mut Node| {
+                    let planned = plan_taints(node, may_evict, at);
+                    let changes = planned.is_some();
+                    if let Some(taints) = planned {
+                        node.spec.get_or_insert_default().taints = taints;
+                    }
+                    changes
+                })
+                .await;
+            (index, written)
+        });
+        let mut results = results.buffer_unordered(WRITES);
+        while let Some((index, written)) = results.next().await {
+            match written {
+                Ok(node) => nodes[index] = Arc::new(node),
+                Err(error) if error.is_not_found() => {}
+                Err(error) => tracing::warn!(node = nodes[index].name(), %error, "taints could not be written"),
+            }
+        }
+    }
+
+    /// Nobody is to be sent to pods that cannot be seen.
+    async fn mark_not_ready(&self, all: impl Iterator<Item = &Arc<Pod>>, silent: &HashSet<String>) {
+        let marked: Vec<Arc<Pod>> = all
+            .filter(|pod| silent.contains(pods::node_name(pod)) && pods::is_ready(pod))
+            .cloned()
+            .collect();
+        let marks = stream::iter(marked).for_each_concurrent(WRITES, |pod| async move {
+            // A status that the node reports meanwhile has another version and stays.
+            let version = pod.meta().resource_version.clone();
+            let written = self
+                .registry
+                .modify_status(&ObjectKey::of(&*pod), |pod: &mut Pod| {
+                    pod.meta().resource_version == version && set_not_ready(pod)
+                })
+                .await;
+            match written {
+                Err(error) if !error.is_not_found() && !error.is_conflict() => {
+                    tracing::warn!(pod = pod.name(), %error, "condition Ready could not be written");
+                }
+                _ => {}
+            }
+        });
+        marks.await;
+    }
+
+    async fn evict(&self, pod: Arc<Pod>) {
+        let key = ObjectKey::of(&*pod);
+        let options = DeleteOptions {
+            preconditions: Preconditions {
+                uid: Some(pod.uid().to_owned()),
+                resource_version: None,
+            },
+            ..DeleteOptions::default()
+        };
+        match self.registry.delete::<Pod>(&key, options).await {
+            Ok(_) => {
+                tracing::info!(pod = %key, node = pods::node_name(&pod), "evicted");
+                self.recorder
+                    .normal(&*pod, "TaintManagerEviction", format!("Marking for deletion Pod {key}"));
+            }
+            Err(error) if error.is_not_found() => {}
+            Err(error) => tracing::warn!(pod = %key, %error, "could not be evicted"),
+        }
+    }
+}
+
+fn has_no_execute(node: &Node) -> bool {
+    node.spec
+        .iter()
+        .flat_map(|spec| &spec.taints)
+        .any(|taint| taint.effect == NO_EXECUTE)
+}
+
+/// Says whether that is news.
+fn set_not_ready(pod: &mut Pod) -> bool {
+    let conditions = pod.status.iter_mut().flat_map(|status| &mut status.conditions);
+    let Some(ready) = conditions
+        .into_iter()
+        .find(|one| one.r#type == "Ready" && one.status == "True")
+    else {
+        return false;
+    };
+    ready.status = "False".into();
+    ready.last_transition_time = Some(time::now_seconds());
+    true
+}

@@ -1,0 +1,320 @@
+//! Events: what happened to an object, told to people.
+//!
+//! A [`Recorder`] never waits and never fails its caller: notes go through a bounded channel to one task that folds equal ones
+//! into one object with a count (as client-go's correlator does), limits how much one object may say, and writes.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt as _, stream};
+use orlop_proto::{
+    Resource,
+    core::v1::{Event, EventSource, ObjectReference},
+    meta::v1::ObjectMeta,
+    time,
+};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    cache::ObjectKey,
+    registry::{Registry, RegistryError},
+};
+
+/// Notes that wait at most; more are dropped and counted.
+const WAITING: usize = 8192;
+/// How long notes are gathered before they are written.
+const GATHER: Duration = Duration::from_millis(200);
+/// Writes under way at once.
+const WRITES: usize = 32;
+/// Different notes that are remembered, for counting them up.
+const REMEMBERED: usize = 4096;
+/// An object may say so much at once (client-go's figure) ...
+const BURST: f64 = 25.0;
+/// ... and then one note in so many seconds (client-go's figure).
+const REFILL_SECONDS: f64 = 300.0;
+
+/// Takes notes. Clones are cheap and feed the same task.
+#[derive(Clone)]
+pub struct Recorder {
+    sender: mpsc::Sender<Note>,
+    component: &'static str,
+    dropped: Arc<AtomicU64>,
+}
+
+/// What makes two notes the same.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Identity {
+    object: (String, String, String, String),
+    component: &'static str,
+    warning: bool,
+    reason: &'static str,
+    message: String,
+}
+
+#[derive(Debug)]
+struct Note {
+    identity: Identity,
+    reference: ObjectReference,
+    at: prost_types::Timestamp,
+}
+
+impl Recorder {
+    /// Starts the task that writes. It ends when `cancel` says so or the last recorder is gone.
+    pub fn start(registry: Registry, cancel: CancellationToken) -> Self {
+        let (sender, receiver) = mpsc::channel(WAITING);
+        tokio::spawn(
+            Writer {
+                registry,
+                known: HashMap::new(),
+                order: VecDeque::new(),
+                budgets: HashMap::new(),
+            }
+            .run(receiver, cancel),
+        );
+        Self {
+            sender,
+            component: "orlop-control",
+            dropped: Arc::default(),
+        }
+    }
+
+    /// The same recorder, speaking for another component.
+    #[must_use]
+    pub fn from_component(&self, component: &'static str) -> Self {
+        Self {
+            component,
+            ..self.clone()
+        }
+    }
+
+    /// Notes that something went as it should.
+    pub fn normal<T: Resource>(&self, object: &T, reason: &'static str, message: impl Into<String>) {
+        self.note(object, false, reason, message.into());
+    }
+
+    /// Notes that something is wrong.
+    pub fn warning<T: Resource>(&self, object: &T, reason: &'static str, message: impl Into<String>) {
+        self.note(object, true, reason, message.into());
+    }
+
+    /// How many notes were dropped because too many waited.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    fn note<T: Resource>(&self, object: &T, warning: bool, reason: &'static str, message: String) {
+        let meta = object.meta();
+        let reference = ObjectReference {
+            api_version: T::KIND.api_version.to_owned(),
+            kind: T::KIND.kind.to_owned(),
+            namespace: meta.namespace.clone(),
+            name: meta.name.clone(),
+            uid: meta.uid.clone(),
+            resource_version: meta.resource_version.clone(),
+            field_path: String::new(),
+        };
+        let object = (
+            reference.kind.clone(),
+            meta.namespace.clone(),
+            meta.name.clone(),
+            meta.uid.clone(),
+        );
+        let identity = Identity {
+            object,
+            component: self.component,
+            warning,
+            reason,
+            message,
+        };
+        if self
+            .sender
+            .try_send(Note {
+                identity,
+                reference,
+                at: time::now_seconds(),
+            })
+            .is_err()
+        {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+struct Writer {
+    registry: Registry,
+    /// The object that holds a note's count.
+    known: HashMap<Identity, ObjectKey>,
+    order: VecDeque<Identity>,
+    budgets: HashMap<(String, String, String, String), Budget>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Budget {
+    tokens: f64,
+    at: Instant,
+}
+
+/// Equal notes that were gathered.
+struct Folded {
+    note: Note,
+    count: i32,
+    last: prost_types::Timestamp,
+}
+
+impl Writer {
+    async fn run(mut self, mut receiver: mpsc::Receiver<Note>, cancel: CancellationToken) {
+        let mut batch = Vec::new();
+        loop {
+            let received = tokio::select! {
+                () = cancel.cancelled() => return,
+                // Cancel-safe: what is not received stays in the channel.
+                received = receiver.recv_many(&mut batch, WAITING) => received,
+            };
+            if received == 0 {
+                return;
+            }
+            tokio::time::sleep(GATHER).await;
+            while batch.len() < WAITING
+                && let Ok(note) = receiver.try_recv()
+            {
+                batch.push(note);
+            }
+            self.write(std::mem::take(&mut batch)).await;
+        }
+    }
+
+    async fn write(&mut self, batch: Vec<Note>) {
+        let mut folded: Vec<Folded> = Vec::new();
+        let mut positions: HashMap<Identity, usize> = HashMap::new();
+        for note in batch {
+            if let Some(position) = positions.get(&note.identity) {
+                folded[*position].count = folded[*position].count.saturating_add(1);
+                folded[*position].last = note.at;
+            } else if self.allowed(&note.identity.object) {
+                positions.insert(note.identity.clone(), folded.len());
+                folded.push(Folded {
+                    count: 1,
+                    last: note.at,
+                    note,
+                });
+            }
+        }
+        let registry = &self.registry;
+        let known = &self.known;
+        let written: Vec<(Identity, Result<ObjectKey, RegistryError>)> = stream::iter(folded)
+            .map(|folded| async move {
+                let key = known.get(&folded.note.identity).cloned();
+                (folded.note.identity.clone(), write_one(registry, key, folded).await)
+            })
+            .buffer_unordered(WRITES)
+            .collect()
+            .await;
+        for (identity, result) in written {
+            match result {
+                Ok(key) => self.remember(identity, key),
+                // A namespace that is going or gone takes no events.
+                Err(RegistryError::NotFound { .. } | RegistryError::Precondition(_)) => {}
+                Err(error) => tracing::debug!(%error, reason = identity.reason, "event could not be written"),
+            }
+        }
+    }
+
+    fn remember(&mut self, identity: Identity, key: ObjectKey) {
+        if self.known.insert(identity.clone(), key).is_none() {
+            self.order.push_back(identity);
+            if self.order.len() > REMEMBERED
+                && let Some(oldest) = self.order.pop_front()
+            {
+                self.known.remove(&oldest);
+            }
+        }
+    }
+
+    /// A token bucket an object.
+    fn allowed(&mut self, object: &(String, String, String, String)) -> bool {
+        let now = Instant::now();
+        if self.budgets.len() > REMEMBERED {
+            let full =
+                |budget: &Budget| budget.tokens + now.duration_since(budget.at).as_secs_f64() / REFILL_SECONDS < BURST;
+            self.budgets.retain(|_, budget| full(budget));
+            if self.budgets.len() > REMEMBERED * 4 {
+                self.budgets.clear();
+            }
+        }
+        let budget = self
+            .budgets
+            .entry(object.clone())
+            .or_insert(Budget { tokens: BURST, at: now });
+        budget.tokens = (budget.tokens + now.duration_since(budget.at).as_secs_f64() / REFILL_SECONDS).min(BURST);
+        budget.at = now;
+        if budget.tokens < 1.0 {
+            return false;
+        }
+        budget.tokens -= 1.0;
+        true
+    }
+}
+
+async fn write_one(registry: &Registry, known: Option<ObjectKey>, folded: Folded) -> Result<ObjectKey, RegistryError> {
+    if let Some(key) = known {
+        let counted = registry
+            .modify(&key, |event: &mut Event| {
+                event.count = event.count.saturating_add(folded.count);
+                event.last_timestamp = Some(folded.last);
+                true
+            })
+            .await;
+        match counted {
+            Ok(_) => return Ok(key),
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let event = registry.create(new_event(folded)).await?;
+    Ok(ObjectKey::of(&event))
+}
+
+fn new_event(folded: Folded) -> Event {
+    let Note {
+        identity,
+        reference,
+        at,
+    } = folded.note;
+    let mut hasher = DefaultHasher::new();
+    (&identity, at.seconds, rand::random::<u32>()).hash(&mut hasher);
+    // Events of cluster-wide objects live in "default", as in Kubernetes.
+    let namespace = if reference.namespace.is_empty() {
+        "default".to_owned()
+    } else {
+        reference.namespace.clone()
+    };
+    let name: String = reference.name.chars().take(230).collect();
+    Event {
+        metadata: Some(ObjectMeta {
+            name: format!("{name}.{:016x}", hasher.finish()),
+            namespace,
+            ..ObjectMeta::default()
+        }),
+        involved_object: Some(reference),
+        reason: identity.reason.to_owned(),
+        message: identity.message,
+        source: Some(EventSource {
+            component: identity.component.to_owned(),
+            host: String::new(),
+        }),
+        first_timestamp: Some(at),
+        last_timestamp: Some(folded.last),
+        count: folded.count,
+        r#type: if identity.warning { "Warning" } else { "Normal" }.to_owned(),
+        reporting_component: identity.component.to_owned(),
+        ..Event::default()
+    }
+}

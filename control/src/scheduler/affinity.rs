@@ -1,0 +1,213 @@
+//! Which nodes a pod's `nodeSelector` and node affinity allow or prefer.
+
+use std::collections::BTreeMap;
+
+use orlop_proto::{
+    Resource as _,
+    core::v1::{Node, NodeAffinity, NodeSelectorRequirement, NodeSelectorTerm, PodSpec},
+};
+
+/// Whether the node satisfies the pod's `nodeSelector` and required node affinity.
+pub fn allows(spec: &PodSpec, node: &Node) -> bool {
+    let labels = &node.meta().labels;
+    if !spec
+        .node_selector
+        .iter()
+        .all(|(key, value)| labels.get(key) == Some(value))
+    {
+        return false;
+    }
+    match node_affinity(spec).and_then(|affinity| affinity.required_during_scheduling_ignored_during_execution.as_ref())
+    {
+        Some(required) => required.node_selector_terms.iter().any(|term| term_matches(term, node)),
+        None => true,
+    }
+}
+
+/// The sum of the weights of the preferences that the node satisfies.
+pub fn preference(spec: &PodSpec, node: &Node) -> i64 {
+    let Some(affinity) = node_affinity(spec) else { return 0 };
+    affinity
+        .preferred_during_scheduling_ignored_during_execution
+        .iter()
+        .filter(|preferred| {
+            preferred
+                .preference
+                .as_ref()
+                .is_some_and(|term| term_matches(term, node))
+        })
+        .map(|preferred| i64::from(preferred.weight))
+        .sum()
+}
+
+fn node_affinity(spec: &PodSpec) -> Option<&NodeAffinity> {
+    spec.affinity
+        .as_ref()
+        .and_then(|affinity| affinity.node_affinity.as_ref())
+}
+
+fn term_matches(term: &NodeSelectorTerm, node: &Node) -> bool {
+    if term.match_expressions.is_empty() && term.match_fields.is_empty() {
+        return false;
+    }
+    let labels = &node.meta().labels;
+    term.match_expressions
+        .iter()
+        .all(|requirement| label_matches(requirement, labels))
+        && term
+            .match_fields
+            .iter()
+            .all(|requirement| field_matches(requirement, node))
+}
+
+fn label_matches(requirement: &NodeSelectorRequirement, labels: &BTreeMap<String, String>) -> bool {
+    let found = labels.get(&requirement.key);
+    match requirement.operator.as_str() {
+        "In" => found.is_some_and(|value| requirement.values.contains(value)),
+        "NotIn" => found.is_none_or(|value| !requirement.values.contains(value)),
+        "Exists" => found.is_some(),
+        "DoesNotExist" => found.is_none(),
+        "Gt" => compare(requirement, found, |left, right| left > right),
+        "Lt" => compare(requirement, found, |left, right| left < right),
+        _ => false,
+    }
+}
+
+fn compare(requirement: &NodeSelectorRequirement, found: Option<&String>, holds: impl Fn(i64, i64) -> bool) -> bool {
+    let left = found.and_then(|value| value.parse::<i64>().ok());
+    let right = requirement.values.first().and_then(|value| value.parse::<i64>().ok());
+    left.zip(right).is_some_and(|(left, right)| holds(left, right))
+}
+
+fn field_matches(requirement: &NodeSelectorRequirement, node: &Node) -> bool {
+    if requirement.key != "metadata.name" {
+        return false;
+    }
+    let named = requirement.values.iter().any(|value| value == node.name());
+    match requirement.operator.as_str() {
+        "In" => named,
+        "NotIn" => !named,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use orlop_proto::core::v1::{Affinity, NodeSelector, PreferredSchedulingTerm};
+
+    fn node(labels: &[(&str, &str)]) -> Node {
+        let mut node = Node::default();
+        node.meta_mut().name = "n1".into();
+        node.meta_mut().labels = labels
+            .iter()
+            .map(|(key, value)| ((*key).into(), (*value).into()))
+            .collect();
+        node
+    }
+
+    fn requirement(key: &str, operator: &str, values: &[&str]) -> NodeSelectorRequirement {
+        NodeSelectorRequirement {
+            key: key.into(),
+            operator: operator.into(),
+            values: values.iter().map(|value| (*value).into()).collect(),
+        }
+    }
+
+    fn required(terms: Vec<NodeSelectorTerm>) -> PodSpec {
+        PodSpec {
+            affinity: Some(Affinity {
+                node_affinity: Some(NodeAffinity {
+                    required_during_scheduling_ignored_during_execution: Some(NodeSelector {
+                        node_selector_terms: terms,
+                    }),
+                    preferred_during_scheduling_ignored_during_execution: Vec::new(),
+                }),
+            }),
+            ..PodSpec::default()
+        }
+    }
+
+    fn expressions(list: Vec<NodeSelectorRequirement>) -> NodeSelectorTerm {
+        NodeSelectorTerm {
+            match_expressions: list,
+            match_fields: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn operators() {
+        let node = node(&[("zone", "a"), ("cores", "8")]);
+        let cases = [
+            (requirement("zone", "In", &["a", "b"]), true),
+            (requirement("zone", "In", &["b"]), false),
+            (requirement("none", "In", &["b"]), false),
+            (requirement("zone", "NotIn", &["a"]), false),
+            (requirement("none", "NotIn", &["a"]), true),
+            (requirement("zone", "Exists", &[]), true),
+            (requirement("zone", "DoesNotExist", &[]), false),
+            (requirement("cores", "Gt", &["7"]), true),
+            (requirement("cores", "Gt", &["8"]), false),
+            (requirement("cores", "Lt", &["9"]), true),
+            (requirement("zone", "Lt", &["9"]), false),
+        ];
+        for (requirement, expected) in cases {
+            assert_eq!(
+                allows(&required(vec![expressions(vec![requirement.clone()])]), &node),
+                expected,
+                "{requirement:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn terms_are_alternatives_and_an_empty_one_matches_nothing() {
+        let node = node(&[("zone", "a")]);
+        let no = expressions(vec![requirement("zone", "In", &["b"])]);
+        let yes = expressions(vec![requirement("zone", "In", &["a"])]);
+        assert!(allows(&required(vec![no.clone(), yes]), &node));
+        assert!(!allows(&required(vec![no, NodeSelectorTerm::default()]), &node));
+        assert!(!allows(&required(Vec::new()), &node));
+    }
+
+    #[test]
+    fn fields_know_the_name_only() {
+        let node = node(&[]);
+        let term = |requirement| NodeSelectorTerm {
+            match_expressions: Vec::new(),
+            match_fields: vec![requirement],
+        };
+        assert!(allows(
+            &required(vec![term(requirement("metadata.name", "In", &["n1"]))]),
+            &node
+        ));
+        assert!(!allows(
+            &required(vec![term(requirement("metadata.name", "NotIn", &["n1"]))]),
+            &node
+        ));
+        assert!(!allows(
+            &required(vec![term(requirement("metadata.uid", "In", &["n1"]))]),
+            &node
+        ));
+    }
+
+    #[test]
+    fn weights_add_up() {
+        let mut spec = required(vec![expressions(vec![requirement("zone", "Exists", &[])])]);
+        let affinity = spec
+            .affinity
+            .as_mut()
+            .and_then(|affinity| affinity.node_affinity.as_mut())
+            .unwrap();
+        for (weight, value) in [(10, "a"), (5, "b"), (3, "a")] {
+            affinity
+                .preferred_during_scheduling_ignored_during_execution
+                .push(PreferredSchedulingTerm {
+                    weight,
+                    preference: Some(expressions(vec![requirement("zone", "In", &[value])])),
+                });
+        }
+        assert_eq!(preference(&spec, &node(&[("zone", "a")])), 13);
+        assert_eq!(preference(&spec, &node(&[("zone", "c")])), 0);
+    }
+}
