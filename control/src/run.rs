@@ -13,10 +13,13 @@ use crate::{
     api::{ObjectsService, error_details},
     cache::Cache,
     config::{Config, Engine},
+    controllers::{self, ControllerConfig},
+    events::Recorder,
     link::{Link, LinkConfig},
     metrics::NodeMetricsStore,
     pki::{Authority, JoinService, NodeKeys, PkiError},
     registry::Registry,
+    scheduler,
     server::{Front, Listener, MetricsSource, Readiness, Server, ServerTls, bind},
     store::{
         Store,
@@ -95,6 +98,7 @@ pub async fn run(config: Config, inherited: Vec<Listener>, shutdown: Cancellatio
     );
     let server = Server::new(front, tls, config.limits.clone());
     parts.tasks.spawn(server.tls().keep_fresh(shutdown.clone()));
+    start_controllers(&parts);
 
     readiness.set(true);
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
@@ -123,6 +127,21 @@ async fn open_store(config: &Config) -> Result<Arc<dyn Store>, RunError> {
             Ok(Arc::new(opened.map_err(|error| RunError::Store(error.into()))?))
         }
         Engine::Etcd => Err(RunError::Store("this build has no etcd engine".into())),
+    }
+}
+
+/// Starts those who act on the cache.
+fn start_controllers(parts: &Parts) {
+    let recorder = Recorder::start(parts.registry.clone(), parts.shutdown.clone());
+    let config = ControllerConfig::from(&*parts.config);
+    let mut tasks = controllers::spawn(&parts.registry, &recorder, &config, &parts.shutdown);
+    tasks.push(scheduler::spawn(parts.registry.clone(), recorder, parts.shutdown.clone()));
+    for task in tasks {
+        parts.tasks.spawn(async move {
+            if let Err(error) = task.await {
+                tracing::error!(%error, "a controller ended");
+            }
+        });
     }
 }
 

@@ -211,7 +211,7 @@ impl Controller for Collector {
                 match self.registry.delete_object(&kind, &dependent.key, options).await {
                     Err(error) if !error.is_not_found() => return Err(error.into()),
                     _ => {
-                        tracing::debug!(dependent = %dependent.key, kind = kind.kind, "collected: its owners are gone")
+                        tracing::debug!(dependent = %dependent.key, kind = kind.kind, "collected: its owners are gone");
                     }
                 }
             }

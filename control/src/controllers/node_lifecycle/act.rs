@@ -130,6 +130,8 @@ impl Lifecycle {
         let mut results = results.buffer_unordered(WRITES);
         while let Some((index, written)) = results.next().await {
             match written {
+                // It has spoken meanwhile.
+                Ok(node) if is_ready(&node) => {}
                 Ok(node) => {
                     tracing::warn!(node = node.name(), "not heard of: NotReady");
                     let text = format!("Node {} status is now: NodeNotReady", node.name());

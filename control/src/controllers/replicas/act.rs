@@ -215,7 +215,8 @@ impl<O: ReplicaOwner> Replicas<O> {
                 Ok(_) => self
                     .recorder
                     .normal(owner, "SuccessfulDelete", format!("Deleted pod: {}", pod.name())),
-                Err(error) if error.is_not_found() => {}
+                // Gone, or a namesake is there: that is what was wanted.
+                Err(RegistryError::NotFound { .. } | RegistryError::Precondition(_)) => {}
                 Err(error) => {
                     self.recorder
                         .warning(owner, "FailedDelete", format!("Error deleting: {error}"));

@@ -277,10 +277,10 @@ mod tests {
     fn ended_and_leaving_pods_are_replaced() {
         let pods = [
             pod("failed", |pod| {
-                pod.status.get_or_insert_default().phase = "Failed".into()
+                pod.status.get_or_insert_default().phase = "Failed".into();
             }),
             pod("leaving", |pod| {
-                pod.meta_mut().deletion_timestamp = Some(prost_types::Timestamp::default())
+                pod.meta_mut().deletion_timestamp = Some(prost_types::Timestamp::default());
             }),
             pod("fine", |_| {}),
         ];
@@ -296,7 +296,7 @@ mod tests {
                 pod.meta_mut().labels.insert("app".into(), "other".into());
             }),
             pod("foreign", |pod| {
-                pod.meta_mut().owner_references[0].uid = "someone".into()
+                pod.meta_mut().owner_references[0].uid = "someone".into();
             }),
             pod("stranger", |pod| {
                 pod.meta_mut().owner_references.clear();
@@ -327,10 +327,10 @@ mod tests {
             pod("old", |pod| ready(pod, 10)),
             pod("young", |pod| ready(pod, 90)),
             pod("twin-1", |pod| {
-                pod.spec.get_or_insert_default().node_name = "twins".into()
+                pod.spec.get_or_insert_default().node_name = "twins".into();
             }),
             pod("twin-2", |pod| {
-                pod.spec.get_or_insert_default().node_name = "twins".into()
+                pod.spec.get_or_insert_default().node_name = "twins".into();
             }),
             pod("cheap", |pod| {
                 pod.meta_mut().annotations.insert(DELETION_COST.into(), "-5".into());
