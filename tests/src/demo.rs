@@ -183,7 +183,7 @@ fn print_maps(lab: &Lab, node: &str) -> Result<()> {
     let dump = output(lab.on_node(node, &["bpftool", "-j", "map", "dump", "pinned", &format!("{pins}/arena4_v1")])?)?;
     for entry in serde_json::from_str::<Vec<serde_json::Value>>(&dump).context("bpftool's JSON")? {
         let formatted = &entry["formatted"];
-        if formatted["value"]["state"].as_u64().is_some_and(|state| state != 0) {
+        if formatted["value"]["state"].as_str().is_some_and(|state| state != "Free") {
             println!("   {:>6}: {}", formatted["key"], formatted["value"]);
         }
     }

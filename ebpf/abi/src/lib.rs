@@ -27,7 +27,7 @@ pub const CPU_TIME: &str = "cpu_v1";
 /// What runs on each CPU now: one [`Running`] per CPU.
 pub const RUNNING: &str = "running_v1";
 /// Traffic by index of a pod's host interface: ifindex -> [`Traffic`], per CPU.
-pub const TRAFFIC: &str = "traffic_v1";
+pub const TRAFFIC: &str = "net_v1";
 
 /// IPPROTO_TCP or IPPROTO_UDP.
 #[repr(u8)]

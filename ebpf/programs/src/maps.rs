@@ -43,7 +43,7 @@ pub static cpu_v1: PerCpuHashMap<u64, CpuTime, 4096> = PerCpuHashMap::new();
 pub static running_v1: PerCpuArray<Running, 1> = PerCpuArray::new();
 
 #[btf_map]
-pub static traffic_v1: PerCpuHashMap<u32, Traffic, 4096> = PerCpuHashMap::new();
+pub static net_v1: PerCpuHashMap<u32, Traffic, 4096> = PerCpuHashMap::new();
 
 /// The pinned maps.
 pub struct Pinned;

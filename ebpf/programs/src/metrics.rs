@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use orlop_ebpf_abi::CpuTime;
 
-use crate::maps::{cpu_v1, running_v1, traffic_v1};
+use crate::maps::{cpu_v1, net_v1, running_v1};
 
 /// The id of this node's cgroup `/orlop/INSTANCE`: only what runs below it is counted.
 #[unsafe(no_mangle)]
@@ -108,7 +108,7 @@ fn follow(base: *const u8, offset: u32) -> *const u8 {
 /// What the pod sends arrives at the host's end.
 #[classifier]
 pub fn pod_ingress(ctx: TcContext) -> i32 {
-    if let Some(traffic) = traffic_v1.get_ptr_mut(interface(&ctx)) {
+    if let Some(traffic) = net_v1.get_ptr_mut(interface(&ctx)) {
         // SAFETY: this CPU's own element, checked by the verifier.
         unsafe {
             (*traffic).tx_bytes += u64::from(ctx.len());
@@ -121,7 +121,7 @@ pub fn pod_ingress(ctx: TcContext) -> i32 {
 /// What the pod receives leaves through the host's end.
 #[classifier]
 pub fn pod_egress(ctx: TcContext) -> i32 {
-    if let Some(traffic) = traffic_v1.get_ptr_mut(interface(&ctx)) {
+    if let Some(traffic) = net_v1.get_ptr_mut(interface(&ctx)) {
         // SAFETY: as above.
         unsafe {
             (*traffic).rx_bytes += u64::from(ctx.len());

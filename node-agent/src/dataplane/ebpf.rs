@@ -162,9 +162,7 @@ impl EbpfDataplane {
                 .map_err(|error| failed(format!("make counters for {name}"), error))?;
         }
         for (spec, hook) in interface_programs() {
-            inner
-                .kernel
-                .attach_interface(&link_name(&pod.pod_uid, spec), spec, hook, index)?;
+            inner.kernel.attach_interface(&pod.pod_uid, spec, hook, index)?;
         }
         state.pods.insert(pod.pod_uid.clone(), index);
         Ok(())
@@ -178,7 +176,7 @@ impl EbpfDataplane {
         let inner = &*self.inner;
         let mut state = inner.lock();
         for (spec, _) in interface_programs() {
-            let path = inner.kernel.pins.link(&link_name(uid, spec));
+            let path = inner.kernel.pins.pod_link(uid, spec);
             match std::fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(failed(format!("unpin {}", path.display()), error));
@@ -345,10 +343,7 @@ impl Inner {
             let info = bpf::open_pinned(&path)
                 .and_then(bpf::link_info)
                 .map_err(|error| failed(format!("read link {name}"), error))?;
-            let uid = name
-                .strip_prefix("pod_")
-                .and_then(|rest| rest.rsplit_once('_'))
-                .map(|(uid, _)| uid);
+            let uid = name.rsplit_once('_').map(|(uid, _)| uid);
             if let (Some(uid), Target::Interface(index @ 1..)) = (uid, info.target) {
                 state.pods.insert(uid.to_owned(), index);
             }
@@ -437,10 +432,4 @@ fn interface_programs() -> impl Iterator<Item = (&'static str, u32)> {
         Hook::Interface(hook) => Some((spec.name, hook)),
         _ => None,
     })
-}
-
-/// `pod_UID_ingress`, `pod_UID_egress`.
-fn link_name(uid: &str, program: &str) -> String {
-    let side = program.rsplit('_').next().unwrap_or(program);
-    format!("pod_{uid}_{side}")
 }

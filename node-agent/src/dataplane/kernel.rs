@@ -1,7 +1,7 @@
 //! Loads, pins, adopts and attaches: what makes the programs and maps outlive the agent.
 //!
-//! Below `BPFFS/orlop/INSTANCE`: the maps by name; `programs/ID/NAME`, where ID stands for the object and the node's cgroup; and
-//! `links/NAME` (`links/pod_UID_ingress` and `_egress` for pods). At start:
+//! Below `BPFFS/orlop/INSTANCE`: the maps by name; the links as `NAME_link`, those of pods as `pods/UID_ingress` and
+//! `pods/UID_egress`; and `programs/ID/NAME`, where ID stands for the object and the node's cgroup. At start:
 //!
 //! 1. Pinned maps are checked (see [`super::layout`]). One that should hold more is replaced by a larger copy. None is ever made smaller.
 //! 2. If the programs of this very object are pinned and use these very maps, they stay as they are: a restarted agent
@@ -129,16 +129,23 @@ impl Pins {
         self.root.join(name)
     }
 
-    /// The directory of all links.
+    /// The link of a program that is attached once.
     #[must_use]
-    pub fn links(&self) -> PathBuf {
-        self.root.join("links")
+    pub fn link(&self, program: &str) -> PathBuf {
+        self.root.join(format!("{program}_link"))
     }
 
-    /// A link's.
+    /// The directory of the pods' links.
     #[must_use]
-    pub fn link(&self, name: &str) -> PathBuf {
-        self.links().join(name)
+    pub fn pods(&self) -> PathBuf {
+        self.root.join("pods")
+    }
+
+    /// The link of a program at a pod's interface: `UID_ingress`, `UID_egress`.
+    #[must_use]
+    pub fn pod_link(&self, uid: &str, program: &str) -> PathBuf {
+        let side = program.rsplit('_').next().unwrap_or(program);
+        self.pods().join(format!("{uid}_{side}"))
     }
 
     fn programs(&self) -> PathBuf {
@@ -180,7 +187,7 @@ impl Kernel {
     /// A pinned map has another layout, the verifier refuses a program, the kernel lacks something.
     pub fn start(config: &Config) -> Result<Self, DataplaneError> {
         let pins = Pins::new(config);
-        for directory in [pins.links(), pins.programs()] {
+        for directory in [pins.pods(), pins.programs()] {
             fs::create_dir_all(&directory).map_err(|error| failed(format!("make {}", directory.display()), error))?;
         }
         let cgroup_root = match &config.cgroup_root {
@@ -236,10 +243,13 @@ impl Kernel {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn attach_interface(&self, link: &str, program: &str, hook: u32, index: u32) -> Result<bool, DataplaneError> {
-        self.ensure_link(link, program, Target::Interface(index), || {
-            bpf::create_link(self.program(program), index, hook)
-        })
+    pub fn attach_interface(&self, uid: &str, program: &str, hook: u32, index: u32) -> Result<bool, DataplaneError> {
+        self.ensure_link(
+            &self.pins.pod_link(uid, program),
+            program,
+            Target::Interface(index),
+            || bpf::create_link(self.program(program), index, hook),
+        )
     }
 
     fn attach_all(&self) -> Result<(), DataplaneError> {
@@ -249,12 +259,12 @@ impl Kernel {
         for spec in PROGRAMS {
             match spec.hook {
                 Hook::Cgroup(attach_type) => {
-                    self.ensure_link(spec.name, spec.name, Target::Cgroup(root_id), || {
+                    self.ensure_link(&self.pins.link(spec.name), spec.name, Target::Cgroup(root_id), || {
                         bpf::create_link(self.program(spec.name), root.as_raw_fd().unsigned_abs(), attach_type)
                     })?;
                 }
                 Hook::SchedSwitch => {
-                    self.ensure_link(spec.name, spec.name, Target::Tracing, || {
+                    self.ensure_link(&self.pins.link(spec.name), spec.name, Target::Tracing, || {
                         bpf::create_link(self.program(spec.name), 0, TRACE_RAW_TP)
                     })?;
                 }
@@ -283,20 +293,20 @@ impl Kernel {
         Ok(())
     }
 
-    /// Keeps, updates or makes the pinned link `name`. `true`: it was made.
+    /// Keeps, updates or makes the link pinned at `path`. `true`: it was made.
     fn ensure_link(
         &self,
-        name: &str,
+        path: &Path,
         program: &str,
         target: Target,
         create: impl Fn() -> io::Result<OwnedFd>,
     ) -> Result<bool, DataplaneError> {
-        let path = self.pins.link(name);
+        let name = path.display();
         let program = self.program(program);
         let wanted = bpf::program_info(program)
-            .map_err(|error| failed(format!("read program {name}"), error))?
+            .map_err(|error| failed(format!("read the program of {name}"), error))?
             .id;
-        let pinned = bpf::open_pinned(&path).ok();
+        let pinned = bpf::open_pinned(path).ok();
         if let Some(link) = &pinned {
             let info = bpf::link_info(link).map_err(|error| failed(format!("read link {name}"), error))?;
             if info.target == target && info.program == wanted {
@@ -310,10 +320,10 @@ impl Kernel {
             }
         }
         let link = create().map_err(|error| failed(format!("attach {name}"), error))?;
-        let fresh = self.pins.link(&format!("new_{name}"));
+        let fresh = self.pins.root.join("new_link");
         remove_if_there(&fresh).map_err(|error| failed(format!("unpin {}", fresh.display()), error))?;
         bpf::pin(&link, &fresh).map_err(|error| failed(format!("pin link {name}"), error))?;
-        fs::rename(&fresh, &path).map_err(|error| failed(format!("pin link {name}"), error))?;
+        fs::rename(&fresh, path).map_err(|error| failed(format!("pin link {name}"), error))?;
         Ok(true)
     }
 
@@ -350,14 +360,11 @@ pub fn remove(config: &Config) -> io::Result<()> {
 
 /// Names and paths of all pods' links.
 pub fn pod_links(pins: &Pins) -> impl Iterator<Item = (String, PathBuf)> + use<> {
-    fs::read_dir(pins.links())
+    fs::read_dir(pins.pods())
         .into_iter()
         .flatten()
         .flatten()
-        .filter_map(|entry| {
-            let name = entry.file_name().into_string().ok()?;
-            name.starts_with("pod_").then(|| (name, entry.path()))
-        })
+        .filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())))
 }
 
 /// Opens and checks all pinned maps that are there.

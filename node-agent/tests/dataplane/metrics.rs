@@ -71,13 +71,17 @@ fn cpu_time_is_that_of_the_container() {
         let (inner, outside) = (container.join("inner"), stage.cgroup.join("orlop/other/pod/container"));
         let (burning, beside) = (Burner::start(&inner), Burner::start(&outside));
         let id = cgroup_id(&container).expect("a cgroup");
-        thread::sleep(Duration::from_secs(2));
+        let start = Instant::now();
+        while burning.time() < 1_000_000_000 {
+            assert!(
+                start.elapsed() < Duration::from_secs(60),
+                "the machine gives no CPU time"
+            );
+            thread::sleep(Duration::from_millis(50));
+        }
         let counters = dataplane.read_counters_now().expect("counters");
         let (have, want) = (counters.cpu_by_cgroup[&id], burning.time());
-        assert!(
-            want > 500_000_000 && near(have, want, 5),
-            "{have} ns counted, {want} ns used"
-        );
+        assert!(near(have, want, 5), "{have} ns counted, {want} ns used");
         assert_eq!(counters.cpu_by_cgroup.len(), 1, "{counters:?}");
         thread::sleep(Duration::from_millis(500));
         let later = dataplane.read_counters_now().expect("counters").cpu_by_cgroup[&id];
@@ -200,9 +204,9 @@ fn exchange(stage: &Stage, dataplane: EbpfDataplane, pod: &str) {
     again.detach_pod_now("5d1f0e2a-uid").expect("detach again");
     assert_eq!(counted(&again), None);
     assert_eq!(
-        fs::read_dir(stage.config.bpffs.join("orlop/node_1/links"))
+        fs::read_dir(stage.config.bpffs.join("orlop/node_1/pods"))
             .expect("links")
             .count(),
-        9
+        0
     );
 }
