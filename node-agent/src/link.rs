@@ -12,7 +12,7 @@ mod reports;
 mod session;
 
 pub use applier::{Applier, ApplierHandle};
-pub use dial::{Dial, DialError, TlsDialer};
+pub use dial::{Dial, DialError, TlsDialer, connect};
 pub use reports::Reports;
 pub use session::{Hello, SessionError, run};
 

@@ -51,6 +51,9 @@ pub trait Runtime: Send + Sync + 'static {
     /// Removes what else there is of a pod: logs, cgroups, lease, state directory. After this the pod is not observed.
     async fn remove_pod(&self, pod: &PodId) -> Result<(), RuntimeError>;
 
+    /// The bytes in each container's writable layer, by container id. Containers that cannot be measured are left out.
+    async fn disk_usage(&self) -> Result<BTreeMap<String, u64>, RuntimeError>;
+
     /// "containerd://1.6.20", for the node's status.
     async fn version(&self) -> Result<String, RuntimeError>;
 }

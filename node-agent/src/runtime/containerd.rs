@@ -161,6 +161,10 @@ impl Runtime for Containerd {
         self.delete_pod(pod).await
     }
 
+    async fn disk_usage(&self) -> Result<BTreeMap<String, u64>, RuntimeError> {
+        self.layers_usage().await
+    }
+
     async fn version(&self) -> Result<String, RuntimeError> {
         let answer = self
             .client

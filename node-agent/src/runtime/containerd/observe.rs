@@ -53,6 +53,28 @@ impl Containerd {
         Ok(observed)
     }
 
+    /// What each container's writable layer holds. containerd walks the files, so a layer that is being removed may fail.
+    pub(super) async fn layers_usage(&self) -> Result<BTreeMap<String, u64>, RuntimeError> {
+        let filters = vec![format!("labels.\"{}\"", labels::KIND)];
+        let request = self.client.request(ListContainersRequest { filters });
+        let records = self
+            .client
+            .call("listing containers", self.client.containers().list(request))
+            .await?;
+        let mut usage = BTreeMap::new();
+        for record in records.containers {
+            let request = self.client.request(UsageRequest {
+                snapshotter: record.snapshotter,
+                key: record.snapshot_key,
+            });
+            let measured = self.client.call("measuring a layer", self.client.snapshots().usage(request));
+            if let Ok(measured) = measured.await {
+                usage.insert(record.id, u64::try_from(measured.size).unwrap_or(0));
+            }
+        }
+        Ok(usage)
+    }
+
     /// The list leaves out tasks whose shim does not answer: only a clear "not found" means that there is none.
     async fn ask_for_task(&self, id: &str) -> Task {
         let request = self.client.request(GetRequest {
