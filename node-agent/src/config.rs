@@ -8,6 +8,8 @@ use std::{
 
 use serde::Deserialize;
 
+use crate::dataplane::Sizes;
+
 /// The agent's configuration. Unknown keys are refused; every key has a default but `control`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -52,6 +54,8 @@ pub struct Config {
     /// What is kept back for the system, by resource name (`cpu = "100m"`, `memory = "256Mi"`): allocatable is capacity less
     /// this.
     pub reserved: BTreeMap<String, String>,
+    /// How much the dataplane's maps hold.
+    pub dataplane: Sizes,
 }
 
 impl Default for Config {
@@ -82,6 +86,7 @@ impl Default for Config {
             metrics_interval_seconds: 5,
             max_pods: 110,
             reserved: BTreeMap::new(),
+            dataplane: Sizes::default(),
         }
     }
 }

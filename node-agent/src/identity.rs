@@ -94,8 +94,15 @@ impl Identity {
     pub fn open(config: &Config) -> Result<Self, IdentityError> {
         let dir = config.data_dir.join("pki");
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
-        made.map_err(|source| IdentityError::Io { path: dir.clone(), source })?;
-        let identity = Self { dir, config: config.clone(), current: watch::channel(None).0 };
+        made.map_err(|source| IdentityError::Io {
+            path: dir.clone(),
+            source,
+        })?;
+        let identity = Self {
+            dir,
+            config: config.clone(),
+            current: watch::channel(None).0,
+        };
         if let (Some(certificate), Some(ca)) = (identity.read("node.crt")?, identity.read("ca.crt")?) {
             let key = identity.key()?;
             identity.use_certificate(&certificate, &ca, &key)?;
@@ -110,7 +117,11 @@ impl Identity {
 
     /// The TLS configuration for the next connection to control.
     pub fn tls(&self) -> Result<Arc<ClientConfig>, String> {
-        self.current.borrow().as_ref().map(|current| Arc::clone(&current.tls)).ok_or_else(|| "not joined yet".to_owned())
+        self.current
+            .borrow()
+            .as_ref()
+            .map(|current| Arc::clone(&current.tls))
+            .ok_or_else(|| "not joined yet".to_owned())
     }
 
     /// Returns when the node has joined. Cancel-safe.
@@ -130,7 +141,11 @@ impl Identity {
                 CHECK
             } else {
                 attempt += 1;
-                let done = if due.is_none() { self.join_once(attempt).await } else { self.renew_once(attempt).await };
+                let done = if due.is_none() {
+                    self.join_once(attempt).await
+                } else {
+                    self.renew_once(attempt).await
+                };
                 match done {
                     Ok(()) => {
                         backoff = BACKOFF_MIN;
@@ -151,11 +166,19 @@ impl Identity {
 
     /// Joins with the configured token: one attempt, at one of control's addresses.
     pub async fn join_once(&self, attempt: usize) -> Result<(), IdentityError> {
-        let token = self.config.token().map_err(|error| IdentityError::Answer(error.to_string()))?;
+        let token = self
+            .config
+            .token()
+            .map_err(|error| IdentityError::Answer(error.to_string()))?;
         let token = token.ok_or(IdentityError::NoToken)?;
         let hash = ca_hash(&token)?;
         let key = self.key()?;
-        let tls = finish(builder().dangerous().with_custom_certificate_verifier(authority::pinned(hash)).with_no_client_auth());
+        let tls = finish(
+            builder()
+                .dangerous()
+                .with_custom_certificate_verifier(authority::pinned(hash))
+                .with_no_client_auth(),
+        );
         let channel = connect(self.address(attempt)?, tls).await?;
         let request = JoinRequest {
             token,
@@ -164,7 +187,9 @@ impl Identity {
         };
         let answer = call(JoinClient::new(channel).join(request)).await?;
         if authority::hash(&answer.ca_certificate) != hash {
-            return Err(IdentityError::Answer("its CA is not the one that the token names".to_owned()));
+            return Err(IdentityError::Answer(
+                "its CA is not the one that the token names".to_owned(),
+            ));
         }
         self.accept(&answer, &key)?;
         tracing::info!(node = self.config.node_name, "joined");
@@ -175,7 +200,9 @@ impl Identity {
         let tls = self.tls().map_err(IdentityError::Answer)?;
         let key = self.key()?;
         let channel = connect(self.address(attempt)?, tls).await?;
-        let request = RenewRequest { certificate_request: certificate_request(&key)?.into() };
+        let request = RenewRequest {
+            certificate_request: certificate_request(&key)?.into(),
+        };
         let answer = call(JoinClient::new(channel).renew(request)).await?;
         self.accept(&answer, &key)?;
         tracing::info!(node = self.config.node_name, "certificate renewed");
@@ -197,26 +224,36 @@ impl Identity {
         if parsed.public_key().raw != key_info(key) {
             return Err(IdentityError::Answer("the certificate is for another key".to_owned()));
         }
-        let (certificate, ca) = (pem("CERTIFICATE", &answer.certificate), pem("CERTIFICATE", &answer.ca_certificate));
+        let (certificate, ca) = (
+            pem("CERTIFICATE", &answer.certificate),
+            pem("CERTIFICATE", &answer.ca_certificate),
+        );
         self.write("ca.crt", &ca, 0o644)?;
         self.write("node.crt", &certificate, 0o644)?;
         self.use_certificate(&certificate, &ca, key)
     }
 
     fn use_certificate(&self, certificate: &str, ca: &str, key: &KeyPair) -> Result<(), IdentityError> {
-        let damaged = |name: &str, reason: String| IdentityError::Damaged { path: self.dir.join(name), reason };
+        let damaged = |name: &str, reason: String| IdentityError::Damaged {
+            path: self.dir.join(name),
+            reason,
+        };
         let certificate = CertificateDer::from_pem_slice(certificate.as_bytes())
             .map_err(|error| damaged("node.crt", error.to_string()))?;
         let ca = CertificateDer::from_pem_slice(ca.as_bytes()).map_err(|error| damaged("ca.crt", error.to_string()))?;
         let renew_at = renew_at(&certificate).map_err(|reason| damaged("node.crt", reason))?;
         let mut roots = RootCertStore::empty();
         roots.add(ca).map_err(|error| damaged("ca.crt", error.to_string()))?;
-        let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(|error| damaged("node.key", error.to_owned()))?;
+        let key =
+            PrivateKeyDer::try_from(key.serialize_der()).map_err(|error| damaged("node.key", error.to_owned()))?;
         let tls = builder()
             .with_root_certificates(roots)
             .with_client_auth_cert(vec![certificate], key)
             .map_err(|error| damaged("node.crt", error.to_string()))?;
-        self.current.send_replace(Some(Current { tls: finish(tls), renew_at }));
+        self.current.send_replace(Some(Current {
+            tls: finish(tls),
+            renew_at,
+        }));
         Ok(())
     }
 
@@ -226,8 +263,10 @@ impl Identity {
         static MAKING: Mutex<()> = Mutex::new(());
         let _one_at_a_time = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(text) = self.read("node.key")? {
-            let damaged =
-                |error: rcgen::Error| IdentityError::Damaged { path: self.dir.join("node.key"), reason: error.to_string() };
+            let damaged = |error: rcgen::Error| IdentityError::Damaged {
+                path: self.dir.join("node.key"),
+                reason: error.to_string(),
+            };
             return KeyPair::from_pem(&text).map_err(damaged);
         }
         let key = KeyPair::generate().map_err(crypto)?;
@@ -251,13 +290,20 @@ impl Identity {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
-            let mut file = File::options().write(true).create_new(true).mode(mode).open(&temporary)?;
+            let mut file = File::options()
+                .write(true)
+                .create_new(true)
+                .mode(mode)
+                .open(&temporary)?;
             file.write_all(text.as_bytes())?;
             file.sync_all()?;
             fs::rename(&temporary, &path)?;
             File::open(&self.dir)?.sync_all()
         };
-        write().map_err(|source| IdentityError::Io { path: path.clone(), source })
+        write().map_err(|source| IdentityError::Io {
+            path: path.clone(),
+            source,
+        })
     }
 }
 
@@ -267,7 +313,9 @@ async fn call(
     match tokio::time::timeout(DEADLINE, call).await {
         Ok(Ok(answer)) => Ok(answer.into_inner()),
         Ok(Err(status)) => Err(IdentityError::Refused(Box::new(status))),
-        Err(_) => Err(IdentityError::Refused(Box::new(tonic::Status::deadline_exceeded("no answer")))),
+        Err(_) => Err(IdentityError::Refused(Box::new(tonic::Status::deadline_exceeded(
+            "no answer",
+        )))),
     }
 }
 
@@ -321,7 +369,11 @@ fn renew_at(certificate: &[u8]) -> Result<SystemTime, String> {
 
 fn pem(label: &str, der: &[u8]) -> String {
     let text = base64::engine::general_purpose::STANDARD.encode(der);
-    let lines: Vec<&str> = text.as_bytes().chunks(64).filter_map(|line| std::str::from_utf8(line).ok()).collect();
+    let lines: Vec<&str> = text
+        .as_bytes()
+        .chunks(64)
+        .filter_map(|line| std::str::from_utf8(line).ok())
+        .collect();
     format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
 }
 
@@ -335,7 +387,14 @@ mod tests {
     fn tokens() {
         let hash = "ab".repeat(32);
         assert_eq!(ca_hash(&format!("orlop1.id.secret.{hash}")).unwrap(), [0xab; 32]);
-        for bad in ["", "orlop1", "orlop1.a.b.c", "orlop1.a.b", "orlop2.a.b.ab", &format!("orlop1.a.b.{hash}.x")] {
+        for bad in [
+            "",
+            "orlop1",
+            "orlop1.a.b.c",
+            "orlop1.a.b",
+            "orlop2.a.b.ab",
+            &format!("orlop1.a.b.{hash}.x"),
+        ] {
             assert!(matches!(ca_hash(bad), Err(IdentityError::BadToken)), "{bad}");
         }
     }
@@ -343,12 +402,18 @@ mod tests {
     #[test]
     fn the_key_is_made_once_and_only_its_owner_reads_it() {
         let dir = tempfile::tempdir().unwrap();
-        let config = Config { data_dir: dir.path().to_owned(), ..Config::default() };
+        let config = Config {
+            data_dir: dir.path().to_owned(),
+            ..Config::default()
+        };
         let identity = Identity::open(&config).unwrap();
         let key = identity.key().unwrap().serialize_pem();
         assert!(!identity.is_joined());
         assert_eq!(Identity::open(&config).unwrap().key().unwrap().serialize_pem(), key);
-        let mode = fs::metadata(dir.path().join("pki/node.key")).unwrap().permissions().mode();
+        let mode = fs::metadata(dir.path().join("pki/node.key"))
+            .unwrap()
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o600);
         fs::write(dir.path().join("pki/node.key"), "garbage").unwrap();
         assert!(matches!(identity.key(), Err(IdentityError::Damaged { .. })));

@@ -235,6 +235,22 @@ impl Ledger {
     }
 }
 
+/// All services that a ledger holds, for another process than the agent: nothing is changed. Empty when there are none.
+pub fn read_services(data_dir: &Path) -> Result<Vec<Arc<link::Service>>, LedgerError> {
+    let path = data_dir.join("ledger/services");
+    let bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(LedgerError::Io { path, source }),
+    };
+    let file = unframe(&bytes).and_then(|body| ServicesFile::decode(body).map_err(|error| error.to_string()));
+    let file = file.map_err(|reason| LedgerError::Io {
+        path,
+        source: io::Error::other(reason),
+    })?;
+    Ok(file.services.into_iter().map(Arc::new).collect())
+}
+
 /// Writes the file with all services.
 #[derive(Debug)]
 pub struct ServicesWriter {
@@ -470,6 +486,7 @@ mod tests {
         assert!(read.complete);
         assert_eq!(read.pods, written.pods);
         assert_eq!(read.services, written.services);
+        assert_eq!(read_services(dir.path()).unwrap(), [service("web")]);
         assert_eq!(read.routes, written.routes);
         assert_eq!(read.ranges, written.ranges);
         let generation = ledger.begin_session().unwrap();

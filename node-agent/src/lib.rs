@@ -1,5 +1,6 @@
 //! Orlop's node agent.
 
+pub mod agent;
 pub mod config;
 pub mod dataplane;
 pub mod desired;
@@ -12,3 +13,4 @@ pub mod node_status;
 pub mod plan;
 pub mod reconciler;
 pub mod runtime;
+pub mod simulated;

@@ -99,7 +99,11 @@ pub async fn run(sources: Sources, latest: Latest, reports: Reports, stop: Cance
 
 async fn read(sources: &Sources, disks: &BTreeMap<String, u64>) -> Result<Readings, String> {
     let observed = sources.runtime.observe().await.map_err(|error| error.to_string())?;
-    let counters = sources.dataplane.read_counters().await.map_err(|error| error.to_string())?;
+    let counters = sources
+        .dataplane
+        .read_counters()
+        .await
+        .map_err(|error| error.to_string())?;
     let (reader, disks) = (sources.reader.clone(), disks.clone());
     // Small files, but many of them, and a log folder may be large.
     tokio::task::spawn_blocking(move || reader.read(&observed, counters, &disks))

@@ -105,7 +105,10 @@ pub fn check_reserved(config: &Config) -> Result<(), ConfigError> {
     for (resource, value) in &config.reserved {
         if value.parse::<Quantity>().is_err() {
             let reason = format!("{resource}: {value:?} is not a quantity");
-            return Err(ConfigError::Invalid { key: "reserved", reason });
+            return Err(ConfigError::Invalid {
+                key: "reserved",
+                reason,
+            });
         }
     }
     Ok(())
@@ -124,7 +127,10 @@ pub fn status(config: &Config, address: IpAddr, machine: &Machine, health: &Heal
     .collect();
     let allocatable = capacity.iter().map(|(resource, amount)| {
         let reserved = config.reserved.get(resource);
-        (resource.clone(), reserved.map_or_else(|| amount.clone(), |reserved| less(resource, amount, reserved)))
+        (
+            resource.clone(),
+            reserved.map_or_else(|| amount.clone(), |reserved| less(resource, amount, reserved)),
+        )
     });
     let mut info = machine.info.clone();
     info.container_runtime_version = health.runtime.clone().unwrap_or_default();
@@ -132,10 +138,16 @@ pub fn status(config: &Config, address: IpAddr, machine: &Machine, health: &Heal
         allocatable: allocatable.collect(),
         capacity,
         conditions: conditions(machine, health),
-        addresses: [("InternalIP", address.to_string()), ("Hostname", config.node_name.clone())]
-            .into_iter()
-            .map(|(kind, address)| NodeAddress { r#type: kind.to_owned(), address })
-            .collect(),
+        addresses: [
+            ("InternalIP", address.to_string()),
+            ("Hostname", config.node_name.clone()),
+        ]
+        .into_iter()
+        .map(|(kind, address)| NodeAddress {
+            r#type: kind.to_owned(),
+            address,
+        })
+        .collect(),
         node_info: Some(info),
     }
 }
@@ -212,7 +224,10 @@ impl Machine {
         let disk = rustix::fs::statvfs(data_dir)?;
         let loads = fs::read_to_string("/proc/loadavg")?;
         // "0.10 0.20 0.30 2/345 6789": running and all.
-        let pids = loads.split(' ').nth(3).and_then(|field| field.split('/').nth(1)?.parse().ok());
+        let pids = loads
+            .split(' ')
+            .nth(3)
+            .and_then(|field| field.split('/').nth(1)?.parse().ok());
         Ok(Self {
             cpus: online_cpus(&fs::read_to_string("/proc/stat")?),
             memory_total: meminfo(&memory, "MemTotal"),
@@ -234,7 +249,10 @@ pub(crate) fn meminfo(text: &str, key: &str) -> u64 {
 }
 
 fn online_cpus(stat: &str) -> u64 {
-    let is_cpu = |line: &&str| line.strip_prefix("cpu").is_some_and(|rest| rest.starts_with(|next: char| next.is_ascii_digit()));
+    let is_cpu = |line: &&str| {
+        line.strip_prefix("cpu")
+            .is_some_and(|rest| rest.starts_with(|next: char| next.is_ascii_digit()))
+    };
     stat.lines().filter(is_cpu).count() as u64
 }
 
@@ -256,9 +274,16 @@ fn system_info() -> NodeSystemInfo {
     let machine_id = line("/etc/machine-id");
     let product = line("/sys/class/dmi/id/product_uuid");
     let os = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    let os_image = os.lines().find_map(|line| line.strip_prefix("PRETTY_NAME=")).unwrap_or("Linux");
+    let os_image = os
+        .lines()
+        .find_map(|line| line.strip_prefix("PRETTY_NAME="))
+        .unwrap_or("Linux");
     NodeSystemInfo {
-        system_uuid: if product.is_empty() { machine_id.clone() } else { product },
+        system_uuid: if product.is_empty() {
+            machine_id.clone()
+        } else {
+            product
+        },
         machine_id,
         boot_id: boot_id(),
         kernel_version: rustix::system::uname().release().to_string_lossy().into_owned(),
@@ -294,18 +319,36 @@ mod tests {
     }
 
     fn healthy() -> Health {
-        Health { runtime: Ok("containerd://1.6.20".into()), network: Ok(()), dataplane: Ok(()) }
+        Health {
+            runtime: Ok("containerd://1.6.20".into()),
+            network: Ok(()),
+            dataplane: Ok(()),
+        }
     }
 
     fn of(status: &NodeStatus, kind: &str) -> NodeCondition {
-        status.conditions.iter().find(|condition| condition.r#type == kind).unwrap().clone()
+        status
+            .conditions
+            .iter()
+            .find(|condition| condition.r#type == kind)
+            .unwrap()
+            .clone()
     }
 
     #[test]
     fn allocatable_is_capacity_less_what_is_reserved() {
-        let reserved = [("cpu", "500m"), ("memory", "1Gi"), ("pods", "10"), ("ephemeral-storage", "200Gi")];
+        let reserved = [
+            ("cpu", "500m"),
+            ("memory", "1Gi"),
+            ("pods", "10"),
+            ("ephemeral-storage", "200Gi"),
+        ];
         let reserved = reserved.map(|(resource, value)| (resource.to_owned(), value.to_owned()));
-        let config = Config { reserved: reserved.into(), node_name: "n1".into(), ..Config::default() };
+        let config = Config {
+            reserved: reserved.into(),
+            node_name: "n1".into(),
+            ..Config::default()
+        };
         let status = status(&config, "192.0.2.1".parse().unwrap(), &machine(), &healthy());
         assert_eq!(status.capacity["cpu"], "4");
         assert_eq!(status.allocatable["cpu"], "3500m");
@@ -322,11 +365,20 @@ mod tests {
     fn ready_needs_every_part() {
         let config = Config::default();
         let address = "192.0.2.1".parse().unwrap();
-        let health = Health { network: Err("no range yet".into()), dataplane: Err("not loaded".into()), ..healthy() };
+        let health = Health {
+            network: Err("no range yet".into()),
+            dataplane: Err("not loaded".into()),
+            ..healthy()
+        };
         let ready = of(&status(&config, address, &machine(), &health), "Ready");
         assert_eq!(ready.status, "False");
         assert_eq!(ready.message, "network: no range yet; dataplane: not loaded");
-        let full = Machine { disk_free: 1 << 30, memory_available: 1 << 20, pids: 32000, ..machine() };
+        let full = Machine {
+            disk_free: 1 << 30,
+            memory_available: 1 << 20,
+            pids: 32000,
+            ..machine()
+        };
         let status = status(&config, address, &full, &healthy());
         for kind in ["DiskPressure", "MemoryPressure", "PIDPressure"] {
             assert_eq!(of(&status, kind).status, "True", "{kind}");
@@ -343,7 +395,10 @@ mod tests {
 
     #[test]
     fn reserved_amounts_are_quantities() {
-        let config = Config { reserved: [("cpu".to_owned(), "1 core".to_owned())].into(), ..Config::default() };
+        let config = Config {
+            reserved: [("cpu".to_owned(), "1 core".to_owned())].into(),
+            ..Config::default()
+        };
         assert!(check_reserved(&config).is_err());
     }
 }

@@ -20,7 +20,10 @@ pub(super) fn hash(certificate: &[u8]) -> [u8; 32] {
 
 /// Trusts a server whose chain holds the CA with this hash, and is good for that CA and the server's name.
 pub(super) fn pinned(hash: [u8; 32]) -> Arc<dyn ServerCertVerifier> {
-    Arc::new(Pinned { hash, provider: Arc::new(ring::default_provider()) })
+    Arc::new(Pinned {
+        hash,
+        provider: Arc::new(ring::default_provider()),
+    })
 }
 
 #[derive(Debug)]
@@ -54,7 +57,12 @@ impl ServerCertVerifier for Pinned {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
+        verify_tls12_signature(
+            message,
+            certificate,
+            signature,
+            &self.provider.signature_verification_algorithms,
+        )
     }
 
     fn verify_tls13_signature(
@@ -63,7 +71,12 @@ impl ServerCertVerifier for Pinned {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
+        verify_tls13_signature(
+            message,
+            certificate,
+            signature,
+            &self.provider.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

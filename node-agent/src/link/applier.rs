@@ -1,4 +1,5 @@
-//! Makes what control says durable and real: the ledger for pods, the dataplane for services, [`Desired`] for the rest.
+//! Makes what control says durable and real: the ledger for pods, the dataplane for services, the network for ranges and
+//! routes; then [`Desired`] goes to the reconciler.
 //!
 //! One task takes all Updates that wait, so a burst costs one batch of map writes and one sync. A snapshot is gathered and
 //! takes effect at its end mark, as one change; only then is swept what it did not name.
@@ -22,6 +23,7 @@ use crate::{
     dataplane::{Dataplane, ServiceChanges},
     desired::Desired,
     ledger::{Generation, Ledger, LedgerError},
+    network::Network,
 };
 
 /// Services are written to the ledger at most this often.
@@ -78,6 +80,9 @@ pub struct Applier {
     publish: watch::Sender<Arc<Desired>>,
     ledger: Arc<Mutex<Ledger>>,
     dataplane: Arc<dyn Dataplane>,
+    network: Arc<dyn Network>,
+    /// The network has not taken the ranges and routes in force.
+    unwired: bool,
     session: u64,
     /// What this session may write as; `None` while the ledger could not be told that it began.
     generation: Option<Generation>,
@@ -94,6 +99,7 @@ impl Applier {
         ledger: Ledger,
         desired: Desired,
         dataplane: Arc<dyn Dataplane>,
+        network: Arc<dyn Network>,
     ) -> (Self, ApplierHandle, watch::Receiver<Arc<Desired>>) {
         let (sender, inputs) = mpsc::channel(64);
         let (applied, applied_receiver) = watch::channel(Applied::default());
@@ -107,6 +113,8 @@ impl Applier {
             publish,
             ledger: Arc::new(Mutex::new(ledger)),
             dataplane,
+            network,
+            unwired: true,
             session: 0,
             generation: None,
             batch: Batch::default(),
@@ -165,8 +173,13 @@ impl Applier {
 
     async fn flush(&mut self) {
         let services = self.flush_services().await;
-        let pods = self.flush_ledger().await;
-        if services && pods {
+        let (pods, publish) = self.flush_ledger().await;
+        // Before the pods, so that their networks can be made at once.
+        let wired = self.wire().await;
+        if publish {
+            self.publish.send_replace(Arc::new(self.desired.clone()));
+        }
+        if services && pods && wired {
             self.retry = None;
         } else {
             let wait = self.retry.map_or(RETRY_MIN, |(_, wait)| (wait * 2).min(RETRY_MAX));
@@ -221,10 +234,24 @@ impl Applier {
         }
     }
 
-    /// Makes pods, routes and ranges durable, and only then hands them on.
-    async fn flush_ledger(&mut self) -> bool {
-        if self.session == 0 {
+    /// Gives ranges and routes to the network when they are new, or were not taken.
+    async fn wire(&mut self) -> bool {
+        let Some(ranges) = self.desired.ranges.clone().filter(|_| self.unwired) else {
             return true;
+        };
+        match self.network.configure(&ranges, &self.desired.routes).await {
+            Ok(()) => self.unwired = false,
+            Err(error) => {
+                tracing::error!(error = %Chain(&error), "the network did not take ranges and routes; trying again");
+            }
+        }
+        !self.unwired
+    }
+
+    /// Makes pods, routes and ranges durable: whether that is done, and whether something is to be handed on.
+    async fn flush_ledger(&mut self) -> (bool, bool) {
+        if self.session == 0 {
+            return (true, false);
         }
         let mut next = self.desired.clone();
         let (pods, removed) = self.batch.pending(&mut next);
@@ -235,7 +262,7 @@ impl Applier {
             || next.complete != self.desired.complete;
         if !changed && self.generation.is_some() {
             self.batch.written();
-            return true;
+            return (true, false);
         }
         let (ledger, known, state) = (Arc::clone(&self.ledger), self.generation, next.clone());
         let written = tokio::task::spawn_blocking(move || {
@@ -249,19 +276,17 @@ impl Applier {
             Ok(Ok(generation)) => {
                 self.generation = Some(generation);
                 self.batch.written();
+                self.unwired |= next.routes != self.desired.routes || next.ranges != self.desired.ranges;
                 self.desired = next;
-                if changed {
-                    self.publish.send_replace(Arc::new(self.desired.clone()));
-                }
-                true
+                (true, changed)
             }
             Ok(Err(error)) => {
                 tracing::error!(error = %Chain(&error), "the ledger cannot be written; what it is to hold is not acted on");
-                false
+                (false, false)
             }
             Err(error) => {
                 tracing::error!(%error, "writing the ledger failed");
-                false
+                (false, false)
             }
         }
     }

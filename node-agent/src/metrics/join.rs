@@ -83,19 +83,30 @@ struct Last {
 impl Joiner {
     /// For the node of this name.
     pub fn new(node: &str) -> Self {
-        Self { node: node.to_owned(), last: None }
+        Self {
+            node: node.to_owned(),
+            last: None,
+        }
     }
 
     /// The report on these readings.
     pub fn join(&mut self, readings: &Readings, now: SystemTime) -> NodeReport {
-        let window = self.last.as_ref().and_then(|last| now.duration_since(last.at).ok()).unwrap_or_default();
+        let window = self
+            .last
+            .as_ref()
+            .and_then(|last| now.duration_since(last.at).ok())
+            .unwrap_or_default();
         let window_ms = u64::try_from(window.as_millis()).unwrap_or(0);
         let report = NodeReport {
             node: Some(NodeMetrics {
                 name: self.node.clone(),
                 timestamp: Some(now.into()),
                 window_ms,
-                cpu: Some(cpu(readings.node.cpu, self.last.as_ref().map(|last| last.node_cpu), window)),
+                cpu: Some(cpu(
+                    readings.node.cpu,
+                    self.last.as_ref().map(|last| last.node_cpu),
+                    window,
+                )),
                 memory: Some(readings.node.memory),
                 filesystem: Some(readings.node.filesystem),
             }),
@@ -106,15 +117,23 @@ impl Joiner {
         self.last = Some(Last {
             at: now,
             node_cpu: readings.node.cpu,
-            cpu: containers.filter_map(|container| Some((container.cgroup_id, container.cpu?))).collect(),
+            cpu: containers
+                .filter_map(|container| Some((container.cgroup_id, container.cpu?)))
+                .collect(),
         });
         report
     }
 
     fn pod(&self, pod: &PodReading, now: SystemTime, window: Duration) -> PodMetrics {
         let containers = pod.containers.iter().map(|container| {
-            let before = self.last.as_ref().and_then(|last| last.cpu.get(&container.cgroup_id).copied());
-            let filesystem = |used_bytes| Filesystem { used_bytes, capacity_bytes: 0 };
+            let before = self
+                .last
+                .as_ref()
+                .and_then(|last| last.cpu.get(&container.cgroup_id).copied());
+            let filesystem = |used_bytes| Filesystem {
+                used_bytes,
+                capacity_bytes: 0,
+            };
             ContainerMetrics {
                 name: container.name.clone(),
                 cpu: container.cpu.map(|total| cpu(total, before, window)),
@@ -145,7 +164,10 @@ impl Joiner {
 fn cpu(total: u64, before: Option<u64>, window: Duration) -> Cpu {
     let used = before.map_or(0, |before| u128::from(total.saturating_sub(before)));
     let rate = (used * 1_000_000_000).checked_div(window.as_nanos()).unwrap_or(0);
-    Cpu { usage_core_nanoseconds: total, usage_nanocores: u64::try_from(rate).unwrap_or(u64::MAX) }
+    Cpu {
+        usage_core_nanoseconds: total,
+        usage_nanocores: u64::try_from(rate).unwrap_or(u64::MAX),
+    }
 }
 
 fn service((id, counters): &(ServiceId, ServiceCounters)) -> ServiceMetrics {
@@ -168,11 +190,27 @@ mod tests {
     use super::*;
 
     fn readings(cgroup_id: u64, cpu: u64, node_cpu: u64) -> Readings {
-        let id = PodId { namespace: "default".into(), name: "web".into(), uid: "u".into() };
-        let container = ContainerReading { name: "c".into(), cgroup_id, cpu: Some(cpu), ..Default::default() };
+        let id = PodId {
+            namespace: "default".into(),
+            name: "web".into(),
+            uid: "u".into(),
+        };
+        let container = ContainerReading {
+            name: "c".into(),
+            cgroup_id,
+            cpu: Some(cpu),
+            ..Default::default()
+        };
         Readings {
-            node: NodeReading { cpu: node_cpu, ..Default::default() },
-            pods: vec![PodReading { id, containers: vec![container], network: None }],
+            node: NodeReading {
+                cpu: node_cpu,
+                ..Default::default()
+            },
+            pods: vec![PodReading {
+                id,
+                containers: vec![container],
+                network: None,
+            }],
             services: Vec::new(),
         }
     }
@@ -187,8 +225,17 @@ mod tests {
         let mut joiner = Joiner::new("n1");
         let first = joiner.join(&readings(7, 1_000_000_000, 10), start);
         assert_eq!(first.node.as_ref().unwrap().window_ms, 0);
-        assert_eq!(container_cpu(&first), Cpu { usage_core_nanoseconds: 1_000_000_000, usage_nanocores: 0 });
-        let second = joiner.join(&readings(7, 2_000_000_000, 4_000_000_010), start + Duration::from_secs(2));
+        assert_eq!(
+            container_cpu(&first),
+            Cpu {
+                usage_core_nanoseconds: 1_000_000_000,
+                usage_nanocores: 0
+            }
+        );
+        let second = joiner.join(
+            &readings(7, 2_000_000_000, 4_000_000_010),
+            start + Duration::from_secs(2),
+        );
         assert_eq!(second.pods[0].window_ms, 2000);
         assert_eq!(container_cpu(&second).usage_nanocores, 500_000_000);
         assert_eq!(second.node.unwrap().cpu.unwrap().usage_nanocores, 2_000_000_000);

@@ -47,7 +47,11 @@ impl Reader {
         let pods = pods.collect();
         let mut services: Vec<_> = counters.services.drain().collect();
         services.sort_by(|one, other| one.0.cmp(&other.0));
-        Ok(Readings { node: self.node()?, pods, services })
+        Ok(Readings {
+            node: self.node()?,
+            pods,
+            services,
+        })
     }
 
     fn containers(
@@ -56,8 +60,10 @@ impl Reader {
         counters: &Counters,
         disks: &BTreeMap<String, u64>,
     ) -> Vec<ContainerReading> {
-        let running =
-            pod.containers.iter().filter(|container| matches!(container.state, ProcessState::Running { .. }));
+        let running = pod
+            .containers
+            .iter()
+            .filter(|container| matches!(container.state, ProcessState::Running { .. }));
         running
             .map(|container| {
                 let cgroup = format!("{}/{}/{}", self.paths.cgroup_parent, pod.id.uid, container.id);
@@ -81,9 +87,18 @@ impl Reader {
     }
 
     fn memory(&self, cgroup: &str) -> Option<Memory> {
-        let legacy = self.cgroups.legacy.iter().find(|(_, controllers)| controllers.iter().any(|name| name == "memory"));
+        let legacy = self
+            .cgroups
+            .legacy
+            .iter()
+            .find(|(_, controllers)| controllers.iter().any(|name| name == "memory"));
         let (dir, usage, inactive, rss) = match (legacy, &self.cgroups.unified) {
-            (Some((mount, _)), _) => (below(mount, cgroup), "memory.usage_in_bytes", "total_inactive_file", "total_rss"),
+            (Some((mount, _)), _) => (
+                below(mount, cgroup),
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+                "total_rss",
+            ),
             (None, Some(mount)) => (below(mount, cgroup), "memory.current", "inactive_file", "anon"),
             (None, None) => return None,
         };
@@ -134,7 +149,11 @@ fn figure(stat: &str, key: &str) -> u64 {
 /// Nanoseconds of all CPUs in user, nice, system, irq, softirq and steal.
 fn busy_time(stat: &str) -> u64 {
     let line = stat.lines().find_map(|line| line.strip_prefix("cpu "));
-    let fields: Vec<u64> = line.unwrap_or_default().split_whitespace().filter_map(|field| field.parse().ok()).collect();
+    let fields: Vec<u64> = line
+        .unwrap_or_default()
+        .split_whitespace()
+        .filter_map(|field| field.parse().ok())
+        .collect();
     let busy = [0, 1, 2, 5, 6, 7].iter().filter_map(|index| fields.get(*index));
     busy.sum::<u64>() * TICK
 }
@@ -166,16 +185,25 @@ mod tests {
             image: String::new(),
             image_id: String::new(),
             grace_seconds: 30,
-            state: ProcessState::Running { pid: 1, started_at: jiff::Timestamp::UNIX_EPOCH },
+            state: ProcessState::Running {
+                pid: 1,
+                started_at: jiff::Timestamp::UNIX_EPOCH,
+            },
         };
         let pod = ObservedPod {
-            id: PodId { namespace: "default".into(), name: "web".into(), uid: "uid".into() },
+            id: PodId {
+                namespace: "default".into(),
+                name: "web".into(),
+                uid: "uid".into(),
+            },
             sandboxes: Vec::new(),
             containers: vec![container],
             networks: Vec::new(),
             remains: true,
         };
-        Observed { pods: [("uid".to_owned(), pod)].into() }
+        Observed {
+            pods: [("uid".to_owned(), pod)].into(),
+        }
     }
 
     fn read(dir: &Path, cgroups: Cgroups) -> ContainerReading {
@@ -188,11 +216,19 @@ mod tests {
         let cgroup_id = fs::metadata(unified).unwrap().ino();
         let counters = Counters {
             cpu_by_cgroup: HashMap::from([(cgroup_id, 123)]),
-            network_by_pod: HashMap::from([("uid".to_owned(), NetworkCounters { rx_bytes: 9, ..Default::default() })]),
+            network_by_pod: HashMap::from([(
+                "uid".to_owned(),
+                NetworkCounters {
+                    rx_bytes: 9,
+                    ..Default::default()
+                },
+            )]),
             services: HashMap::new(),
         };
         let disks = BTreeMap::from([("cid".to_owned(), 77)]);
-        let readings = Reader::new(cgroups, paths).read(&observed("cid"), counters, &disks).unwrap();
+        let readings = Reader::new(cgroups, paths)
+            .read(&observed("cid"), counters, &disks)
+            .unwrap();
         assert_eq!(readings.pods[0].network.unwrap().rx_bytes, 9);
         assert!(readings.node.cpu > 0 && readings.node.filesystem.capacity_bytes > 0);
         readings.pods[0].containers[0].clone()
@@ -208,10 +244,20 @@ mod tests {
         let logs = dir.path().join("log/default_web_uid/app");
         fs::create_dir_all(&logs).unwrap();
         fs::write(logs.join("0.log"), "12345").unwrap();
-        let cgroups = Cgroups { unified: Some(dir.path().join("cg")), legacy: Vec::new() };
+        let cgroups = Cgroups {
+            unified: Some(dir.path().join("cg")),
+            legacy: Vec::new(),
+        };
         let container = read(dir.path(), cgroups);
         assert_eq!(container.cpu, Some(123));
-        assert_eq!(container.memory.unwrap(), Memory { usage_bytes: 1000, working_set_bytes: 600, rss_bytes: 300 });
+        assert_eq!(
+            container.memory.unwrap(),
+            Memory {
+                usage_bytes: 1000,
+                working_set_bytes: 600,
+                rss_bytes: 300
+            }
+        );
         assert_eq!((container.rootfs, container.logs), (Some(77), Some(5)));
     }
 
@@ -224,10 +270,24 @@ mod tests {
         }
         let cgroup = legacy.join("orlop/n1/uid/cid");
         fs::write(cgroup.join("memory.usage_in_bytes"), "1000").unwrap();
-        fs::write(cgroup.join("memory.stat"), "inactive_file 1\ntotal_inactive_file 100\ntotal_rss 50\n").unwrap();
-        let cgroups = Cgroups { unified: Some(unified), legacy: vec![(legacy, vec!["memory".to_owned()])] };
+        fs::write(
+            cgroup.join("memory.stat"),
+            "inactive_file 1\ntotal_inactive_file 100\ntotal_rss 50\n",
+        )
+        .unwrap();
+        let cgroups = Cgroups {
+            unified: Some(unified),
+            legacy: vec![(legacy, vec!["memory".to_owned()])],
+        };
         let container = read(dir.path(), cgroups);
-        assert_eq!(container.memory.unwrap(), Memory { usage_bytes: 1000, working_set_bytes: 900, rss_bytes: 50 });
+        assert_eq!(
+            container.memory.unwrap(),
+            Memory {
+                usage_bytes: 1000,
+                working_set_bytes: 900,
+                rss_bytes: 50
+            }
+        );
         assert_eq!(container.logs, None);
     }
 

@@ -96,9 +96,16 @@ mod tests {
         let path = dir.path().join("metrics.sock");
         fs::write(&path, "left by a former life").unwrap();
         let latest = Latest::default();
-        let cpu = Cpu { usage_core_nanoseconds: 2_000_000_000, usage_nanocores: 0 };
+        let cpu = Cpu {
+            usage_core_nanoseconds: 2_000_000_000,
+            usage_nanocores: 0,
+        };
         latest.set(NodeReport {
-            node: Some(NodeMetrics { name: "n1".into(), cpu: Some(cpu), ..Default::default() }),
+            node: Some(NodeMetrics {
+                name: "n1".into(),
+                cpu: Some(cpu),
+                ..Default::default()
+            }),
             ..Default::default()
         });
         let stop = CancellationToken::new();
@@ -113,7 +120,10 @@ mod tests {
             }
         };
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await.unwrap();
+        stream
+            .write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            .await
+            .unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).await.unwrap();
         assert!(text.starts_with("HTTP/1.1 200 OK"), "{text}");

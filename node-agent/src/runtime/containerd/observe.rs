@@ -1,9 +1,15 @@
 //! What exists, from containerd's records and tasks and from the state directories.
 
-use std::{collections::HashMap, fs, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    time::Duration,
+};
 
 use containerd_client::{
-    services::v1::{Container, GetRequest, ListContainersRequest, ListRequest, ListTasksRequest},
+    services::v1::{
+        Container, GetRequest, ListContainersRequest, ListRequest, ListTasksRequest, snapshots::UsageRequest,
+    },
     types::v1::{Process, Status},
 };
 use jiff::Timestamp;
@@ -67,8 +73,8 @@ impl Containerd {
                 snapshotter: record.snapshotter,
                 key: record.snapshot_key,
             });
-            let measured = self.client.call("measuring a layer", self.client.snapshots().usage(request));
-            if let Ok(measured) = measured.await {
+            let mut snapshots = self.client.snapshots();
+            if let Ok(measured) = self.client.call("measuring a layer", snapshots.usage(request)).await {
                 usage.insert(record.id, u64::try_from(measured.size).unwrap_or(0));
             }
         }
