@@ -51,6 +51,10 @@ pub struct Config {
     pub metrics_interval_seconds: u64,
     /// How many pods the node takes. Default 110.
     pub max_pods: u32,
+    /// The wait, in milliseconds, before a crashed container's second restart; it doubles with each. Default 10000.
+    pub restart_backoff_ms: u64,
+    /// The longest such wait, in milliseconds. Default 300000.
+    pub restart_backoff_max_ms: u64,
     /// What is kept back for the system, by resource name (`cpu = "100m"`, `memory = "256Mi"`): allocatable is capacity less
     /// this.
     pub reserved: BTreeMap<String, String>,
@@ -85,6 +89,8 @@ impl Default for Config {
             metrics_socket: "/run/orlop/metrics.sock".into(),
             metrics_interval_seconds: 5,
             max_pods: 110,
+            restart_backoff_ms: 10_000,
+            restart_backoff_max_ms: 300_000,
             reserved: BTreeMap::new(),
             dataplane: Sizes::default(),
         }

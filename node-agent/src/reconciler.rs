@@ -16,6 +16,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    config::Config,
     dataplane::Dataplane,
     desired::Desired,
     network::Network,
@@ -76,6 +77,18 @@ impl Default for Settings {
             backoff_reset: Duration::from_secs(600),
             memory_capacity: memory_capacity(),
             resync: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Settings {
+    /// As the configuration says, for a node with these addresses.
+    pub fn from_config(config: &Config, host_addresses: Vec<IpAddr>) -> Self {
+        Self {
+            host_addresses,
+            backoff_initial: Duration::from_millis(config.restart_backoff_ms),
+            backoff_max: Duration::from_millis(config.restart_backoff_max_ms),
+            ..Self::default()
         }
     }
 }

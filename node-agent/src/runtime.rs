@@ -42,7 +42,7 @@ pub trait Runtime: Send + Sync + 'static {
     /// Sends a signal to the container's (or sandbox's) first process; a container that does not run any more is a success.
     async fn signal(&self, id: &str, signal: i32) -> Result<(), RuntimeError>;
 
-    /// Removes a container: kills what runs of it, deletes task, record, snapshot and cgroup. Its log stays.
+    /// Removes a container: kills what runs of it, deletes task, record, snapshot, cgroup and log.
     async fn remove_container(&self, pod: &PodId, id: &str) -> Result<(), RuntimeError>;
 
     /// Removes a sandbox's pause container. Its containers must be gone or exited; the network is the caller's.

@@ -190,8 +190,15 @@ pub fn restart_at(
         Some(last) => Duration::from_millis(last).saturating_mul(2),
     };
     let delay = delay.min(settings.backoff_max);
-    // A clock that was set back must not make the wait longer than the delay.
-    (delay, after(exit.finished_at.min(now), delay))
+    // An end in the future means that the clock was set back: how long ago it was nobody knows, so there is no wait.
+    (
+        delay,
+        if exit.finished_at > now {
+            now
+        } else {
+            after(exit.finished_at, delay)
+        },
+    )
 }
 
 /// Whether an earlier failure makes this wait; if so the plan wakes when the wait is over.

@@ -98,12 +98,6 @@ fn dataplane_failed(error: &crate::dataplane::DataplaneError) -> Failed {
 impl Executor {
     /// Runs a pod's actions in order. A failure ends the run, save that other containers are still started.
     pub async fn execute(self, pod: PodId, actions: Vec<Action>, sandboxes: Vec<String>) -> Done {
-        let starts = |action: &Action| matches!(action, Action::CreateSandbox { .. } | Action::StartContainer(_));
-        let _permit = match actions.iter().any(starts) {
-            // The semaphore is never closed.
-            true => self.starts.clone().acquire_owned().await.ok(),
-            false => None,
-        };
         let mut done = Done::new(pod.uid.clone());
         for action in actions {
             let subject = action.subject();
@@ -138,6 +132,7 @@ impl Executor {
     ) -> Result<(), Failed> {
         match action {
             Action::CreateSandbox { attempt, hostname } => {
+                let _turn = self.turn().await;
                 let id = self.create_sandbox(pod, attempt, hostname).await?;
                 done.attached.push(id);
                 Ok(())
@@ -167,6 +162,12 @@ impl Executor {
             Action::RemoveNetwork { id } => self.remove_network(pod, &id).await,
             Action::RemovePod => Ok(self.runtime.remove_pod(pod).await?),
         }
+    }
+
+    /// The right to start something.
+    async fn turn(&self) -> Option<tokio::sync::OwnedSemaphorePermit> {
+        // The semaphore is never closed.
+        self.starts.clone().acquire_owned().await.ok()
     }
 
     async fn create_sandbox(&self, pod: &PodId, attempt: u32, hostname: String) -> Result<String, Failed> {
@@ -260,6 +261,8 @@ impl Executor {
 
     async fn start_container(&self, pod: &PodId, start: StartContainer) -> Result<(), Failed> {
         let image = self.runtime.ensure_image(&start.image).await?;
+        // Only now: who waits for an image holds up nobody.
+        let _turn = self.turn().await;
         let spec = ContainerSpec {
             pod: pod.clone(),
             sandbox_id: start.sandbox_id,

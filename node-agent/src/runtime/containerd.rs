@@ -77,6 +77,8 @@ pub struct Containerd {
     sources: Vec<Arc<dyn ImageSource>>,
     /// Imports run one at a time per image: one import serves all pods that wait for it.
     imports: tokio::sync::Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    /// The pause image, once it is there; forgotten when a sandbox cannot be made from it.
+    pause: tokio::sync::Mutex<Option<Image>>,
     changed: Arc<Notify>,
     /// Ended with the value: the event subscription.
     subscription: tokio::task::JoinHandle<()>,
@@ -100,6 +102,7 @@ impl Containerd {
             platform: spec::Platform::detect(&cgroups),
             sources: vec![Arc::new(Archives::new(options.image_dirs.clone()))],
             imports: tokio::sync::Mutex::default(),
+            pause: tokio::sync::Mutex::default(),
             client,
             options,
             cgroups,
@@ -116,6 +119,17 @@ impl Containerd {
         self.options
             .log_dir
             .join(format!("{}_{}_{}", pod.namespace, pod.name, pod.uid))
+    }
+
+    /// Removes a cgroup: this may wait for its last process, so it is done beside the async threads.
+    async fn remove_cgroup(&self, cgroup: String) -> Result<(), RuntimeError> {
+        let cgroups = self.cgroups.clone();
+        tokio::task::spawn_blocking(move || cgroups.remove(&cgroup))
+            .await
+            .map_err(|error| RuntimeError::Io {
+                doing: "removing a cgroup".to_owned(),
+                source: std::io::Error::other(error),
+            })?
     }
 
     fn cgroup(&self, uid: &str, container_id: &str) -> String {

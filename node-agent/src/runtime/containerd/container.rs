@@ -182,11 +182,11 @@ impl Containerd {
     /// See [`crate::runtime::Runtime::remove_container`].
     pub(super) async fn delete_container(&self, pod: &PodId, id: &str) -> Result<(), RuntimeError> {
         let request = self.client.request(GetContainerRequest { id: id.to_owned() });
-        let known = self
-            .client
-            .call("looking for the container", self.client.containers().get(request))
-            .await;
-        if known.found()?.is_some() {
+        let mut containers = self.client.containers();
+        let call = containers.get(request);
+        let known = self.client.call("looking for the container", call).await.found()?;
+        let known = known.and_then(|answer| answer.container);
+        if known.is_some() {
             self.end_task(id).await?;
             let request = self.client.request(DeleteContainerRequest { id: id.to_owned() });
             self.client
@@ -203,7 +203,27 @@ impl Containerd {
             .call("removing the root", self.client.snapshots().remove(request))
             .await
             .found()?;
-        self.cgroups.remove(&self.cgroup(&pod.uid, id))
+        self.remove_cgroup(self.cgroup(&pod.uid, id)).await?;
+        if let Some(container) = known {
+            self.remove_log(pod, &container.labels);
+        }
+        Ok(())
+    }
+
+    /// Removes the log of one start of a container, with what was rotated away of it.
+    fn remove_log(&self, pod: &PodId, labels: &HashMap<String, String>) {
+        let (Some(name), Some(count)) = (labels.get(labels::CONTAINER_NAME), labels.get(labels::RESTART_COUNT)) else {
+            return;
+        };
+        let dir = self.log_dir(pod).join(name);
+        let prefix = format!("{count}.log");
+        for entry in std::fs::read_dir(&dir).into_iter().flatten().filter_map(Result::ok) {
+            if entry.file_name().to_string_lossy().starts_with(&prefix)
+                && let Err(error) = std::fs::remove_file(entry.path())
+            {
+                tracing::warn!(file = %entry.path().display(), %error, "a log remains");
+            }
+        }
     }
 
     /// The pid of a running task.

@@ -102,7 +102,7 @@ impl Containerd {
     }
 
     /// The pause image, built from the program when containerd has none, or another program's.
-    pub(super) async fn pause(&self) -> Result<Image, RuntimeError> {
+    pub(super) async fn pause_image(&self) -> Result<Image, RuntimeError> {
         let name = pause_image::name();
         let turn = self.turn(&name).await;
         let _turn = turn.lock().await;

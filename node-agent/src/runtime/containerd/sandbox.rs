@@ -10,7 +10,12 @@ use crate::runtime::{PodId, RuntimeError, SandboxSpec, files, spec};
 impl Containerd {
     /// See [`crate::runtime::Runtime::create_sandbox`].
     pub(super) async fn make_sandbox(&self, sandbox: &SandboxSpec) -> Result<(), RuntimeError> {
-        let image = self.pause().await?;
+        let mut pause = self.pause.lock().await;
+        let image = match &*pause {
+            Some(image) => image.clone(),
+            None => pause.insert(self.pause_image().await?).clone(),
+        };
+        drop(pause);
         let dir = self.pod_dir(&sandbox.pod.uid);
         files::write_pod_files(&dir, sandbox).map_err(|source| RuntimeError::Io {
             doing: format!("writing {}", dir.display()),
@@ -32,6 +37,9 @@ impl Containerd {
             log: None,
         };
         let made = self.create_and_start(container).await;
+        if made.is_err() {
+            self.pause.lock().await.take();
+        }
         if made.is_err()
             && let Err(error) = self.delete_container(&sandbox.pod, &sandbox.id).await
         {
