@@ -3,6 +3,7 @@
 pub mod arena;
 pub mod bpf;
 pub mod btf;
+mod clsact;
 mod counters;
 mod ebpf;
 pub mod kernel;
@@ -147,6 +148,27 @@ pub struct Config {
     pub cgroup_root: Option<PathBuf>,
     /// How much fits.
     pub sizes: Sizes,
+}
+
+/// How a program is attached to a pod's interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attachment {
+    /// By a pinned tcx link: Linux 6.6.
+    Tcx,
+    /// By a filter of the clsact qdisc.
+    Clsact,
+}
+
+impl Attachment {
+    /// What this kernel has.
+    #[must_use]
+    pub fn best() -> Self {
+        if clsact::kernel_has_tcx() {
+            Self::Tcx
+        } else {
+            Self::Clsact
+        }
+    }
 }
 
 /// How much the maps hold. A larger size is a migration at the next start: entries are copied, connections go on. Maps are

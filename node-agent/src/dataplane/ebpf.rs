@@ -15,10 +15,11 @@ use async_trait::async_trait;
 use orlop_ebpf_abi as abi;
 
 use super::{
-    Applied, Config, Counters, Dataplane, DataplaneError, NetworkCounters, PodInterface, Report, ServiceChanges,
+    Applied, Attachment, Config, Counters, Dataplane, DataplaneError, NetworkCounters, PodInterface, Report,
+    ServiceChanges,
     arena::Arena,
     bpf::{self, Target},
-    counters, failed,
+    clsact, counters, failed,
     kernel::{self, Hook, Kernel, PROGRAMS},
     logs,
     planner::{Limits, Planner, Retired, Writes},
@@ -150,6 +151,14 @@ impl EbpfDataplane {
     /// # Errors
     /// As there.
     pub fn attach_pod_now(&self, pod: &PodInterface) -> Result<(), DataplaneError> {
+        self.attach_pod_with(pod, Attachment::best())
+    }
+
+    /// The same, in a given way.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn attach_pod_with(&self, pod: &PodInterface, attachment: Attachment) -> Result<(), DataplaneError> {
         let inner = &*self.inner;
         let name = &pod.host_interface;
         let index = nix::net::if_::if_nametoindex(name.as_str())
@@ -161,8 +170,14 @@ impl EbpfDataplane {
             bpf::update(&map.fd, &index.to_ne_bytes(), &zeros)
                 .map_err(|error| failed(format!("make counters for {name}"), error))?;
         }
-        for (spec, hook) in interface_programs() {
-            inner.kernel.attach_interface(&pod.pod_uid, spec, hook, index)?;
+        for (program, hook) in interface_programs() {
+            match attachment {
+                Attachment::Tcx => {
+                    inner.kernel.attach_interface(&pod.pod_uid, program, hook, index)?;
+                }
+                Attachment::Clsact => clsact::attach(&inner.kernel.program_pin(program), program, name)
+                    .map_err(|error| failed(format!("attach {program} to {name}"), error))?,
+            }
         }
         state.pods.insert(pod.pod_uid.clone(), index);
         Ok(())
@@ -184,7 +199,16 @@ impl EbpfDataplane {
                 _ => {}
             }
         }
-        if let Some(index) = state.pods.remove(uid)
+        let index = state.pods.remove(uid);
+        if let Some(interface) = index.and_then(|index| nix::net::if_::if_indextoname(index).ok())
+            && let Ok(interface) = interface.into_string()
+        {
+            for (program, _) in interface_programs() {
+                clsact::detach(program, &interface)
+                    .map_err(|error| failed(format!("detach {program} from {interface}"), error))?;
+            }
+        }
+        if let Some(index) = index
             && !state.pods.values().any(|other| *other == index)
         {
             bpf::delete(&inner.kernel.map(abi::TRAFFIC).fd, &index.to_ne_bytes())

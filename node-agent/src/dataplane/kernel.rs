@@ -178,6 +178,7 @@ pub struct Kernel {
     pub node_cgroup: PathBuf,
     maps: HashMap<&'static str, Map>,
     programs: HashMap<&'static str, OwnedFd>,
+    programs_directory: PathBuf,
 }
 
 impl Kernel {
@@ -215,6 +216,7 @@ impl Kernel {
         };
         let kernel = Self {
             maps: HashMap::new(),
+            programs_directory: programs_directory.clone(),
             programs,
             cgroup_root,
             node_cgroup,
@@ -237,6 +239,12 @@ impl Kernel {
     #[must_use]
     pub fn program(&self, name: &str) -> &OwnedFd {
         &self.programs[name]
+    }
+
+    /// Where one of [`PROGRAMS`] is pinned.
+    #[must_use]
+    pub fn program_pin(&self, name: &str) -> PathBuf {
+        self.programs_directory.join(name)
     }
 
     /// Attaches a program to an interface of this thread's network namespace, or finds it attached. `true`: newly attached.
@@ -539,15 +547,23 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
 /// There is none.
 pub fn find_cgroup2() -> io::Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    mounts
+    let found: Vec<(&str, &str)> = mounts
         .lines()
-        .rev()
-        .find_map(|line| {
+        .filter_map(|line| {
             let (before, after) = line.split_once(" - ")?;
+            let mut fields = before.split(' ').skip(3);
             after
                 .starts_with("cgroup2 ")
-                .then(|| before.split(' ').nth(4).map(PathBuf::from))
-                .flatten()
+                .then_some((fields.next()?, fields.next()?))
         })
+        .collect();
+    // The last one mounted covers others. In a cgroup namespace a mount from outside shows more than our own subtree: its
+    // root is not `/`.
+    found
+        .iter()
+        .rev()
+        .find(|(root, _)| *root == "/")
+        .or(found.last())
+        .map(|(_, point)| PathBuf::from(point))
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no cgroup2 is mounted"))
 }

@@ -360,3 +360,82 @@ fn what_others_damage_is_found_and_healed() {
         assert_eq!(ask(vip(1)).expect("an answer"), 1);
     });
 }
+
+/// Not a test: prints what things cost here. `cargo test --release -p orlop-node --test dataplane costs -- --ignored --nocapture`
+#[test]
+#[ignore = "prints figures, asserts nothing"]
+fn costs() {
+    run("lifecycle::costs", |stage| {
+        serve(1);
+        let config = Config {
+            sizes: Sizes::default(),
+            ..stage.config.clone()
+        };
+        let start = Instant::now();
+        let dataplane = EbpfDataplane::start(config.clone()).expect("start the dataplane");
+        println!("first start {:?}", start.elapsed());
+        let of = |index: u32| {
+            let mut service = (*service(1, &[])).clone();
+            let [_, b, c, d] = index.to_be_bytes();
+            service.name = format!("s{index}");
+            service.uid = format!("u{index}");
+            service.addresses = vec![vec![10, 96 + b, c, d].into()];
+            service.ports.truncate(1);
+            let backends =
+                (1..=10_u8).flat_map(|last| [10, 244, 1, if index == 1 { 1 } else { last }, 0x1f, 0x90, 1, 0]);
+            service.ports[0].backends_v4 = backends.collect::<Vec<_>>().into();
+            Arc::new(service)
+        };
+        for count in [10, 10_000] {
+            let all: Vec<_> = (1..=count).map(of).collect();
+            let start = Instant::now();
+            whole(&dataplane, &all);
+            println!("{count} services: applied in {:?}", start.elapsed());
+            let statistics = |name: &str| {
+                let text = fs::read_to_string("/proc/self/fdinfo/".to_owned() + &fd(&dataplane, name)).expect("fdinfo");
+                let field = |key: &str| {
+                    let line = text.lines().find(|line| line.starts_with(key)).expect("a field");
+                    line.split_whitespace()
+                        .nth(1)
+                        .and_then(|value| value.parse::<u64>().ok())
+                        .expect("a number")
+                };
+                (field("run_time_ns"), field("run_cnt"))
+            };
+            fs::write("/proc/sys/kernel/bpf_stats_enabled", "1").expect("statistics");
+            let before = statistics("connect4");
+            for _ in 0..20_000 {
+                let _answered = ask(vip(1));
+            }
+            let after = statistics("connect4");
+            fs::write("/proc/sys/kernel/bpf_stats_enabled", "0").expect("statistics");
+            println!(
+                "{count} services: connect4 takes {} ns",
+                (after.0 - before.0) / (after.1 - before.1)
+            );
+            let start = Instant::now();
+            dataplane.read_counters_now().expect("counters");
+            println!("{count} services: counters read in {:?}", start.elapsed());
+        }
+        let status = fs::read_to_string("/proc/self/status").expect("status");
+        println!(
+            "{}",
+            status
+                .lines()
+                .filter(|line| line.starts_with("VmRSS") || line.starts_with("VmHWM"))
+                .collect::<String>()
+        );
+        drop(dataplane);
+        let start = Instant::now();
+        let dataplane = EbpfDataplane::start(config).expect("start the dataplane");
+        println!("adopted in {:?}", start.elapsed());
+        let start = Instant::now();
+        whole(&dataplane, &[]);
+        println!("all removed in {:?}", start.elapsed());
+    });
+}
+
+fn fd(dataplane: &EbpfDataplane, program: &str) -> String {
+    use std::os::fd::AsRawFd as _;
+    dataplane.kernel().program(program).as_raw_fd().to_string()
+}

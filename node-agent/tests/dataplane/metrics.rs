@@ -3,13 +3,13 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, UdpSocket},
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-use orlop_node::dataplane::{EbpfDataplane, PodInterface, cgroup_id};
+use orlop_node::dataplane::{Attachment, EbpfDataplane, PodInterface, cgroup_id};
 
 use crate::stage::{Stage, ip, run};
 
@@ -209,4 +209,57 @@ fn exchange(stage: &Stage, dataplane: EbpfDataplane, pod: &str) {
             .count(),
         0
     );
+}
+
+/// As on kernels before 6.6.
+#[test]
+fn traffic_is_counted_without_tcx_too() {
+    run("metrics::traffic_is_counted_without_tcx_too", |stage| {
+        let dataplane = started(stage);
+        ip(&["link", "add", "host0", "type", "veth", "peer", "name", "pod0"]);
+        let interface = PodInterface {
+            pod_uid: "uid".into(),
+            host_interface: "host0".into(),
+        };
+        dataplane
+            .attach_pod_with(&interface, Attachment::Clsact)
+            .expect("attach");
+        dataplane
+            .attach_pod_with(&interface, Attachment::Clsact)
+            .expect("attach again");
+        ip(&["addr", "add", "10.244.1.1/24", "dev", "host0"]);
+        ip(&["link", "set", "host0", "up"]);
+        ip(&["link", "set", "pod0", "up"]);
+        let socket = UdpSocket::bind("10.244.1.1:0").expect("bind");
+        ip(&[
+            "neigh",
+            "add",
+            "10.244.1.2",
+            "lladdr",
+            "02:00:00:00:00:02",
+            "dev",
+            "host0",
+        ]);
+        let counted = || dataplane.read_counters_now().expect("counters").network_by_pod["uid"];
+        let before = counted();
+        for _ in 0..10 {
+            socket.send_to(&[0; 1000], "10.244.1.2:9").expect("send");
+        }
+        let after = counted();
+        assert!(
+            after.rx_packets >= before.rx_packets + 10 && after.rx_packets < before.rx_packets + 15,
+            "{after:?}"
+        );
+        assert!(after.rx_bytes >= before.rx_bytes + 10 * 1042, "{after:?}");
+        dataplane.detach_pod_now("uid").expect("detach");
+        let filters = Command::new("tc")
+            .args(["filter", "show", "dev", "host0", "egress"])
+            .output()
+            .expect("tc");
+        assert!(
+            filters.stdout.is_empty(),
+            "{}",
+            String::from_utf8_lossy(&filters.stdout)
+        );
+    });
 }

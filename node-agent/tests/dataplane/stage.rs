@@ -48,7 +48,7 @@ pub fn run(name: &str, body: fn(&Stage)) {
     let cgroup = root.join(format!("orlop-test-{}-{}", process::id(), name.replace("::", "-")));
     fs::create_dir(&cgroup).expect("make a cgroup");
     let status = Command::new(env::current_exe().expect("this program"))
-        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .args(["--exact", name, "--nocapture", "--test-threads=1", "--include-ignored"])
         .env(INSIDE, &cgroup)
         .status()
         .expect("run this program again");

@@ -35,14 +35,7 @@ pub fn on_node<F: Future<Output = ()>>(test: impl FnOnce(Node) -> F + Send + 'st
         .unwrap();
         let dir = tempfile::Builder::new().prefix("orlop-network-").tempdir().unwrap();
         // A file system of its own: what a failed test leaves mounted goes with it.
-        mount(
-            Some("tmpfs"),
-            dir.path(),
-            Some("tmpfs"),
-            MsFlags::empty(),
-            None::<&str>,
-        )
-        .unwrap();
+        mount(Some("tmpfs"), dir.path(), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         let _unmount = Mounted(dir.path().to_owned());
         let node = Node {
             dir: dir.path().to_owned(),
