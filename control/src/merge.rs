@@ -278,14 +278,15 @@ fn identities(keys: &[&str], elements: &[Value]) -> Option<Vec<String>> {
     (distinct.len() == identities.len()).then_some(identities)
 }
 
-/// What tells an element from the others; a protocol that is left out is TCP.
+/// What tells an element from the others; a protocol that is left out, or empty, is TCP.
 fn identity(keys: &[&str], element: &Value) -> Option<String> {
     let mut identity = String::new();
     for key in keys {
-        let value = match element.get(key).filter(|value| !value.is_null()) {
+        let value = match element.get(key) {
+            None | Some(Value::Null) if *key == "protocol" => "\"TCP\"".to_owned(),
+            Some(Value::String(empty)) if empty.is_empty() && *key == "protocol" => "\"TCP\"".to_owned(),
+            None | Some(Value::Null) => return None,
             Some(value) => value.to_string(),
-            None if *key == "protocol" => "\"TCP\"".to_owned(),
-            None => return None,
         };
         identity.push_str(&value);
         identity.push(',');

@@ -1,4 +1,4 @@
-use orlop_proto::{Resource, core::v1, json};
+use orlop_proto::{Resource, api::v1::Object, core::v1, json};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -155,7 +155,7 @@ fn the_annotation_is_kubectls() {
 }
 
 const ANY: Generator = Generator {
-    words: &["a", "b", "c"],
+    words: &["a", "b", "TCP", ""],
     without: &[
         "creationTimestamp",
         "deletionGracePeriodSeconds",
@@ -220,5 +220,23 @@ proptest! {
         for (field, value) in given["metadata"]["labels"].as_object().into_iter().flatten() {
             prop_assert_eq!(&result["metadata"]["labels"][field], value);
         }
+    }
+
+    /// The same through typed objects and their defaults, as the API does it: applying twice writes nothing.
+    #[test]
+    fn applying_twice_writes_nothing((kind, given, _) in any_object(), other in any::<bool>()) {
+        let typed = |value: &Value| {
+            let mut object = Object::from_value_as(kind, value).expect("object");
+            crate::model::default_object(&mut object);
+            object
+        };
+        let mut first = typed(&apply(&kind, &given, None));
+        if other {
+            let meta = first.meta_mut().expect("meta");
+            meta.labels.insert("other".to_owned(), "label".to_owned());
+            meta.resource_version = "7".to_owned();
+        }
+        let second = typed(&apply(&kind, &given, Some(&first.to_value().expect("json"))));
+        prop_assert_eq!(second, first);
     }
 }
