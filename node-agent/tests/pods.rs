@@ -150,6 +150,76 @@ fn a_dead_sandbox_is_replaced_and_deletion_keeps_its_grace() {
 }
 
 #[test]
+fn a_killed_shim_costs_its_own_pod_alone() {
+    on_stage("a_killed_shim_costs_its_own_pod_alone", async |stage| {
+        let mut node = Node::start(stage).await;
+        let ready = |status: &orlop_proto::core::v1::PodStatus| condition(status, "Ready") == "True";
+        for name in ["hit", "other"] {
+            node.want(&pod(
+                name,
+                &[("web", &["sleep"], "fixture:1"), ("tick", &["tick", "50"], "fixture:1")],
+            ));
+            node.until(name, "is ready", ready).await;
+        }
+        let (hit, other) = (node.process("hit", "web").await, node.process("other", "web").await);
+        let pause = node.pause_pid("hit").await;
+        node.kill(node.parent(pause));
+        let restarted = |status: &orlop_proto::core::v1::PodStatus| {
+            ready(status)
+                && status
+                    .container_statuses
+                    .iter()
+                    .all(|container| container.restart_count == 1)
+        };
+        let status = node.until("hit", "runs again", restarted).await;
+        let lost = status.container_statuses[0]
+            .last_state
+            .clone()
+            .unwrap()
+            .terminated
+            .unwrap();
+        assert_eq!((lost.exit_code, lost.reason.as_str()), (137, "ContainerStatusUnknown"));
+        node.until_true("what the shim ran is gone", |node| {
+            !node.exists(hit.0) && !node.exists(pause)
+        })
+        .await;
+        assert_eq!(node.process("other", "web").await, other);
+        for name in ["hit", "other"] {
+            node.delete(name, 5).await;
+        }
+        node.until_empty().await;
+        node.assert_nothing_left();
+    });
+}
+
+#[test]
+fn twenty_pods_start_at_once() {
+    on_stage("twenty_pods_start_at_once", async |stage| {
+        let mut node = Node::start(stage).await;
+        let names: Vec<String> = (0..20).map(|at| format!("p{at}")).collect();
+        let begin = std::time::Instant::now();
+        for name in &names {
+            node.want(&pod(name, &[("web", &["sleep"], "fixture:1")]));
+        }
+        let mut addresses = std::collections::BTreeSet::new();
+        for name in &names {
+            let status = node
+                .until(name, "is ready", |status| condition(status, "Ready") == "True")
+                .await;
+            addresses.insert(status.pod_ip);
+        }
+        println!("{} ms a pod", begin.elapsed().as_millis() / 20);
+        assert_eq!(addresses.len(), 20, "no address is given twice");
+        assert_eq!(node.shims(), 20);
+        for name in &names {
+            node.unwant(name);
+        }
+        node.until_empty().await;
+        node.assert_nothing_left();
+    });
+}
+
+#[test]
 fn ends_and_errors_show_in_the_status() {
     on_stage("ends_and_errors_show_in_the_status", async |stage| {
         let mut node = Node::start(stage).await;

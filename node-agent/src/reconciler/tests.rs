@@ -380,7 +380,7 @@ async fn a_failed_start_is_rolled_back_and_tried_again_and_a_deleted_pod_is_gone
 async fn a_pod_that_never_was_here_is_gone_at_once() {
     let mut reconciler = Loop::start(Fake::default());
     reconciler.want("p", "i", |pod| {
-        pod.meta_mut().deletion_timestamp = Some(prost_types::Timestamp::default())
+        pod.meta_mut().deletion_timestamp = Some(prost_types::Timestamp::default());
     });
     reconciler
         .until("it is gone", |updates| {

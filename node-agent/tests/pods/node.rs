@@ -367,6 +367,24 @@ impl Node {
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     }
 
+    /// The parent of a process: of a container's, its shim.
+    pub fn parent(&self, pid: u32) -> u32 {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        stat.rsplit(')')
+            .next()
+            .unwrap()
+            .split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse()
+            .unwrap()
+    }
+
+    pub fn exists(&self, pid: u32) -> bool {
+        PathBuf::from(format!("/proc/{pid}/cwd")).symlink_metadata().is_ok()
+            && fs::read_link(format!("/proc/{pid}/exe")).is_ok()
+    }
+
     /// All lines of a container's logs.
     pub fn log_lines(&self, pod: &str, container: &str) -> Vec<String> {
         let dir = self
