@@ -216,6 +216,11 @@ pub fn gateways(ips: &[Ip]) -> Vec<IpNet> {
         .collect()
 }
 
+/// The gateways of all ranges, given or not.
+pub fn all_gateways(ipam: &OrlopIpam) -> Result<Vec<IpNet>, Failure> {
+    Ok(pools(ipam)?.iter().flat_map(Pool::gateways).collect())
+}
+
 fn pools(ipam: &OrlopIpam) -> Result<Vec<Pool>, Failure> {
     let pools = ipam
         .ranges

@@ -14,6 +14,7 @@ use error::{Failure, code};
 use request::{Env, Verb};
 use version::CniVersion;
 
+pub mod check;
 pub mod config;
 pub mod delegate;
 pub mod error;
@@ -68,7 +69,7 @@ async fn dispatch(env: &Env, object: Result<Map<String, Value>, Failure>) -> Res
     let config = Config::parse(object, &at.args)?;
     match verb {
         Verb::Add => Ok(Some(plugin::add(&config, &at, env).await?.to_json(config.version))),
-        Verb::Check => plugin::check(&config, &at, env).await.map(|()| None),
+        Verb::Check => check::check(&config, &at, env).await.map(|()| None),
         _ => plugin::del(&config, &at, env).await.map(|()| None),
     }
 }

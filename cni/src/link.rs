@@ -136,8 +136,13 @@ impl Net {
                 format!("{name} is there and is not a bridge"),
             ));
         }
-        if !link.up || (promiscuous && !link.promiscuous) {
+        let resize = mtu != 0 && link.mtu != mtu;
+        if !link.up || resize || (promiscuous && !link.promiscuous) {
             let mut message = LinkUnspec::new_with_index(link.index).up();
+            if resize {
+                message = message.mtu(mtu);
+                link.mtu = mtu;
+            }
             if promiscuous {
                 message = message.promiscuous(true);
             }
@@ -146,7 +151,7 @@ impl Net {
                 .set(message.build())
                 .execute()
                 .await
-                .map_err(|e| failed("bringing up", &e))?;
+                .map_err(|e| failed("setting up", &e))?;
             link.up = true;
         }
         Ok(link)

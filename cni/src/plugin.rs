@@ -1,9 +1,9 @@
-//! The verbs.
+//! The verbs; CHECK is in [`crate::check`].
 
 use std::{
     collections::BTreeSet,
     fs,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsRawFd,
     time::{Duration, Instant},
 };
@@ -60,23 +60,6 @@ pub async fn del(config: &Config, at: &Attachment, env: &Env) -> Result<(), Fail
         Ipam::Orlop(ipam) => Leases::open(ipam, &config.name)?.release(&at.container_id, &at.ifname),
         Ipam::Foreign(plugin) => delegate::silent(plugin, "DEL", &config.raw, env).await,
     }
-}
-
-/// Whether all that ADD made is still as it made it.
-pub async fn check(config: &Config, at: &Attachment, env: &Env) -> Result<(), Failure> {
-    let Some(previous) = &config.prev_result else {
-        return Err(Failure::new(code::INVALID_CONFIG, "prevResult is missing"));
-    };
-    match &config.ipam {
-        Ipam::None => {}
-        Ipam::Orlop(ipam) => check_lease(&Leases::open(ipam, &config.name)?, at, previous)?,
-        Ipam::Foreign(plugin) => delegate::silent(plugin, "CHECK", &config.raw, env).await?,
-    }
-    let namespaces = Namespaces::open(&at.netns)?;
-    let host = Net::open()?;
-    let inside = namespaces.inside(Net::open)??;
-    check_host(config, at, previous, &host).await?;
-    check_container(at, previous, &inside).await
 }
 
 /// Whether ADD can be served. A full range does not count: the node is well, and other pods' ends make room.
@@ -219,9 +202,7 @@ impl Wiring<'_> {
     /// The bridge gets the gateways' addresses; with `isDefaultGateway` pods get default routes.
     async fn make_gateway(&self, bridge: &Link, given: &mut CniResult) -> Result<(), Failure> {
         for ip in &mut given.ips {
-            // The first address of the subnet, as the reference plugins have it.
-            let first = || ip.address.hosts().next();
-            ip.gateway = ip.gateway.or_else(first);
+            ip.gateway = ip.gateway.or_else(|| first_host(ip.address));
         }
         for gateway in ipam::gateways(&given.ips) {
             self.ensure_gateway(bridge, gateway).await?;
@@ -250,7 +231,12 @@ impl Wiring<'_> {
         if present.contains(&gateway) {
             return Ok(());
         }
-        for other in present {
+        // A set may have several ranges of a family, and each has its gateway.
+        let ours = match &self.config.ipam {
+            Ipam::Orlop(ipam) => ipam::all_gateways(ipam)?,
+            _ => Vec::new(),
+        };
+        for other in present.into_iter().filter(|other| !ours.contains(other)) {
             let same_family = other.addr().is_ipv4() == gateway.addr().is_ipv4();
             let overlap = other.contains(&gateway.addr()) || gateway.contains(&other.addr());
             if !same_family || (other.addr().is_ipv6() && !overlap) {
@@ -399,7 +385,16 @@ async fn undo(wiring: &Wiring<'_>, done: &Done, failure: Failure) -> Failure {
     failure.with(details.trim_start_matches("; "))
 }
 
-fn gateway_for(dst: IpNet, ips: &[Ip]) -> Option<IpAddr> {
+/// The first address of the subnet, as the reference plugins have it where address management names no gateway.
+fn first_host(net: IpNet) -> Option<IpAddr> {
+    match net.network() {
+        IpAddr::V4(ip) if net.prefix_len() < 31 => Some(Ipv4Addr::from(u32::from(ip) + 1).into()),
+        IpAddr::V6(ip) if net.prefix_len() < 127 => Some(Ipv6Addr::from(u128::from(ip) + 1).into()),
+        _ => None,
+    }
+}
+
+pub(crate) fn gateway_for(dst: IpNet, ips: &[Ip]) -> Option<IpAddr> {
     ips.iter()
         .filter_map(|ip| ip.gateway)
         .find(|gw| gw.is_ipv4() == dst.addr().is_ipv4())
@@ -420,102 +415,4 @@ fn sysctl(key: &str, value: &str) -> Result<(), Failure> {
         return Ok(());
     }
     fs::write(&path, value).map_err(|e| Failure::io(format!("writing {path}"), &e))
-}
-
-fn mismatch(msg: String) -> Failure {
-    Failure::new(code::CHECK_FAILED, msg)
-}
-
-fn check_lease(leases: &Leases, at: &Attachment, previous: &CniResult) -> Result<(), Failure> {
-    let held = leases.held(&at.container_id, &at.ifname);
-    let index = previous
-        .container_interface(&at.netns, &at.ifname)
-        .map(|(index, _)| index);
-    let ours = previous
-        .ips
-        .iter()
-        .filter(|ip| ip.interface == index)
-        .map(|ip| ip.address.addr());
-    match ours.into_iter().find(|ip| !held.contains(ip)) {
-        Some(ip) => Err(mismatch(format!(
-            "address {ip} is not leased to container {}",
-            at.container_id
-        ))),
-        None => Ok(()),
-    }
-}
-
-async fn check_host(config: &Config, at: &Attachment, previous: &CniResult, host: &Net) -> Result<(), Failure> {
-    let name = &config.bridge.name;
-    let bridge = host.link(name).await?.filter(|link| link.bridge);
-    let bridge = bridge.ok_or_else(|| mismatch(format!("bridge {name} is gone")))?;
-    let host_name = names::host_interface(&config.name, &at.container_id, &at.ifname);
-    let port = host
-        .link(&host_name)
-        .await?
-        .ok_or_else(|| mismatch(format!("link {host_name} is gone")))?;
-    for (link, role) in [(&bridge, "bridge"), (&port, "port")] {
-        let told = previous
-            .interfaces
-            .iter()
-            .find(|i| i.name == link.name && i.sandbox.is_empty());
-        let told = told.ok_or_else(|| mismatch(format!("prevResult does not name the {role} {}", link.name)))?;
-        if !told.mac.is_empty() && !told.mac.eq_ignore_ascii_case(&mac_text(&link.mac)) {
-            return Err(mismatch(format!(
-                "{} has another hardware address than {}",
-                link.name, told.mac
-            )));
-        }
-        if !link.up {
-            return Err(mismatch(format!("{} is down", link.name)));
-        }
-    }
-    if port.controller != Some(bridge.index) {
-        return Err(mismatch(format!("{host_name} is not a port of {name}")));
-    }
-    if config.bridge.hairpin_mode && !port.hairpin {
-        return Err(mismatch(format!("{host_name} is not in hairpin mode")));
-    }
-    if config.bridge.is_gateway {
-        let present = host.addresses(bridge.index).await?;
-        if let Some(lost) = ipam::gateways(&previous.ips)
-            .into_iter()
-            .find(|gateway| !present.contains(gateway))
-        {
-            return Err(mismatch(format!("bridge {name} has lost {lost}")));
-        }
-    }
-    Ok(())
-}
-
-async fn check_container(at: &Attachment, previous: &CniResult, inside: &Net) -> Result<(), Failure> {
-    let ifname = &at.ifname;
-    let told = previous.container_interface(&at.netns, ifname);
-    let (index, told) = told.ok_or_else(|| mismatch(format!("prevResult does not name {ifname}")))?;
-    let link = inside
-        .link(ifname)
-        .await?
-        .ok_or_else(|| mismatch(format!("{ifname} is gone")))?;
-    if !link.up {
-        return Err(mismatch(format!("{ifname} is down")));
-    }
-    if !told.mac.is_empty() && !told.mac.eq_ignore_ascii_case(&mac_text(&link.mac)) {
-        return Err(mismatch(format!(
-            "{ifname} has another hardware address than {}",
-            told.mac
-        )));
-    }
-    let present = inside.addresses(link.index).await?;
-    let ours = || previous.ips.iter().filter(|ip| ip.interface == Some(index));
-    if let Some(lost) = ours().find(|ip| !present.contains(&ip.address)) {
-        return Err(mismatch(format!("{ifname} has lost {}", lost.address)));
-    }
-    let ips: Vec<Ip> = ours().cloned().collect();
-    for route in &previous.routes {
-        let gw = route.gw.or_else(|| gateway_for(route.dst, &ips));
-        if !inside.has_route(link.index, &Route { gw, ..route.clone() }).await? {
-            return Err(mismatch(format!("the route to {} is gone", route.dst)));
-        }
-    }
-    Ok(())
 }

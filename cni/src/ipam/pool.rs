@@ -67,6 +67,12 @@ impl Pool {
         self.ranges.iter().any(|a| other.ranges.iter().any(|b| a.overlaps(b)))
     }
 
+    /// The ranges' gateways, with the subnets' prefix lengths.
+    pub fn gateways(&self) -> Vec<IpNet> {
+        let gateway = |range: &Range| IpNet::new(range.gateway, range.subnet.prefix_len()).ok();
+        self.ranges.iter().filter_map(gateway).collect()
+    }
+
     /// The result's entry for an address of this pool.
     pub fn entry(&self, ip: IpAddr) -> Ip {
         let range = self.range_of(ip).unwrap_or(&self.ranges[0]);

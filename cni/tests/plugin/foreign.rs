@@ -145,3 +145,23 @@ fn status_and_gc_reach_the_delegate() {
         assert_eq!(call(node, "STATUS", &node.pod("c"), &config).code(), 51);
     });
 }
+
+#[test]
+fn a_gateway_that_is_not_named_is_the_subnets_first_address() {
+    on_node(|node| {
+        let reply = r#"{"cniVersion":"1.0.0","ips":[{"address":"10.97.0.9/24"},{"address":"fd97::9/64"}]}"#;
+        script(
+            node,
+            "plain",
+            &format!("[ $CNI_COMMAND = ADD ] && echo '{reply}'; exit 0"),
+        );
+        let result = call(node, "ADD", &node.pod("a"), &config(node, "plain")).expect();
+        assert_eq!(result["ips"][0]["gateway"], "10.97.0.1");
+        assert_eq!(result["ips"][1]["gateway"], "fd97::1");
+        let shown = node.ip("-br addr show orlop0");
+        assert!(
+            shown.contains("10.97.0.1/24") && shown.contains("fd97::1/64"),
+            "{shown}"
+        );
+    });
+}
