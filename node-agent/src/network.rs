@@ -21,6 +21,7 @@ mod node_network;
 mod own_conflist;
 mod plugin;
 mod result;
+mod routes;
 
 /// The network side of a node.
 #[async_trait]

@@ -11,7 +11,6 @@ use std::{
 
 use async_trait::async_trait;
 use imbl::OrdMap;
-use ipnet::IpNet;
 use orlop_proto::node::v1 as link;
 use serde_json::{Map, Value, json};
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, RwLock};
@@ -20,9 +19,10 @@ use super::{
     Attachment, Network, NetworkError, NetworkStatus, PodNetwork,
     attachments::{Attachments, Record},
     conflist::{ConfList, plugin_type},
-    kernel::{self, Target},
+    kernel,
     namespace::{self, Pins},
     own_conflist, plugin, result,
+    routes::{parse_ranges, wanted_routes},
 };
 use crate::config::Config;
 
@@ -113,6 +113,33 @@ impl CniNetwork {
         Ok(text.trim().to_owned())
     }
 
+    /// The sandbox's record. What an unreadable one said is lost: it stands for an ADD with today's configuration that
+    /// was cut off, so that it can be taken down, and does not keep all others from being listed.
+    fn record(&self, sandbox_id: &str) -> Result<Option<Record>, NetworkError> {
+        match self.attachments.read(sandbox_id) {
+            Err(NetworkError::File { path, source }) if is_garbage(&source) => {
+                tracing::error!(path = %path.display(), error = %source, "cached CNI result cannot be read");
+                let netns = self.pins.path(sandbox_id);
+                let pod = PodNetwork {
+                    namespace: String::new(),
+                    name: String::new(),
+                    uid: String::new(),
+                    sandbox_id: sandbox_id.to_owned(),
+                    netns,
+                };
+                let list = ConfList::load(&self.settings.conf_dir)?;
+                Ok(Some(Record {
+                    pod: (&pod).into(),
+                    list,
+                    namespace: None,
+                    boot_id: String::new(),
+                    result: None,
+                }))
+            }
+            other => other,
+        }
+    }
+
     /// Runs the list's ADDs, each with the result of the one before.
     async fn add_list(&self, list: &ConfList, pod: &PodNetwork) -> Result<Value, NetworkError> {
         let mut previous: Option<Value> = None;
@@ -195,7 +222,7 @@ impl CniNetwork {
 
     /// DEL and the end of the record. Without a record nothing was added.
     async fn del_recorded(&self, sandbox_id: &str) -> Result<(), NetworkError> {
-        let Some(record) = self.attachments.read(sandbox_id)? else {
+        let Some(record) = self.record(sandbox_id)? else {
             return Ok(());
         };
         let mut pod = PodNetwork::from(&record.pod);
@@ -258,7 +285,7 @@ impl Network for CniNetwork {
             )));
         }
         let boot_id = self.boot_id()?;
-        if let Some(record) = self.attachments.read(&pod.sandbox_id)? {
+        if let Some(record) = self.record(&pod.sandbox_id)? {
             let same = record.namespace == namespace && record.boot_id == boot_id;
             if let (true, Some(value)) = (same, &record.result) {
                 return result::status(value, &pod.netns).map_err(NetworkError::Invalid);
@@ -316,7 +343,7 @@ impl Network for CniNetwork {
         check_id(&pod.sandbox_id)?;
         let _collecting = self.collecting.read().await;
         let _one = self.lock(&pod.sandbox_id).await;
-        let record = self.attachments.read(&pod.sandbox_id)?;
+        let record = self.record(&pod.sandbox_id)?;
         let Some((record, Some(value))) = record.map(|r| {
             let value = r.result.clone();
             (r, value)
@@ -353,7 +380,7 @@ impl Network for CniNetwork {
         let mut all = Vec::new();
         for sandbox_id in ids {
             let path = self.pins.path(&sandbox_id);
-            let record = self.attachments.read(&sandbox_id)?;
+            let record = self.record(&sandbox_id)?;
             let pod = record.as_ref().map(|record| PodNetwork::from(&record.pod));
             let status = record.as_ref().and_then(|record| {
                 result::status(record.result.as_ref()?, pod.as_ref().map_or(&path, |pod| &pod.netns)).ok()
@@ -431,69 +458,6 @@ impl Network for CniNetwork {
     }
 }
 
-/// The routes that the node should have; what is unusable is an error of its own and stops no other.
-fn wanted_routes(
-    own: &[IpNet],
-    cluster: &str,
-    routes: &OrdMap<String, Arc<link::Route>>,
-) -> (BTreeMap<IpNet, Target>, Vec<NetworkError>) {
-    let mut errors = Vec::new();
-    let mut wanted = BTreeMap::new();
-    let cluster = match cluster.parse::<IpNet>() {
-        Ok(net) => Some(net.trunc()),
-        Err(_) if cluster.is_empty() => None,
-        Err(_) => {
-            errors.push(NetworkError::Invalid(format!(
-                "the cluster's pod range {cluster:?} is not a range"
-            )));
-            None
-        }
-    };
-    wanted.extend(cluster.map(|net| (net, Target::Unreachable)));
-    for (node, route) in routes {
-        let mut refuse = |why: String| errors.push(NetworkError::Invalid(format!("route of node {node}: {why}")));
-        let Ok(address) = route.node_address.parse::<IpAddr>() else {
-            refuse(format!("{:?} is not an address", route.node_address));
-            continue;
-        };
-        let ranges = match parse_ranges(&route.pod_cidrs) {
-            Ok(ranges) => ranges,
-            Err(error) => {
-                refuse(error.to_string());
-                continue;
-            }
-        };
-        for net in ranges {
-            let same_family = |other: &IpNet| other.addr().is_ipv4() == net.addr().is_ipv4();
-            if address.is_ipv4() != net.addr().is_ipv4() {
-                refuse(format!("{net} cannot be reached through {address}"));
-            } else if own.iter().any(|mine| mine.contains(&net) || net.contains(mine)) {
-                refuse(format!("{net} overlaps this node's own range"));
-            } else if cluster
-                .as_ref()
-                .is_some_and(|cluster| same_family(cluster) && !cluster.contains(&net))
-            {
-                refuse(format!("{net} is outside the cluster's pod range"));
-            } else {
-                wanted.insert(net, Target::Via(address));
-            }
-        }
-    }
-    (wanted, errors)
-}
-
-fn parse_ranges(texts: &[String]) -> Result<Vec<IpNet>, NetworkError> {
-    let parse = |text: &String| {
-        let net = text
-            .parse::<IpNet>()
-            .ok()
-            .filter(|net| net.prefix_len() > 0)
-            .map(|net| net.trunc());
-        net.ok_or_else(|| NetworkError::Invalid(format!("{text:?} is not a pod range")))
-    };
-    texts.iter().map(parse).collect()
-}
-
 fn environment(pod: &PodNetwork) -> Vec<(&'static str, String)> {
     // `;` and `=` cannot be in these names by Kubernetes' rules; they would be other arguments.
     let clean = |text: &str| text.replace([';', '='], "_");
@@ -525,6 +489,13 @@ fn check_id(id: &str) -> Result<(), NetworkError> {
     )))
 }
 
+fn is_garbage(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof
+    )
+}
+
 async fn blocking<T: Send + 'static>(
     f: impl FnOnce() -> Result<T, NetworkError> + Send + 'static,
 ) -> Result<T, NetworkError> {
@@ -534,4 +505,14 @@ async fn blocking<T: Send + 'static>(
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_that_are_no_file_names_are_refused() {
+        for id in ["", "..", "../x", "a/b", "a b", "-a", "\u{e4}"] {
+            assert!(check_id(id).is_err(), "{id:?}");
+        }
+        assert!(check_id("Ab0_.-").is_ok());
+    }
+}
