@@ -9,10 +9,15 @@ use prost_types::{
 pub fn error_details() -> FileDescriptorSet {
     let violation = message("FieldViolation", vec![text("field", 1), text("description", 2)]);
     let violations = nested("field_violations", 1, ".google.rpc.BadRequest.FieldViolation");
-    let bad_request =
-        DescriptorProto { nested_type: vec![violation], ..message("BadRequest", vec![violations]) };
+    let bad_request = DescriptorProto {
+        nested_type: vec![violation],
+        ..message("BadRequest", vec![violations])
+    };
     let entry = DescriptorProto {
-        options: Some(MessageOptions { map_entry: Some(true), ..MessageOptions::default() }),
+        options: Some(MessageOptions {
+            map_entry: Some(true),
+            ..MessageOptions::default()
+        }),
         ..message("MetadataEntry", vec![text("key", 1), text("value", 2)])
     };
     let metadata = nested("metadata", 3, ".google.rpc.ErrorInfo.MetadataEntry");
@@ -31,7 +36,11 @@ pub fn error_details() -> FileDescriptorSet {
 }
 
 fn message(name: &str, field: Vec<FieldDescriptorProto>) -> DescriptorProto {
-    DescriptorProto { name: Some(name.to_owned()), field, ..DescriptorProto::default() }
+    DescriptorProto {
+        name: Some(name.to_owned()),
+        field,
+        ..DescriptorProto::default()
+    }
 }
 
 fn text(name: &str, number: i32) -> FieldDescriptorProto {
@@ -46,7 +55,11 @@ fn text(name: &str, number: i32) -> FieldDescriptorProto {
 }
 
 fn nested(name: &str, number: i32, type_name: &str) -> FieldDescriptorProto {
-    let json_name = if name == "field_violations" { "fieldViolations" } else { name };
+    let json_name = if name == "field_violations" {
+        "fieldViolations"
+    } else {
+        name
+    };
     FieldDescriptorProto {
         name: Some(name.to_owned()),
         json_name: Some(json_name.to_owned()),

@@ -1,7 +1,7 @@
 //! What both engines promise. Every test runs over the embedded engine and over a real etcd that it starts itself.
 
 mod embedded;
-//mod etcd;
+mod etcd;
 mod transactions;
 mod watches;
 
@@ -34,7 +34,6 @@ macro_rules! contract {
                 }
             )*
         }
-        #[cfg(any())]
         mod on_etcd {
             $(
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

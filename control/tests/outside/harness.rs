@@ -60,7 +60,13 @@ impl Control {
         let shutdown = CancellationToken::new();
         let inherited = vec![Listener::Tcp(listener, Trust::Tls)];
         let task = tokio::spawn(run::run(config, inherited, shutdown.clone()));
-        let control = Self { directory, address, socket, shutdown, task };
+        let control = Self {
+            directory,
+            address,
+            socket,
+            shutdown,
+            task,
+        };
         for _ in 0..500 {
             if UnixStream::connect(&control.socket).await.is_ok() {
                 return control;
@@ -90,7 +96,10 @@ impl Control {
     pub fn pair(&self, name: &str) -> Pair {
         let certificate = CertificateDer::from_pem_slice(&self.pki(&format!("{name}.crt"))).expect("certificate");
         let key = KeyPair::from_pem(&String::from_utf8(self.pki(&format!("{name}.key"))).expect("text")).expect("key");
-        Pair { certificate, key: key.serialize_der() }
+        Pair {
+            certificate,
+            key: key.serialize_der(),
+        }
     }
 
     /// A pair that the CA's key signs, with this subject, as nobody but a test would make it.
@@ -139,7 +148,10 @@ pub fn sign(issuer: &Issuer<'_, KeyPair>, change: impl FnOnce(&mut CertificatePa
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
     change(&mut params);
     let certificate = params.signed_by(&key, issuer).expect("signs");
-    Pair { certificate: certificate.into(), key: key.serialize_der() }
+    Pair {
+        certificate: certificate.into(),
+        key: key.serialize_der(),
+    }
 }
 
 pub fn subject(name: &str, group: &str) -> DistinguishedName {
@@ -169,7 +181,9 @@ async fn connect(
         None => builder.with_no_client_auth(),
         Some(pair) => {
             let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(pair.key.clone()));
-            builder.with_client_auth_cert(vec![pair.certificate.clone()], key).map_err(std::io::Error::other)?
+            builder
+                .with_client_auth_cert(vec![pair.certificate.clone()], key)
+                .map_err(std::io::Error::other)?
         }
     };
     config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();

@@ -17,8 +17,15 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use crate::harness::{Control, Pair, sign, subject};
 
 async fn list(channel: Channel) -> Result<(), Code> {
-    let request = ListRequest { resource: "nodes".to_owned(), ..ListRequest::default() };
-    ObjectsClient::new(channel).list(request).await.map(drop).map_err(|status| status.code())
+    let request = ListRequest {
+        resource: "nodes".to_owned(),
+        ..ListRequest::default()
+    };
+    ObjectsClient::new(channel)
+        .list(request)
+        .await
+        .map(drop)
+        .map_err(|status| status.code())
 }
 
 /// What a call with this certificate gets: an answer, a status, or no connection.
@@ -73,7 +80,10 @@ fn self_signed() -> Pair {
     params.distinguished_name = subject("orlop-admin", "system:masters");
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
     let certificate = params.self_signed(&key).expect("signs");
-    Pair { certificate: certificate.into(), key: key.serialize_der() }
+    Pair {
+        certificate: certificate.into(),
+        key: key.serialize_der(),
+    }
 }
 
 #[tokio::test]
@@ -96,12 +106,24 @@ async fn other_names_of_our_ca_are_refused_by_call() {
     let both = control.forge(|params| {
         params.distinguished_name = subject("orlop-admin", "system:masters");
         params.custom_extensions.clear();
-        params.distinguished_name.push(rcgen::DnType::from_oid(&[2, 5, 4, 11]), "system:nodes");
+        params
+            .distinguished_name
+            .push(rcgen::DnType::from_oid(&[2, 5, 4, 11]), "system:nodes");
     });
-    assert_eq!(attempt(&control, Some(&both)).await, Ok(()), "another attribute is no group");
+    assert_eq!(
+        attempt(&control, Some(&both)).await,
+        Ok(()),
+        "another attribute is no group"
+    );
 
-    let node = control.channel(Some(&signed("system:node:n1", "system:nodes"))).await.expect("connects");
-    let status = JoinClient::new(node).create_token(CreateTokenRequest::default()).await.expect_err("refused");
+    let node = control
+        .channel(Some(&signed("system:node:n1", "system:nodes")))
+        .await
+        .expect("connects");
+    let status = JoinClient::new(node)
+        .create_token(CreateTokenRequest::default())
+        .await
+        .expect_err("refused");
     assert_eq!(status.code(), Code::PermissionDenied);
     control.stop().await;
 }
@@ -111,10 +133,16 @@ async fn the_unix_socket_and_health_are_open_to_whom_they_should() {
     let control = Control::start().await;
     list(control.unix().await).await.expect("the owner is an administrator");
     let mode = std::fs::metadata(&control.socket).expect("socket");
-    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode.permissions()) & 0o777, 0o600);
+    assert_eq!(
+        std::os::unix::fs::PermissionsExt::mode(&mode.permissions()) & 0o777,
+        0o600
+    );
 
     let anonymous = control.channel(None).await.expect("connects");
-    let health = HealthClient::new(anonymous).check(HealthCheckRequest::default()).await.expect("open to all");
+    let health = HealthClient::new(anonymous)
+        .check(HealthCheckRequest::default())
+        .await
+        .expect("open to all");
     assert_eq!(health.into_inner().status, 1);
     control.stop().await;
 }
@@ -175,7 +203,9 @@ async fn too_many_anonymous_connections_leave_room_for_others() {
             held.push(channel);
         }
     }
-    list(control.admin().await).await.expect("administrators are counted apart");
+    list(control.admin().await)
+        .await
+        .expect("administrators are counted apart");
     let mut open = 0;
     for channel in &held {
         if list(channel.clone()).await == Err(Code::Unauthenticated) {

@@ -17,29 +17,46 @@ use tonic::{Code, Status};
 use crate::harness::{Control, Pair, subject};
 
 fn request(key: &KeyPair) -> Vec<u8> {
-    CertificateParams::default().serialize_request(key).expect("request").der().to_vec()
+    CertificateParams::default()
+        .serialize_request(key)
+        .expect("request")
+        .der()
+        .to_vec()
 }
 
 async fn token(control: &Control, uses: u32, ttl_seconds: i64) -> String {
     let mut client = JoinClient::new(control.unix().await);
-    client.create_token(CreateTokenRequest { ttl_seconds, uses }).await.expect("token").into_inner().token
+    client
+        .create_token(CreateTokenRequest { ttl_seconds, uses })
+        .await
+        .expect("token")
+        .into_inner()
+        .token
 }
 
 async fn join(control: &Control, token: &str, name: &str, key: &KeyPair) -> Result<JoinResponse, Status> {
     let mut client = JoinClient::new(control.channel(None).await.expect("connects"));
-    let message =
-        JoinRequest { token: token.to_owned(), node_name: name.to_owned(), certificate_request: request(key).into() };
+    let message = JoinRequest {
+        token: token.to_owned(),
+        node_name: name.to_owned(),
+        certificate_request: request(key).into(),
+    };
     client.join(message).await.map(tonic::Response::into_inner)
 }
 
 async fn renew(control: &Control, pair: &Pair, key: &KeyPair) -> Result<JoinResponse, Status> {
     let mut client = JoinClient::new(control.channel(Some(pair)).await.expect("connects"));
-    let message = RenewRequest { certificate_request: request(key).into() };
+    let message = RenewRequest {
+        certificate_request: request(key).into(),
+    };
     client.renew(message).await.map(tonic::Response::into_inner)
 }
 
 fn pair(response: &JoinResponse, key: &KeyPair) -> Pair {
-    Pair { certificate: CertificateDer::from(response.certificate.to_vec()), key: key.serialize_der() }
+    Pair {
+        certificate: CertificateDer::from(response.certificate.to_vec()),
+        key: key.serialize_der(),
+    }
 }
 
 #[tokio::test]
@@ -64,11 +81,17 @@ async fn a_machine_joins_and_renews() {
     join(&control, &token, "n1", &key).await.expect("joins again");
 
     let next = KeyPair::generate().expect("key");
-    let renewed = renew(&control, &pair(&joined, &key), &next).await.expect("renews with a new key");
-    renew(&control, &pair(&joined, &key), &next).await.expect("the certificate before is good until the next renewal");
+    let renewed = renew(&control, &pair(&joined, &key), &next)
+        .await
+        .expect("renews with a new key");
+    renew(&control, &pair(&joined, &key), &next)
+        .await
+        .expect("the certificate before is good until the next renewal");
     let third = KeyPair::generate().expect("key");
     renew(&control, &pair(&renewed, &next), &third).await.expect("renews");
-    let status = renew(&control, &pair(&joined, &key), &next).await.expect_err("two renewals ago");
+    let status = renew(&control, &pair(&joined, &key), &next)
+        .await
+        .expect_err("two renewals ago");
     assert_eq!(status.code(), Code::Unauthenticated);
     control.stop().await;
 }
@@ -90,20 +113,37 @@ async fn all_bad_tokens_get_one_answer() {
     let revoked = token(&control, 0, 60).await;
     let id = revoked.split('.').nth(1).expect("id").to_owned();
     let mut client = JoinClient::new(control.unix().await);
-    client.revoke_token(RevokeTokenRequest { id: id.clone() }).await.expect("revokes");
-    let again = client.revoke_token(RevokeTokenRequest { id }).await.expect_err("is gone");
+    client
+        .revoke_token(RevokeTokenRequest { id: id.clone() })
+        .await
+        .expect("revokes");
+    let again = client
+        .revoke_token(RevokeTokenRequest { id })
+        .await
+        .expect_err("is gone");
     assert_eq!(again.code(), Code::NotFound);
     tokio::time::sleep(std::time::Duration::from_millis(2100)).await;
 
     let key = KeyPair::generate().expect("key");
     let mut answers = std::collections::BTreeSet::new();
-    for bad in ["", "orlop1.x.y.z", "orlop1./../../x.y.z", &guessed, &unknown, &expired, &used_up, &revoked] {
+    for bad in [
+        "",
+        "orlop1.x.y.z",
+        "orlop1./../../x.y.z",
+        &guessed,
+        &unknown,
+        &expired,
+        &used_up,
+        &revoked,
+    ] {
         let status = join(&control, bad, "n2", &key).await.expect_err(bad);
         assert_eq!(status.code(), Code::Unauthenticated, "{bad}");
         answers.insert(status.message().to_owned());
     }
     assert_eq!(answers.len(), 1, "{answers:?}");
-    join(&control, &good, "n2", &key).await.expect("the guesses used nothing up");
+    join(&control, &good, "n2", &key)
+        .await
+        .expect("the guesses used nothing up");
     control.stop().await;
 }
 
@@ -121,7 +161,10 @@ async fn a_token_for_three_is_good_for_three_of_twenty() {
     assert!((1..=3).contains(&joined), "{joined}");
     let refused = outcomes.iter().filter_map(|outcome| outcome.as_ref().err());
     for status in refused {
-        assert!(matches!(status.code(), Code::Unauthenticated | Code::Aborted), "{status:?}");
+        assert!(
+            matches!(status.code(), Code::Unauthenticated | Code::Aborted),
+            "{status:?}"
+        );
     }
     control.stop().await;
 }
@@ -138,14 +181,31 @@ async fn a_name_belongs_to_the_key_that_joined_first() {
 
     // Also while its Node object is there, however old the binding is.
     let mut objects = ObjectsClient::new(control.unix().await);
-    let metadata = Some(ObjectMeta { name: "n1".to_owned(), ..ObjectMeta::default() });
-    let object = Object { body: Some(Body::Node(Node { metadata, ..Node::default() })) };
-    objects.create(CreateRequest { object: Some(object) }).await.expect("creates the node");
+    let metadata = Some(ObjectMeta {
+        name: "n1".to_owned(),
+        ..ObjectMeta::default()
+    });
+    let object = Object {
+        body: Some(Body::Node(Node {
+            metadata,
+            ..Node::default()
+        })),
+    };
+    objects
+        .create(CreateRequest { object: Some(object) })
+        .await
+        .expect("creates the node");
     let status = join(&control, &token, "n1", &second).await.expect_err("another key");
     assert_eq!(status.code(), Code::AlreadyExists);
-    let delete = DeleteRequest { resource: "nodes".to_owned(), name: "n1".to_owned(), ..DeleteRequest::default() };
+    let delete = DeleteRequest {
+        resource: "nodes".to_owned(),
+        name: "n1".to_owned(),
+        ..DeleteRequest::default()
+    };
     objects.delete(delete).await.expect("deletes the node");
-    renew(&control, &pair(&joined, &first), &first).await.expect("the first key still has the name");
+    renew(&control, &pair(&joined, &first), &first)
+        .await
+        .expect("the first key still has the name");
     control.stop().await;
 }
 
@@ -159,12 +219,21 @@ async fn bad_names_and_requests() {
         assert_eq!(status.code(), Code::InvalidArgument, "{name:?}");
     }
     let mut client = JoinClient::new(control.channel(None).await.expect("connects"));
-    let garbage =
-        JoinRequest { token: token.clone(), node_name: "n1".to_owned(), certificate_request: vec![1, 2, 3].into() };
-    assert_eq!(client.join(garbage).await.expect_err("garbage").code(), Code::InvalidArgument);
+    let garbage = JoinRequest {
+        token: token.clone(),
+        node_name: "n1".to_owned(),
+        certificate_request: vec![1, 2, 3].into(),
+    };
+    assert_eq!(
+        client.join(garbage).await.expect_err("garbage").code(),
+        Code::InvalidArgument
+    );
     for ttl_seconds in [-1, 31 * 24 * 3600, i64::MAX] {
         let mut admin = JoinClient::new(control.unix().await);
-        let status = admin.create_token(CreateTokenRequest { ttl_seconds, uses: 0 }).await.expect_err("ttl");
+        let status = admin
+            .create_token(CreateTokenRequest { ttl_seconds, uses: 0 })
+            .await
+            .expect_err("ttl");
         assert_eq!(status.code(), Code::InvalidArgument);
     }
     control.stop().await;
@@ -179,11 +248,19 @@ async fn tokens_and_names_survive_a_restart() {
     let directory = control.stop().await;
 
     let control = Control::start_in(directory, "").await;
-    renew(&control, &pair(&joined, &first), &first).await.expect("the certificate is of the same CA");
+    renew(&control, &pair(&joined, &first), &first)
+        .await
+        .expect("the certificate is of the same CA");
     let second = KeyPair::generate().expect("key");
-    assert_eq!(join(&control, &token, "n1", &second).await.expect_err("taken").code(), Code::AlreadyExists);
+    assert_eq!(
+        join(&control, &token, "n1", &second).await.expect_err("taken").code(),
+        Code::AlreadyExists
+    );
     join(&control, &token, "n2", &second).await.expect("one use is left");
-    assert_eq!(join(&control, &token, "n3", &second).await.expect_err("used up").code(), Code::Unauthenticated);
+    assert_eq!(
+        join(&control, &token, "n3", &second).await.expect_err("used up").code(),
+        Code::Unauthenticated
+    );
     control.stop().await;
 }
 
@@ -191,10 +268,14 @@ async fn tokens_and_names_survive_a_restart() {
 async fn a_forged_node_of_a_name_that_has_a_key_is_refused() {
     let control = Control::start().await;
     let token = token(&control, 0, 60).await;
-    join(&control, &token, "n1", &KeyPair::generate().expect("key")).await.expect("joins");
+    join(&control, &token, "n1", &KeyPair::generate().expect("key"))
+        .await
+        .expect("joins");
     // Signed by our CA, for the right name, but with a key that the name does not have: an old machine's.
     let old = control.forge(|params| params.distinguished_name = subject("system:node:n1", NODES));
-    let status = renew(&control, &old, &KeyPair::generate().expect("key")).await.expect_err("refused");
+    let status = renew(&control, &old, &KeyPair::generate().expect("key"))
+        .await
+        .expect_err("refused");
     assert_eq!(status.code(), Code::Unauthenticated);
     control.stop().await;
 }

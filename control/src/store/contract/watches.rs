@@ -106,31 +106,43 @@ async fn bookmarks_follow_the_store(bench: &mut impl Bench) {
     waited.await.unwrap();
 }
 
+/// Reads until the given revision; (revision, first change) of every set.
+async fn read_until(watch: &mut Watch, last: &mut Revision, until: Revision) -> Vec<(Revision, String)> {
+    let mut seen = Vec::new();
+    while *last < until {
+        let set = next(watch, last).await.unwrap();
+        seen.push((set.revision, shorts(&set).remove(0)));
+    }
+    seen
+}
+
 async fn a_watch_resumes_after_any_revision(bench: &mut impl Bench) {
     let store = bench.store();
-    let start = store.revision().await.unwrap();
-    for number in 0..30 {
-        write(&store, put("pods/a", &number.to_string())).await;
+    let start = write(&store, put("pods/a", "x")).await;
+    let mut history = Vec::new();
+    let mut before = "x".to_owned();
+    for number in 0..40 {
+        let revision = write(&store, put("pods/a", &number.to_string())).await;
+        history.push((revision, format!("~pods/a={number}<{before}")));
+        before = number.to_string();
     }
-    for skipped in [0_u64, 1, 15, 29, 30] {
-        let mut watch = store.watch("pods/", start + skipped).await.unwrap();
-        let live = write(&store, put("pods/a", &format!("after {skipped}"))).await;
-        let mut last = start + skipped;
-        loop {
-            let before = last;
-            let set = next(&mut watch, &mut last).await.unwrap();
-            assert_eq!(set.revision, before + 1, "every write of this test is under the prefix");
-            if set.revision == live {
-                break;
-            }
-        }
+    for skipped in [0_usize, 1, 15, 39, 40] {
+        let mut last = if skipped == 0 { start } else { history[skipped - 1].0 };
+        let mut watch = store.watch("pods/", last).await.unwrap();
+        // And then live.
+        let value = format!("after {skipped}");
+        let revision = write(&store, put("pods/a", &value)).await;
+        history.push((revision, format!("~pods/a={value}<{before}")));
+        before = value;
+        assert_eq!(read_until(&mut watch, &mut last, revision).await, history[skipped..]);
     }
 }
 
 async fn the_future_and_the_compacted_are_refused(bench: &mut impl Bench) {
     let store = bench.store();
+    let mut revisions = Vec::new();
     for number in 0..10 {
-        write(&store, put("pods/a", &number.to_string())).await;
+        revisions.push(write(&store, put("pods/a", &number.to_string())).await);
     }
     let current = store.revision().await.unwrap();
     let error = store.watch("pods/", current + 1).await.err().unwrap();
@@ -138,19 +150,21 @@ async fn the_future_and_the_compacted_are_refused(bench: &mut impl Bench) {
         matches!(error, StoreError::Future { requested, current: at } if requested == current + 1 && at == current),
         "{error}"
     );
-    bench.compact(current - 3).await;
-    let error = store.watch("pods/", current - 5).await.err().unwrap();
+    bench.compact(revisions[6]).await;
+    let error = store.watch("pods/", revisions[4]).await.err().unwrap();
     let StoreError::Compacted { requested, oldest } = error else {
         panic!("{error}")
     };
-    assert_eq!(requested, current - 5);
-    assert!(oldest >= current - 3 && oldest <= current, "{oldest} {current}");
+    assert_eq!(requested, revisions[4]);
+    assert!(oldest >= revisions[6] && oldest <= current, "{oldest} {revisions:?}");
     let mut watch = store.watch("pods/", oldest).await.unwrap();
     let mut last = oldest;
-    while last < current {
-        let before = last;
-        assert_eq!(next(&mut watch, &mut last).await.unwrap().revision, before + 1);
-    }
+    let seen = read_until(&mut watch, &mut last, current).await;
+    let expected: Vec<Revision> = revisions.into_iter().filter(|revision| *revision > oldest).collect();
+    assert_eq!(
+        seen.into_iter().map(|(revision, _)| revision).collect::<Vec<_>>(),
+        expected
+    );
 }
 
 async fn no_gap_and_no_duplicate_under_concurrent_writers(bench: &mut impl Bench) {
@@ -160,47 +174,53 @@ async fn no_gap_and_no_duplicate_under_concurrent_writers(bench: &mut impl Bench
     let writers = (0..8).map(|writer| {
         let store = store.clone();
         tokio::spawn(async move {
+            let mut written = Vec::new();
             for number in 0..50 {
                 let inside = put(&format!("pods/w{writer}"), &number.to_string());
                 let outside = put(&format!("services/w{writer}"), &number.to_string());
-                store.commit(all([inside, outside])).await.unwrap();
+                let revision = store.commit(all([inside, outside])).await.unwrap();
+                let change = match number {
+                    0 => format!("+pods/w{writer}=0"),
+                    _ => format!("~pods/w{writer}={number}<{}", number - 1),
+                };
+                written.push((revision, change));
             }
+            written
         })
     });
     let writers: Vec<_> = writers.collect();
-    let mut middle = None;
-    let mut last = start;
+    let (mut last, mut seen, mut resumed) = (start, Vec::new(), None);
     for count in 0..400 {
-        let before = last;
         let set = next(&mut early, &mut last).await.unwrap();
-        assert_eq!((set.revision, set.changes.len()), (before + 1, 1));
+        assert_eq!(set.changes.len(), 1);
+        seen.push((set.revision, shorts(&set).remove(0)));
         if count == 100 {
             // While they write.
-            middle = Some((store.watch("pods/", set.revision).await.unwrap(), set.revision));
+            resumed = Some((store.watch("pods/", set.revision).await.unwrap(), set.revision));
         }
     }
-    let (mut middle, mut resumed) = middle.unwrap();
-    while resumed < last {
-        let before = resumed;
-        assert_eq!(next(&mut middle, &mut resumed).await.unwrap().revision, before + 1);
-    }
+    let mut written = Vec::new();
     for writer in writers {
-        writer.await.unwrap();
+        written.extend(writer.await.unwrap());
     }
+    written.sort();
+    assert_eq!(seen, written);
+    let (mut resumed, mut at) = resumed.unwrap();
+    assert_eq!(read_until(&mut resumed, &mut at, written[399].0).await, written[101..]);
 }
 
 async fn a_slow_watcher_misses_nothing(bench: &mut impl Bench) {
     let store = bench.store();
     let start = store.revision().await.unwrap();
     let mut watch = store.watch("pods/", start).await.unwrap();
+    let mut revisions = Vec::new();
     for number in 0..20 {
         let operations = (0..100).map(|key| put(&format!("pods/{key:03}"), &format!("{number:0200}")));
-        store.commit(all(operations)).await.unwrap();
+        revisions.push(store.commit(all(operations)).await.unwrap());
     }
     let mut last = start;
-    for _ in 0..20 {
-        let before = last;
+    for revision in revisions {
         let set = next(&mut watch, &mut last).await.unwrap();
-        assert_eq!((set.revision, set.changes.len()), (before + 1, 100));
+        assert_eq!((set.revision, set.changes.len()), (revision, 100));
     }
 }
