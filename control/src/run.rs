@@ -24,6 +24,7 @@ use crate::{
     store::{
         Store,
         embedded::{EmbeddedConfig, EmbeddedStore},
+        etcd::{EtcdOptions, EtcdStore},
     },
 };
 
@@ -126,7 +127,17 @@ async fn open_store(config: &Config) -> Result<Arc<dyn Store>, RunError> {
                 .map_err(|error| RunError::Store(error.into()))?;
             Ok(Arc::new(opened.map_err(|error| RunError::Store(error.into()))?))
         }
-        Engine::Etcd => Err(RunError::Store("this build has no etcd engine".into())),
+        Engine::Etcd => {
+            let endpoints = config.store.etcd.endpoints.clone();
+            let options = EtcdOptions {
+                endpoints,
+                ..EtcdOptions::default()
+            };
+            let store = EtcdStore::connect(options)
+                .await
+                .map_err(|error| RunError::Store(error.into()))?;
+            Ok(Arc::new(store))
+        }
     }
 }
 
@@ -135,7 +146,11 @@ fn start_controllers(parts: &Parts) {
     let recorder = Recorder::start(parts.registry.clone(), parts.shutdown.clone());
     let config = ControllerConfig::from(&*parts.config);
     let mut tasks = controllers::spawn(&parts.registry, &recorder, &config, &parts.shutdown);
-    tasks.push(scheduler::spawn(parts.registry.clone(), recorder, parts.shutdown.clone()));
+    tasks.push(scheduler::spawn(
+        parts.registry.clone(),
+        recorder,
+        parts.shutdown.clone(),
+    ));
     for task in tasks {
         parts.tasks.spawn(async move {
             if let Err(error) = task.await {
