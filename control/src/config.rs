@@ -186,7 +186,7 @@ impl Default for Limits {
             header_bytes: 16 << 10,
             message_bytes: 4 << 20,
             manifest_bytes: 64 << 20,
-            concurrent_applies: 8,
+            concurrent_applies: 4,
         }
     }
 }

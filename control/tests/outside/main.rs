@@ -4,4 +4,3 @@ mod harness;
 mod identity;
 mod join;
 mod objects;
-mod pages;
