@@ -6,7 +6,8 @@ use orlop_proto::{
         ApplyRequest, ApplyResult, CreateRequest, DeleteRequest, GetRequest, ListRequest, Object, Preconditions,
         UpdateRequest, WatchEvent, WatchRequest, apply_request::Input, object::Body, objects_client::ObjectsClient,
     },
-    core::v1::{Container, Node, NodeSpec, Pod, PodSpec, PodStatus, Taint},
+    coordination::v1::{Lease, LeaseSpec},
+    core::v1::{Container, Pod, PodSpec, PodStatus},
     meta::v1::ObjectMeta,
 };
 use prost::Message;
@@ -65,15 +66,18 @@ fn pod(name: &str, app: &str) -> Object {
     }
 }
 
-fn node(name: &str) -> Object {
+/// Of a kind that no controller touches.
+fn lease(name: &str, app: &str) -> Object {
+    let labels = [("app".to_owned(), app.to_owned())].into();
     let metadata = Some(ObjectMeta {
         name: name.to_owned(),
+        labels,
         ..ObjectMeta::default()
     });
     Object {
-        body: Some(Body::Node(Node {
+        body: Some(Body::Lease(Lease {
             metadata,
-            ..Node::default()
+            ..Lease::default()
         })),
     }
 }
@@ -156,9 +160,9 @@ async fn next(stream: &mut Streaming<WatchEvent>) -> (String, String, u64) {
 async fn create_get_update_delete() {
     let control = Control::start().await;
     let mut client = ObjectsClient::new(control.admin().await);
-    let made = create(&mut client, node("n1")).await;
+    let made = create(&mut client, lease("n1", "x")).await;
     let request = GetRequest {
-        resource: "nodes".to_owned(),
+        resource: "leases".to_owned(),
         name: "n1".to_owned(),
         ..GetRequest::default()
     };
@@ -166,7 +170,7 @@ async fn create_get_update_delete() {
 
     let again = client
         .create(CreateRequest {
-            object: Some(node("n1")),
+            object: Some(lease("n1", "x")),
         })
         .await
         .expect_err("exists");
@@ -178,12 +182,12 @@ async fn create_get_update_delete() {
     assert_eq!(client.get(none).await.expect_err("is not there").code(), Code::NotFound);
 
     let mut changed = made.clone();
-    let Some(Body::Node(inner)) = &mut changed.body else {
-        panic!("a node")
+    let Some(Body::Lease(inner)) = &mut changed.body else {
+        panic!("a lease")
     };
-    inner.spec = Some(NodeSpec {
-        unschedulable: true,
-        ..NodeSpec::default()
+    inner.spec = Some(LeaseSpec {
+        holder_identity: "somebody".to_owned(),
+        ..LeaseSpec::default()
     });
     let updated = client
         .update(UpdateRequest {
@@ -206,7 +210,7 @@ async fn create_get_update_delete() {
         ..Preconditions::default()
     };
     let mut delete = DeleteRequest {
-        resource: "nodes".to_owned(),
+        resource: "leases".to_owned(),
         name: "n1".to_owned(),
         preconditions: Some(uid),
         ..Default::default()
@@ -236,11 +240,10 @@ async fn status_and_the_rest_are_written_apart() {
         phase: "Running".to_owned(),
         ..PodStatus::default()
     });
-    inner
-        .metadata
-        .get_or_insert_default()
-        .labels
-        .insert("new".to_owned(), "label".to_owned());
+    let meta = inner.metadata.get_or_insert_default();
+    // The scheduler writes to pods too.
+    meta.resource_version.clear();
+    meta.labels.insert("new".to_owned(), "label".to_owned());
     let stored = client
         .update_status(UpdateRequest {
             object: Some(object.clone()),
@@ -390,9 +393,9 @@ async fn lists_by_selectors_and_in_pages() {
 async fn a_watch_begins_with_what_is_there_and_resumes_where_it_was() {
     let control = Control::start().await;
     let mut client = ObjectsClient::new(control.admin().await);
-    create(&mut client, pod("a", "x")).await;
+    create(&mut client, lease("a", "x")).await;
     let request = WatchRequest {
-        resource: "pods".to_owned(),
+        resource: "leases".to_owned(),
         ..WatchRequest::default()
     };
     let mut events = watch(&mut client, request.clone()).await.expect("watches");
@@ -401,8 +404,8 @@ async fn a_watch_begins_with_what_is_there_and_resumes_where_it_was() {
     let (kind, _, begun) = next(&mut events).await;
     assert_eq!(kind, "BOOKMARK");
 
-    let b = create(&mut client, pod("b", "x")).await;
-    remove(&mut client, "pods", "a").await;
+    let b = create(&mut client, lease("b", "x")).await;
+    remove(&mut client, "leases", "a").await;
     assert_eq!(
         next(&mut events).await,
         ("ADDED".to_owned(), "b".to_owned(), version(&b))
@@ -418,7 +421,7 @@ async fn a_watch_begins_with_what_is_there_and_resumes_where_it_was() {
     let mut again = watch(&mut client, resume(begun)).await.expect("resumes");
     assert_eq!(next(&mut again).await.1, "b");
     assert_eq!(next(&mut again).await, ("DELETED".to_owned(), "a".to_owned(), at));
-    create(&mut client, pod("c", "x")).await;
+    create(&mut client, lease("c", "x")).await;
     assert_eq!(next(&mut again).await.1, "c");
     let mut later = watch(&mut client, resume(at)).await.expect("resumes");
     assert_eq!(next(&mut later).await.1, "c");
@@ -443,16 +446,16 @@ async fn a_watch_sees_objects_come_into_and_leave_its_selection() {
     let control = Control::start().await;
     let mut client = ObjectsClient::new(control.unix().await);
     let request = WatchRequest {
-        resource: "pods".to_owned(),
+        resource: "leases".to_owned(),
         label_selector: "app=x".to_owned(),
         ..WatchRequest::default()
     };
     let mut events = watch(&mut client, request).await.expect("watches");
     assert_eq!(next(&mut events).await.0, "BOOKMARK");
-    let mut object = create(&mut client, pod("a", "y")).await;
+    let mut object = create(&mut client, lease("a", "y")).await;
     for (app, expected) in [("x", "ADDED"), ("x", "MODIFIED"), ("y", "DELETED")] {
-        let Some(Body::Pod(inner)) = &mut object.body else {
-            panic!("a pod")
+        let Some(Body::Lease(inner)) = &mut object.body else {
+            panic!("a lease")
         };
         let meta = inner.metadata.as_mut().expect("metadata");
         meta.labels.insert("app".to_owned(), app.to_owned());
@@ -467,8 +470,8 @@ async fn a_watch_sees_objects_come_into_and_leave_its_selection() {
             (expected.to_owned(), "a".to_owned(), version(&object))
         );
     }
-    remove(&mut client, "pods", "a").await;
-    create(&mut client, pod("b", "x")).await;
+    remove(&mut client, "leases", "a").await;
+    create(&mut client, lease("b", "x")).await;
     assert_eq!(next(&mut events).await.1, "b", "what was outside leaves unseen");
     control.stop().await;
 }
@@ -478,13 +481,13 @@ async fn a_quiet_watch_gets_bookmarks() {
     let control = Control::start().await;
     let mut client = ObjectsClient::new(control.unix().await);
     let request = WatchRequest {
-        resource: "leases".to_owned(),
+        resource: "events".to_owned(),
         allow_watch_bookmarks: true,
-        resource_version: "1".to_owned(),
         ..WatchRequest::default()
     };
     let mut events = watch(&mut client, request).await.expect("watches");
-    let written = version(&create(&mut client, node("n1")).await);
+    assert_eq!(next(&mut events).await.0, "BOOKMARK", "what is there");
+    let written = version(&create(&mut client, lease("n1", "x")).await);
     let (kind, _, at) = next(&mut events).await;
     assert_eq!(kind, "BOOKMARK");
     assert!(at >= written, "other kinds' writes move it too");
@@ -609,7 +612,7 @@ async fn ten_thousand_objects_pass() {
     let manifest: String = (0..10_000)
         .map(|index| {
             format!(
-                "---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{index}}}\nspec: {{ports: [{{port: 80}}], selector: {{app: s{index}}}}}\n"
+                "---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{index}}}\nspec: {{ports: [{{port: 80}}], clusterIP: None}}\n"
             )
         })
         .collect();
