@@ -2,7 +2,7 @@
 
 mod demo;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -84,8 +84,18 @@ fn parse_store(text: &str) -> Result<StoreEngine, String> {
     }
 }
 
-fn main() -> Result<()> {
-    match Arguments::parse().command {
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
         Command::Up { nodes, store, port } => demo::up(nodes, store, port),
         Command::Down => {
             demo::down()?;

@@ -4,14 +4,26 @@ mod connect;
 mod report;
 mod statistics;
 
+use std::process::ExitCode;
+
 use anyhow::{Result, bail};
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     let mut words = std::env::args().skip(1);
     let name = words.next().unwrap_or_default();
     let options: Vec<String> = words.collect();
-    match name.as_str() {
-        "connect" => connect::run(&options),
+    match run(&name, &options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(name: &str, options: &[String]) -> Result<()> {
+    match name {
+        "connect" => connect::run(options),
         other => bail!("no benchmark {other:?}: connect"),
     }
 }
