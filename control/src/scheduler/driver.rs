@@ -148,8 +148,13 @@ impl Driver {
             match &entry.event {
                 Event::Deleted(node) => self.view.remove_node(node.name()),
                 Event::Added(node) | Event::Modified { new: node, .. } => {
+                    let is_first = self.view.nodes().is_empty();
                     if self.view.set_node(node.clone()) {
                         self.wake_for(node.name(), now);
+                    }
+                    if is_first {
+                        // "No nodes" is no longer why.
+                        self.queue.wake(now, |_| true);
                     }
                 }
             }
