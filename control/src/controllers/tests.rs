@@ -80,10 +80,11 @@ async fn replicas_are_spread_scaled_and_replaced() {
         })
         .await;
     // Nothing more happens: no pod too many was made on the way.
-    let revision = world.created_pods();
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    assert_eq!(world.created_pods(), revision);
-    assert_eq!(revision, 7, "6, and 1 that replaced the deleted one");
+    world
+        .until("all creations are told", |world| world.created_pods() >= 7)
+        .await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(world.created_pods(), 7, "6, and 1 that replaced the deleted one");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
