@@ -382,6 +382,8 @@ impl Network for CniNetwork {
             let path = self.pins.path(&sandbox_id);
             let record = self.record(&sandbox_id)?;
             let pod = record.as_ref().map(|record| PodNetwork::from(&record.pod));
+            // Whom an unreadable record was for is not known; nobody may take its sandbox for another pod's.
+            let pod = pod.filter(|pod| !pod.uid.is_empty());
             let status = record.as_ref().and_then(|record| {
                 result::status(record.result.as_ref()?, pod.as_ref().map_or(&path, |pod| &pod.netns)).ok()
             });

@@ -420,7 +420,9 @@ fn a_result_that_cannot_be_read_is_cleared_and_stops_no_other() {
             fs::write(node.path(&format!("data/cni/results/{id}.json")), garbage).unwrap();
         }
         let pod = node.sandbox(&network, "a").await;
-        assert_eq!(network.list().await.unwrap().len(), 3);
+        let found = network.list().await.unwrap();
+        assert_eq!(found.len(), 3);
+        assert!(found.iter().all(|attachment| attachment.pod.is_none()), "{found:?}");
         network.add(&pod).await.unwrap();
         network.check(&pod).await.unwrap();
         network.gc(&BTreeSet::from(["a".to_owned()])).await.unwrap();
