@@ -162,6 +162,10 @@ impl Runtime for Fake {
         self.observed.lock().unwrap().pods.remove(&pod.uid);
         Ok(())
     }
+    async fn disk_usage(&self) -> Result<BTreeMap<String, u64>, RuntimeError> {
+        Ok(BTreeMap::new())
+    }
+
     async fn version(&self) -> Result<String, RuntimeError> {
         Ok("fake://1".to_owned())
     }
