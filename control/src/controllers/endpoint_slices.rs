@@ -147,8 +147,12 @@ impl EndpointSlices {
             .map(|(_, pod)| pod)
             .filter(|pod| selector.matches(&pod.meta().labels));
         let slices = self.slices.snapshot();
+        // Their names begin with the service's: there may be many slices, and few are this service's.
+        let prefix = format!("{}-", key.name);
         let existing: Vec<Arc<EndpointSlice>> = slices
-            .in_namespace(&key.namespace)
+            .objects
+            .range(ObjectKey::new(&key.namespace, &prefix)..)
+            .take_while(|(found, _)| found.namespace == key.namespace && found.name.starts_with(&prefix))
             .map(|(_, slice)| slice)
             .filter(|slice| {
                 let labels = &slice.meta().labels;

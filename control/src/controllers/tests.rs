@@ -254,6 +254,32 @@ async fn a_lost_nodes_pods_run_elsewhere_and_it_may_return() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_was_silent_for_a_moment_keeps_its_pods() {
+    let mut config = World::config();
+    config.lifecycle.eviction_delay = Duration::from_secs(600);
+    let world = World::start_with(config).await;
+    for node in ["n1", "n2"] {
+        world.node(node).await;
+    }
+    world.registry.create(replica_set("web", 2)).await.unwrap();
+    world
+        .until("two pods run", |world| world.running("web").len() == 2)
+        .await;
+    let before: Vec<String> = world.pods().iter().map(|pod| pod.uid().to_owned()).collect();
+    world.cut("n2");
+    world
+        .until("one is in doubt", |world| world.running("web").len() == 1)
+        .await;
+    world.heal("n2");
+    // The node says nothing of its pods: for it nothing has changed.
+    world
+        .until("it is not any more", |world| world.running("web").len() == 2)
+        .await;
+    let after: Vec<String> = world.pods().iter().map(|pod| pod.uid().to_owned()).collect();
+    assert_eq!(before, after);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn users_taints_evict_and_nodes_that_are_deleted_free_their_pods() {
     let world = World::start().await;
     world.node("n1").await;

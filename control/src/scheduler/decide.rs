@@ -197,8 +197,8 @@ fn permille(used: i64, total: i64) -> i64 {
     if total <= 0 {
         return 1000;
     }
-    let share = i128::from(used.max(0)) * 1000 / i128::from(total);
-    i64::try_from(share.min(1000)).unwrap_or(1000)
+    // Exact up to 8 PiB.
+    (used.max(0).saturating_mul(1000) / total).min(1000)
 }
 
 fn best<'a>(candidates: &[Candidate<'a>]) -> Option<&'a NodeInfo> {

@@ -45,6 +45,14 @@ pub(super) struct Lifecycle {
     monitor: Monitor,
     limiter: EvictionLimiter,
     evictions: Evictions,
+    /// Pods that we have marked as not ready: where, on which node, and the version that this made.
+    marked: HashMap<String, Marked>,
+}
+
+struct Marked {
+    key: ObjectKey,
+    node: String,
+    version: String,
 }
 
 impl Lifecycle {
@@ -57,6 +65,7 @@ impl Lifecycle {
             monitor: Monitor::new(config.period.max(FRESH_WITHIN)),
             limiter: EvictionLimiter::default(),
             evictions: Evictions::default(),
+            marked: HashMap::new(),
             registry,
             recorder,
             config,
@@ -82,6 +91,7 @@ impl Lifecycle {
             .collect();
         self.write_conditions(&mut nodes, &silent).await;
         self.write_taints(&mut nodes, now).await;
+        self.restore_ready(&silent).await;
         let evicting = nodes.iter().any(|node| has_no_execute(node));
         if silent.is_empty() && !evicting {
             self.evictions = Evictions::default();
@@ -182,28 +192,41 @@ impl Lifecycle {
     }
 
     /// Nobody is to be sent to pods that cannot be seen.
-    async fn mark_not_ready(&self, all: impl Iterator<Item = &Arc<Pod>>, silent: &HashSet<String>) {
-        let marked: Vec<Arc<Pod>> = all
+    async fn mark_not_ready(&mut self, all: impl Iterator<Item = &Arc<Pod>>, silent: &HashSet<String>) {
+        let doubtful: Vec<Arc<Pod>> = all
             .filter(|pod| silent.contains(pods::node_name(pod)) && pods::is_ready(pod))
             .cloned()
             .collect();
-        let marks = stream::iter(marked).for_each_concurrent(WRITES, |pod| async move {
-            // A status that the node reports meanwhile has another version and stays.
-            let version = pod.meta().resource_version.clone();
-            let written = self
-                .registry
-                .modify_status(&ObjectKey::of(&*pod), |pod: &mut Pod| {
-                    pod.meta().resource_version == version && set_not_ready(pod)
-                })
-                .await;
-            match written {
-                Err(error) if !error.is_not_found() && !error.is_conflict() => {
-                    tracing::warn!(pod = pod.name(), %error, "condition Ready could not be written");
-                }
-                _ => {}
-            }
+        let registry = &self.registry;
+        let writes = stream::iter(doubtful).map(|pod| async move {
+            let written = set_ready(registry, &ObjectKey::of(&*pod), &pod.meta().resource_version, false).await;
+            (pod, written)
         });
-        marks.await;
+        let written: Vec<_> = writes.buffer_unordered(WRITES).collect().await;
+        for (pod, version) in written {
+            if let Some(version) = version {
+                let marked = Marked {
+                    key: ObjectKey::of(&*pod),
+                    node: pods::node_name(&pod).to_owned(),
+                    version,
+                };
+                self.marked.insert(pod.uid().to_owned(), marked);
+            }
+        }
+    }
+
+    /// A node that is heard of again has said nothing new of its pods when it was cut off for a moment only: our mark goes. Whatever it
+    /// has said made another version, and stays.
+    async fn restore_ready(&mut self, silent: &HashSet<String>) {
+        let (lost, back): (HashMap<_, _>, HashMap<_, _>) = std::mem::take(&mut self.marked)
+            .into_iter()
+            .partition(|(_, marked)| silent.contains(&marked.node));
+        self.marked = lost;
+        let registry = &self.registry;
+        let writes = stream::iter(back.into_values()).for_each_concurrent(WRITES, |marked| async move {
+            set_ready(registry, &marked.key, &marked.version, true).await;
+        });
+        writes.await;
     }
 
     async fn evict(&self, pod: Arc<Pod>) {
@@ -234,16 +257,33 @@ fn has_no_execute(node: &Node) -> bool {
         .any(|taint| taint.effect == NO_EXECUTE)
 }
 
-/// Says whether that is news.
-fn set_not_ready(pod: &mut Pod) -> bool {
-    let conditions = pod.status.iter_mut().flat_map(|status| &mut status.conditions);
-    let Some(ready) = conditions
-        .into_iter()
-        .find(|one| one.r#type == "Ready" && one.status == "True")
-    else {
-        return false;
-    };
-    ready.status = "False".into();
-    ready.last_transition_time = Some(time::now_seconds());
-    true
+/// Sets condition Ready of a pod whose version is this one. Gives the version that this made.
+async fn set_ready(registry: &Registry, key: &ObjectKey, version: &str, ready: bool) -> Option<String> {
+    let (from, to) = if ready { ("False", "True") } else { ("True", "False") };
+    let mut changed = false;
+    let written = registry
+        .modify_status(key, |pod: &mut Pod| {
+            changed = false;
+            // A status that the node reports meanwhile makes another version and stays.
+            if pod.meta().resource_version != version {
+                return false;
+            }
+            let conditions = pod.status.iter_mut().flat_map(|status| &mut status.conditions);
+            for condition in conditions.filter(|one| one.r#type == "Ready" && one.status == from) {
+                condition.status = to.to_owned();
+                condition.last_transition_time = Some(time::now_seconds());
+                changed = true;
+            }
+            changed
+        })
+        .await;
+    match written {
+        Ok(pod) => changed.then(|| pod.meta().resource_version.clone()),
+        Err(error) => {
+            if !error.is_not_found() {
+                tracing::warn!(pod = %key, %error, "condition Ready could not be written");
+            }
+            None
+        }
+    }
 }

@@ -33,7 +33,8 @@ struct Observed {
 struct Sign {
     uid: String,
     lease: Option<(String, Option<Timestamp>)>,
-    heartbeat: Option<Timestamp>,
+    /// Status and heartbeat time of condition Ready, as the node last said it: "Unknown" is our word, not the node's.
+    ready: Option<(String, Option<Timestamp>)>,
 }
 
 impl Monitor {
@@ -62,7 +63,12 @@ impl Monitor {
         }
         let mut present = HashSet::new();
         for (node, lease) in nodes {
-            let sign = sign(node, lease);
+            let mut sign = sign(node, lease);
+            if sign.ready.is_none()
+                && let Some(observed) = self.nodes.get(node.name())
+            {
+                sign.ready.clone_from(&observed.sign.ready);
+            }
             present.insert(node.name().to_owned());
             match self.nodes.get_mut(node.name()) {
                 Some(observed) if observed.sign == sign => {}
@@ -84,7 +90,7 @@ impl Monitor {
 }
 
 fn sign(node: &Node, lease: Option<&Lease>) -> Sign {
-    let ready = ready_condition(node);
+    let ready = ready_condition(node).filter(|condition| condition.status != "Unknown");
     Sign {
         uid: node.uid().to_owned(),
         lease: lease.map(|lease| {
@@ -93,7 +99,7 @@ fn sign(node: &Node, lease: Option<&Lease>) -> Sign {
                 lease.spec.as_ref().and_then(|spec| spec.renew_time),
             )
         }),
-        heartbeat: ready.and_then(|condition| condition.last_heartbeat_time),
+        ready: ready.map(|condition| (condition.status.clone(), condition.last_heartbeat_time)),
     }
 }
 
@@ -158,6 +164,29 @@ mod tests {
             silence_after(&mut Monitor::new(PERIOD), start, 20, |second| -(second as i64)),
             Duration::ZERO
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn our_own_verdict_is_no_sign_of_life_but_the_nodes_word_is() {
+        let start = Instant::now();
+        let mut monitor = Monitor::new(PERIOD);
+        let lease = lease(1);
+        let mut observe = |status: &str, second: u64| {
+            let mut node = node();
+            node.status.get_or_insert_default().conditions = vec![NodeCondition {
+                r#type: "Ready".into(),
+                status: status.into(),
+                ..NodeCondition::default()
+            }];
+            let now = start + Duration::from_secs(second);
+            monitor.observe([(&node, Some(&lease))].into_iter(), now, true);
+            monitor.silence("n1", now).as_secs()
+        };
+        assert_eq!(observe("True", 0), 0);
+        assert_eq!(observe("True", 2), 2);
+        assert_eq!(observe("Unknown", 3), 3);
+        assert_eq!(observe("Unknown", 4), 4);
+        assert_eq!(observe("False", 5), 0);
     }
 
     #[tokio::test(start_paused = true)]
