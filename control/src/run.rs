@@ -75,7 +75,11 @@ pub async fn run(config: Config, inherited: Vec<Listener>, shutdown: Cancellatio
     // Bound before the store is read: whoever connects early waits for the answer instead of being refused.
     let listeners = bind(&config, inherited).await?;
     let store = open_store(&config).await?;
-    let cache = Cache::start(Arc::clone(&store)).await;
+    // Waits for as long as the store cannot be reached; whoever wants the end need not.
+    let cache = tokio::select! {
+        cache = Cache::start(Arc::clone(&store)) => cache,
+        () = shutdown.cancelled() => return Ok(()),
+    };
     let registry = Registry::new(Arc::clone(&store), cache, config.registry());
     let parts = Parts {
         registry,

@@ -82,7 +82,12 @@ pub(super) fn invalid(path: &str, message: &str) -> Status {
 pub(super) fn bad_request(what: &str, fields: &[FieldError]) -> Status {
     let mut message = format!("{what} is invalid: ");
     for (index, field) in fields.iter().enumerate() {
-        let text = field.to_string();
+        // Some messages name their path themselves: "unknown field spec.foo".
+        let text = if field.message.ends_with(&field.field) {
+            field.message.clone()
+        } else {
+            field.to_string()
+        };
         if message.len() + text.len() > MAX_MESSAGE {
             if index == 0 {
                 message.extend(text.chars().take(MAX_MESSAGE / 4));

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::pki::NodeKeys;
 
-/// Writes Prometheus text behind the server's own.
+/// Prometheus text (the classic format, whole lines) that comes behind the server's own.
 pub type MetricsSource = Arc<dyn Fn() -> String + Send + Sync>;
 
 /// Whether control can serve; starts with "no".
@@ -214,16 +214,40 @@ impl Front {
         if encode(&mut page, &self.registry).is_err() {
             return text(StatusCode::INTERNAL_SERVER_ERROR, "metrics cannot be written\n");
         }
-        // Several parts make one page: OpenMetrics' end mark belongs only at the end, the classic format has none.
-        let mut page = page.replace("# EOF\n", "");
+        let mut page = classic(&page);
         for source in &self.sources {
-            page.push_str(&source().replace("# EOF\n", ""));
+            page.push_str(&source());
         }
         let mut response = text(StatusCode::OK, page);
         let kind = header::HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
         response.headers_mut().insert(header::CONTENT_TYPE, kind);
         response
     }
+}
+
+/// From OpenMetrics to Prometheus' own text format: no end mark, and a counter's description bears the name of its samples.
+fn classic(page: &str) -> String {
+    let mut result = String::with_capacity(page.len());
+    let mut lines = page.lines().filter(|line| *line != "# EOF").peekable();
+    while let Some(line) = lines.next() {
+        let described = |line: &str, what: &str| {
+            let (name, rest) = line.strip_prefix(what)?.split_once(' ')?;
+            (!name.ends_with("_total")).then(|| (name.to_owned(), rest.to_owned()))
+        };
+        let counter = |line: &str| described(line, "# TYPE ").filter(|(_, kind)| kind == "counter");
+        let of_next = lines.peek().and_then(|next| counter(next));
+        if let Some((name, kind)) = counter(line) {
+            result.push_str(&format!("# TYPE {name}_total {kind}\n"));
+        } else if let Some((name, help)) =
+            described(line, "# HELP ").filter(|(name, _)| of_next.as_ref().is_some_and(|next| next.0 == *name))
+        {
+            result.push_str(&format!("# HELP {name}_total {help}\n"));
+        } else {
+            result.push_str(line);
+            result.push('\n');
+        }
+    }
+    result
 }
 
 fn text(status: StatusCode, body: impl Into<String>) -> Response<Body> {
@@ -233,4 +257,17 @@ fn text(status: StatusCode, body: impl Into<String>) -> Response<Body> {
     let kind = header::HeaderValue::from_static("text/plain; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::classic;
+
+    #[test]
+    fn counters_are_described_by_the_name_of_their_samples() {
+        let open = "# HELP calls Calls.\n# TYPE calls counter\ncalls_total{a=\"b\"} 1\n# HELP open Open ones.\n# TYPE open gauge\nopen 2\n# EOF\n";
+        let expected = "# HELP calls_total Calls.\n# TYPE calls_total counter\ncalls_total{a=\"b\"} 1\n# HELP open Open ones.\n# TYPE open gauge\nopen 2\n";
+        assert_eq!(classic(open), expected);
+        assert_eq!(classic(expected), expected);
+    }
 }
