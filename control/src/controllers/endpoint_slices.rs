@@ -1,8 +1,9 @@
 //! EndpointSlices: which pods stand behind a service.
 
 pub mod plan;
+mod selectors;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use orlop_proto::{
@@ -22,6 +23,7 @@ use crate::{
     registry::{DeleteOptions, Preconditions, Registry},
 };
 use plan::{MANAGED_BY, MANAGER, SERVICE_NAME, SliceWrite};
+use selectors::SelectorIndex;
 
 /// Keys under work at once: many, so that their writes share the store's commits.
 const WORKERS: usize = 32;
@@ -37,7 +39,22 @@ pub async fn run(registry: Registry, cancel: CancellationToken) {
         pods: cache.reader::<Pod>(),
         slices: cache.reader::<EndpointSlice>(),
     });
+    let selectors = Mutex::new(SelectorIndex::default());
     let from_services = runner::follow(cache.reader::<Service>(), |seen: Seen<'_, Service>| {
+        let mut selectors = selectors.lock().unwrap_or_else(PoisonError::into_inner);
+        match &seen {
+            Seen::All(snapshot) => {
+                *selectors = SelectorIndex::default();
+                snapshot.objects.values().for_each(|service| selectors.insert(service));
+            }
+            Seen::Event(Event::Added(service)) => selectors.insert(service),
+            Seen::Event(Event::Modified { old, new }) => {
+                selectors.remove(old);
+                selectors.insert(new);
+            }
+            Seen::Event(Event::Deleted(service)) => selectors.remove(service),
+        }
+        drop(selectors);
         seen.objects().for_each(|service| queue.add(ObjectKey::of(&**service)));
     });
     let from_slices = runner::follow(cache.reader::<EndpointSlice>(), |seen: Seen<'_, EndpointSlice>| {
@@ -55,30 +72,21 @@ pub async fn run(registry: Registry, cancel: CancellationToken) {
             .for_each(|key| queue.add(key.clone())),
         Seen::Event(Event::Modified { old, new }) => {
             if plan::matters(old, new) {
-                queue_services(&services, &queue, old);
+                queue_services(&selectors, &queue, old);
                 if old.meta().labels != new.meta().labels {
-                    queue_services(&services, &queue, new);
+                    queue_services(&selectors, &queue, new);
                 }
             }
         }
-        Seen::Event(Event::Added(pod) | Event::Deleted(pod)) => queue_services(&services, &queue, pod),
+        Seen::Event(Event::Added(pod) | Event::Deleted(pod)) => queue_services(&selectors, &queue, pod),
     });
     let work = runner::work(controller, queue.clone(), cache, WORKERS, cancel);
     tokio::join!(from_services, from_slices, from_pods, work);
 }
 
-fn queue_services(services: &Reader<Service>, queue: &WorkQueue<ObjectKey>, pod: &Pod) {
-    let labels = &pod.meta().labels;
-    for (key, service) in services.snapshot().in_namespace(pod.namespace()) {
-        let selector = service
-            .spec
-            .as_ref()
-            .map(|spec| &spec.selector)
-            .filter(|selector| !selector.is_empty());
-        if selector.is_some_and(|selector| selector.iter().all(|(key, value)| labels.get(key) == Some(value))) {
-            queue.add(key.clone());
-        }
-    }
+fn queue_services(selectors: &Mutex<SelectorIndex>, queue: &WorkQueue<ObjectKey>, pod: &Pod) {
+    let selectors = selectors.lock().unwrap_or_else(PoisonError::into_inner);
+    selectors.of(pod).for_each(|service| queue.add(service.clone()));
 }
 
 struct EndpointSlices {

@@ -33,15 +33,12 @@ enum Reason {
 
 /// Runs until it is dropped.
 pub async fn run(registry: Registry, config: GarbageConfig) {
-    let (pods, mut nodes) = (registry.cache().reader::<Pod>(), registry.cache().reader::<Node>());
+    let (pods, nodes) = (registry.cache().reader::<Pod>(), registry.cache().reader::<Node>());
     let mut missing_since: HashMap<String, Instant> = HashMap::new();
     let mut ticks = tokio::time::interval(config.period);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        tokio::select! {
-            _ = ticks.tick() => {}
-            () = nodes.changed() => tokio::time::sleep(config.period.min(std::time::Duration::from_millis(200))).await,
-        }
+        ticks.tick().await;
         let nodes = nodes.snapshot();
         let known: HashSet<&str> = nodes.objects.values().map(|node| node.name()).collect();
         let pods = pods.snapshot();
