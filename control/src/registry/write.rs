@@ -225,10 +225,21 @@ impl Registry {
         F: FnMut(&mut T) -> bool + Send,
     {
         let cached = self.cache.reader::<T>().get(&key.namespace, &key.name);
-        let mut old = match cached {
+        let old = match cached {
             Some(cached) => T::clone(&cached),
             None => self.read(key).await?,
         };
+        self.change_from(old, part, &mut change).await
+    }
+
+    /// `old` is what to begin with; when that is out of date, what the store has.
+    async fn change_from<T: Registered>(
+        &self,
+        mut old: T,
+        part: Part,
+        change: &mut (dyn FnMut(&mut T) -> bool + Send),
+    ) -> Result<T, RegistryError> {
+        let key = &ObjectKey::of(&old);
         for _ in 0..ATTEMPTS {
             let mut given = old.clone();
             if !change(&mut given) {
@@ -249,14 +260,19 @@ impl Registry {
         uid: &str,
         finalizer: &str,
     ) -> Result<(), RegistryError> {
-        let result = self.change::<T, _>(key, Part::Spec, |object| {
+        // What the cache has may be older than the finalizer.
+        let old: T = match self.read(key).await {
+            Err(error) if error.is_not_found() => return Ok(()),
+            other => other?,
+        };
+        let mut without = |object: &mut T| {
             let before = object.meta().finalizers.len();
             if object.meta().uid == uid {
                 object.meta_mut().finalizers.retain(|present| present != finalizer);
             }
             object.meta().finalizers.len() != before
-        });
-        match result.await {
+        };
+        match self.change_from(old, Part::Spec, &mut without).await {
             Err(error) if !error.is_not_found() => Err(error),
             _ => Ok(()),
         }

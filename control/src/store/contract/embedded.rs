@@ -66,6 +66,23 @@ async fn a_second_process_is_refused() {
     assert!(matches!(error, OpenError::InUse { .. }), "{error}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_acknowledged_is_in_the_file_of_a_process_that_is_killed() {
+    let bench = bench().await;
+    let store = bench.store();
+    let commits = (0..50).map(|number| store.commit(all([put(&format!("pods/{number}"), "1")])));
+    let revisions = futures::future::join_all(commits).await;
+    // The file as it is now, without a word of the process that has it open.
+    let copy = bench.dir.path().join("copy.redb");
+    std::fs::copy(bench.path(), &copy).unwrap();
+    let found: Arc<dyn Store> = Arc::new(open(&copy));
+    for (number, revision) in revisions.into_iter().enumerate() {
+        let expected = Some(("1".to_owned(), revision.unwrap()));
+        assert_eq!(value(&found, &format!("pods/{number}")).await, expected);
+    }
+    assert_eq!(write(&found, put("pods/next", "1")).await, 51);
+}
+
 #[tokio::test]
 async fn what_is_no_database_is_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -118,7 +135,7 @@ async fn a_watch_that_missed_the_live_buffer_goes_back_to_the_log() {
     for number in 0..1500 {
         let set = next(&mut watch, &mut last).await.unwrap();
         assert!(
-            shorts(&set)[0].starts_with(&["+", "~"][usize::from(number > 0)]),
+            shorts(&set)[0].starts_with(["+", "~"][usize::from(number > 0)]),
             "{set:?}"
         );
         assert_eq!(set.revision, number + 1);
