@@ -16,7 +16,7 @@ use crate::{
     client::Client,
     images,
     layout::{Members, Spec, StoreEngine},
-    supervisor::{Request, Response, ServiceStatus, send, sweep},
+    supervisor::{Lock, Request, Response, ServiceStatus, send, sweep},
 };
 
 /// How a test's lab differs from the default: three nodes, the embedded store.
@@ -47,6 +47,20 @@ pub struct Lab {
     /// A connection to its control.
     pub client: Client,
     supervisor: Option<(Child, ChildStdin)>,
+    passed: bool,
+}
+
+/// Removes the folders that failed runs of the same test left; none of them is up, see `sweep`.
+fn remove_earlier(labs: &Path, name: &str) -> Result<()> {
+    for entry in fs::read_dir(labs).into_iter().flatten().flatten() {
+        let folder = entry.file_name().to_string_lossy().into_owned();
+        let number = folder.strip_prefix(name).and_then(|rest| rest.strip_prefix('-'));
+        let same = number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()));
+        if same && Lock::take(&folder)?.is_some() {
+            fs::remove_dir_all(entry.path()).with_context(|| format!("removing {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// The repository that this program was built from.
@@ -88,9 +102,7 @@ impl Lab {
             node_extra: options.node_extra.clone(),
         };
         images::write_fixture_image(&spec.static_binaries.join("orlop-fixture"), &orlop.join("images"))?;
-        if spec.directory.exists() {
-            fs::remove_dir_all(&spec.directory).context("removing an earlier lab's folder")?;
-        }
+        remove_earlier(&orlop.join("lab"), name)?;
         spec.write()?;
         let program = spec.binaries.join("orlop-lab");
         let mut child = Command::new(&program)
@@ -104,7 +116,7 @@ impl Lab {
         wait_until_up(&mut child, |_| {})?;
         let members = Members::read(&spec.directory)?;
         let client = Client::connect(&members)?;
-        let lab = Self { spec, members, client, supervisor: Some((child, stdin)) };
+        let lab = Self { spec, members, client, supervisor: Some((child, stdin)), passed: false };
         lab.wait_for_nodes()?;
         Ok(lab)
     }
@@ -113,7 +125,7 @@ impl Lab {
     pub fn attach(directory: &Path) -> Result<Self> {
         let (spec, members) = (Spec::read(directory)?, Members::read(directory)?);
         let client = Client::connect(&members)?;
-        Ok(Self { spec, members, client, supervisor: None })
+        Ok(Self { spec, members, client, supervisor: None, passed: true })
     }
 
     /// Waits until every node is Ready.
@@ -215,13 +227,36 @@ impl Lab {
     }
 }
 
+impl Lab {
+    /// The end of a test that passed: takes the lab down and removes its folder. Without it the folder stays, for its logs.
+    pub fn finish(mut self) -> Result<()> {
+        self.passed = true;
+        Ok(())
+    }
+
+    fn tell_logs(&self) {
+        eprintln!("the lab's folder stays: {}", self.spec.directory.display());
+        for entry in fs::read_dir(self.spec.directory.join("logs")).into_iter().flatten().flatten() {
+            let text = fs::read_to_string(entry.path()).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            for line in &lines[lines.len().saturating_sub(LOG_LINES)..] {
+                eprintln!("{}: {line}", entry.file_name().display());
+            }
+        }
+    }
+}
+
+/// How much of each log a failed test shows.
+const LOG_LINES: usize = 15;
+
 impl Drop for Lab {
     fn drop(&mut self) {
         let Some((mut child, stdin)) = self.supervisor.take() else { return };
         drop(stdin);
         let _ = child.wait();
-        // A failed test's logs are what explains it.
-        if !thread::panicking() && std::env::var_os("ORLOP_KEEP_LAB").is_none() {
+        if !self.passed {
+            self.tell_logs();
+        } else if std::env::var_os("ORLOP_KEEP_LAB").is_none() {
             let _ = fs::remove_dir_all(&self.spec.directory);
         }
     }

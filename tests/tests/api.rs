@@ -66,7 +66,8 @@ fn grpcurl_lists_describes_and_drives_every_verb() -> Result<()> {
     ensure!(health["status"] == "SERVING", "{health}");
     every_verb(&admin)?;
     errors_have_codes_and_paths(&admin)?;
-    identities(&lab)
+    identities(&lab)?;
+    lab.finish()
 }
 
 fn every_verb(admin: &Grpcurl) -> Result<()> {
@@ -171,5 +172,5 @@ fn ten_thousand_objects_pass_in_one_manifest() -> Result<()> {
     ensure!(results.len() == 10_000 && results.iter().all(|result| result.action == "created"));
     let listed = lab.client.list::<orlop_proto::core::v1::Service>("default", "")?;
     ensure!(listed.iter().filter(|service| service.metadata.as_ref().is_some_and(|meta| meta.name.starts_with('s'))).count() == 10_000);
-    Ok(())
+    lab.finish()
 }

@@ -56,6 +56,7 @@ fn a_lab_leaves_nothing_when_it_is_dropped_or_killed() -> Result<()> {
         lab.client.apply(&web("web", 1))?;
         lab.wait_for_pods("app=web", 1)?;
         ensure!(surroundings()? != before, "a lab can be seen");
+        lab.finish()?;
     }
     let left: Vec<String> = surroundings()?.difference(&before).cloned().collect();
     ensure!(left.is_empty(), "a dropped lab left {left:#?}");
@@ -70,7 +71,7 @@ fn a_lab_leaves_nothing_when_it_is_dropped_or_killed() -> Result<()> {
         Ok(removed.contains(&id).then_some(removed))
     })?;
     ensure!(removed == vec![id], "{removed:?}");
-    drop(lab);
+    lab.finish()?;
     let left: Vec<String> = surroundings()?.difference(&before).cloned().collect();
     ensure!(left.is_empty(), "a killed lab left {left:#?}");
     Ok(())
@@ -83,5 +84,5 @@ fn a_living_lab_is_not_swept() -> Result<()> {
     lab.client.ready().context("the lab still works")?;
     let second = Command::new(lab.spec.binaries.join("orlop-lab")).args(["supervise", "--tied"]).arg(&lab.spec.directory).output()?;
     ensure!(!second.status.success(), "two supervisors have one lab");
-    Ok(())
+    lab.finish()
 }

@@ -42,7 +42,8 @@ fn cpu_and_bytes_agree_with_the_kernel() -> Result<()> {
     let services = lab.client.service_metrics("default")?;
     let web_service = services.iter().find(|service| service.name == "web").context("no metrics of the service")?;
     ensure!(web_service.connections >= 2 && web_service.backends[0].connections >= 2, "{web_service:?}");
-    detached_programs_count_nothing(&lab, &burner)
+    detached_programs_count_nothing(&lab, &burner)?;
+    lab.finish()
 }
 
 fn of<'a>(metrics: &'a [PodMetrics], pod: &Pod) -> Result<&'a PodMetrics> {

@@ -35,7 +35,7 @@ fn processes(lab: &Lab, pods: &[Pod]) -> Result<BTreeMap<i32, String>> {
 
 /// The ids of the programs that are pinned on a node.
 fn program_ids(lab: &Lab, node: &str) -> Result<Vec<String>> {
-    let script = format!("for link in /sys/fs/bpf/orlop/{node}/*; do bpftool -j link show pinned $link 2>/dev/null; done");
+    let script = format!("for link in /sys/fs/bpf/orlop/{node}/*; do bpftool -j link show pinned $link 2>/dev/null; done; true");
     let lines = output(lab.on_node(node, &["sh", "-c", &script])?)?;
     let mut ids = Vec::new();
     for line in lines.lines() {
@@ -86,7 +86,8 @@ fn the_agent_stops_and_is_killed_and_nothing_is_disturbed() -> Result<()> {
     lab.client.apply(&web("web", 2))?;
     let pods = lab.wait_for_pods("app=web", 2)?;
     lab.wait_for_answers(&client, &["get", &address, "80", "20"], &pods)?;
-    lab.wait_for_nodes()
+    lab.wait_for_nodes()?;
+    lab.finish()
 }
 
 /// A container that writes while the agent is stopped has its lines in the log, in the CRI format.
@@ -143,7 +144,8 @@ fn killed_containers_restart_and_deleted_pods_are_replaced() -> Result<()> {
         let settled = now.len() == 3 && now.iter().all(|pod| pod_is_ready(pod) && !pod.is_deleting());
         Ok((settled && now.iter().all(|pod| pod.uid() != pods[1].uid())).then_some(now))
     })?;
-    lab.wait_for_answers(&client, &["get", &address, "80", "30"], &replaced)
+    lab.wait_for_answers(&client, &["get", &address, "80", "30"], &replaced)?;
+    lab.finish()
 }
 
 #[test]
@@ -183,7 +185,8 @@ fn a_node_that_is_cut_off_is_replaced_and_cleared_when_it_returns() -> Result<()
         let running = on_three.iter().any(|pod| lab.pod_process("node3", pod.uid()).is_ok());
         Ok((!left && !running && now.len() == 6).then_some(()))
     })?;
-    lab.wait_for_nodes()
+    lab.wait_for_nodes()?;
+    lab.finish()
 }
 
 fn control_is_killed(name: &str, store: StoreEngine) -> Result<()> {
@@ -211,7 +214,8 @@ fn control_is_killed(name: &str, store: StoreEngine) -> Result<()> {
     // Watches resumed: what changes now still reaches the nodes.
     lab.client.apply(&web("web", 1))?;
     let pods = lab.wait_for_pods("app=web", 1)?;
-    lab.wait_for_answers(&client, &["get", &address, "80", "10"], &pods)
+    lab.wait_for_answers(&client, &["get", &address, "80", "10"], &pods)?;
+    lab.finish()
 }
 
 #[test]

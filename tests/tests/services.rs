@@ -25,7 +25,8 @@ fn six_pods_behind_a_cluster_ip_answer_from_every_node() -> Result<()> {
         every_kind_of_socket(&lab, &client, &address, &pods).with_context(|| format!("from {node}"))?;
     }
     scaling(&lab, &address)?;
-    no_trace_after_deleting_all(&lab)
+    no_trace_after_deleting_all(&lab)?;
+    lab.finish()
 }
 
 /// The scheduler spreads; so both same-node and cross-node backends are in play for every client.
@@ -131,5 +132,5 @@ fn one_node_one_pod_one_cluster_ip() -> Result<()> {
     lab.wait_for_answers(&client, &["get", &address, "80", "3"], &pods)?;
     ensure!(pods[0].status.as_ref().is_some_and(|status| status.pod_ip.starts_with("10.244.")));
     ensure!(!pods[0].uid().is_empty());
-    Ok(())
+    lab.finish()
 }

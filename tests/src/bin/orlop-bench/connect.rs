@@ -56,6 +56,7 @@ pub fn run(options: &[String]) -> Result<()> {
         let added = program_time(&lab, &client, &service)?;
         report.below(format!("program time in connect(2), {size} services"), added, "ns", 500.0);
     }
+    lab.finish()?;
     report.print()
 }
 
