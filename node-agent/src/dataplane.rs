@@ -185,6 +185,9 @@ pub struct Sizes {
     pub pods: u32,
     /// Containers on this node whose CPU time is counted.
     pub containers: u32,
+    /// Connections through services that are open at once. There may be more, which then cost more to open. An unused one
+    /// costs 16 bytes.
+    pub sockets: u32,
 }
 
 impl Default for Sizes {
@@ -194,6 +197,7 @@ impl Default for Sizes {
             slots: 262_144,
             pods: 4096,
             containers: 4096,
+            sockets: 262_144,
         }
     }
 }

@@ -18,7 +18,9 @@ pub const SERVICE_COUNTERS: &str = "svc_stats_v1";
 pub const BACKEND_COUNTERS: &str = "be_stats_v1";
 /// What should never happen, counted: one [`Failures`] per CPU.
 pub const FAILURES: &str = "failures_v1";
-/// Where a connected socket's ClusterIP is remembered: socket -> [`Connected`].
+/// Where a connected socket's ClusterIP is remembered: socket cookie -> [`Connected`]. Cleared when the socket is closed.
+pub const SOCKETS: &str = "sockets4_v1";
+/// The same for what [`SOCKETS`] has no room for: socket -> [`Connected`]. Making it costs several times as much.
 pub const CONNECTED: &str = "sk_conn4_v1";
 /// The backends that an unconnected UDP socket keeps: socket -> [`Datagrams`].
 pub const DATAGRAMS: &str = "sk_udp4_v1";

@@ -31,6 +31,9 @@ pub static be_stats_v1: PerCpuArray<BackendCounters, 262144> = PerCpuArray::new(
 pub static failures_v1: PerCpuArray<Failures, 1> = PerCpuArray::new();
 
 #[btf_map]
+pub static sockets4_v1: HashMap<u64, Connected, 262144, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+
+#[btf_map]
 pub static sk_conn4_v1: SkStorage<Connected> = SkStorage::new();
 
 #[btf_map]

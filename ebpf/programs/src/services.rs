@@ -6,7 +6,10 @@
 //! `getpeername` and `recvmsg` show the ClusterIP again, and goes with it.
 
 use aya_ebpf::{
-    bindings::bpf_sock_addr, helpers::generated::bpf_set_retval, macros::cgroup_sock_addr, programs::SockAddrContext,
+    bindings::bpf_sock_addr,
+    helpers::generated::{bpf_get_socket_cookie, bpf_set_retval},
+    macros::{cgroup_sock, cgroup_sock_addr},
+    programs::{SockAddrContext, SockContext},
 };
 use aya_log_ebpf::warn;
 use orlop_ebpf_abi::{
@@ -14,7 +17,7 @@ use orlop_ebpf_abi::{
     selection::{Selection, select},
 };
 
-use crate::maps::{Pinned, count_connection, count_refused, failures, sk_conn4_v1, sk_udp4_v1};
+use crate::maps::{Pinned, count_connection, count_refused, failures, sk_conn4_v1, sk_udp4_v1, sockets4_v1};
 
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
@@ -174,11 +177,9 @@ fn connect<A: Address>(ctx: &SockAddrContext, to: &A) -> i32 {
             port,
             kept: _,
         } => {
-            // SAFETY: the hook's socket; the storage goes with it.
-            let Some(connected) = (unsafe { sk_conn4_v1.get_or_insert_ptr_mut(ctx, None).as_mut() }) else {
+            if !remember(ctx, &key, address, port) {
                 return no_storage();
-            };
-            set_connected(connected, &key, address, port);
+            }
             count_connection(service, backend);
             to.set(address);
             to.set_port(port);
@@ -192,21 +193,57 @@ fn connect<A: Address>(ctx: &SockAddrContext, to: &A) -> i32 {
     }
 }
 
+/// Notes with the socket what it was told: by its cookie, or where that map is full, in the socket's own storage.
 #[inline(always)]
-fn set_connected(connected: &mut Connected, key: &FrontendKey, address: [u8; 4], port: u16) {
-    connected.service_address = key.address;
-    connected.backend_address = address;
-    connected.backend_port = port;
-    connected.service_port = key.port;
+fn remember(ctx: &SockAddrContext, key: &FrontendKey, address: [u8; 4], port: u16) -> bool {
+    let connected = Connected {
+        service_address: key.address,
+        backend_address: address,
+        service_port: key.port,
+        backend_port: port,
+    };
+    if sockets4_v1.insert(cookie(ctx), connected, 0).is_ok() {
+        return true;
+    }
+    // SAFETY: the hook's socket; the storage goes with it.
+    let Some(storage) = (unsafe { sk_conn4_v1.get_or_insert_ptr_mut(ctx, None).as_mut() }) else {
+        return false;
+    };
+    storage.service_address = key.address;
+    storage.backend_address = address;
+    storage.backend_port = port;
+    storage.service_port = key.port;
+    true
 }
 
 /// The socket connects to something that is no service: an earlier connect, or attempt, through one no longer counts.
 #[inline(always)]
 fn forget(ctx: &SockAddrContext) {
+    let cookie = cookie(ctx);
+    if sockets4_v1.get_ptr(cookie).is_some() {
+        let _gone_already = sockets4_v1.remove(cookie);
+    }
     // SAFETY: the hook's socket.
     if let Some(connected) = unsafe { sk_conn4_v1.get_ptr_mut(ctx).as_mut() } {
         connected.service_port = 0;
     }
+}
+
+/// A socket is closed.
+#[cgroup_sock(sock_release)]
+pub fn sock_release(ctx: SockContext) -> i32 {
+    // SAFETY: the hook's context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.sock.cast()) };
+    if sockets4_v1.get_ptr(cookie).is_some() {
+        let _gone_already = sockets4_v1.remove(cookie);
+    }
+    ALLOW
+}
+
+#[inline(always)]
+fn cookie(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the hook's context.
+    unsafe { bpf_get_socket_cookie(ctx.sock_addr.cast()) }
 }
 
 /// A datagram with an address of its own: the socket keeps its backend for a service while that is ready.
@@ -389,8 +426,14 @@ fn peer_name<A: Address>(ctx: &SockAddrContext, peer: &A) -> i32 {
 /// Replaces a backend's address by that of the service which the socket is connected through.
 #[inline(always)]
 fn show_service<A: Address>(ctx: &SockAddrContext, shown: &A, address: [u8; 4], port: u16) -> bool {
-    // SAFETY: the hook's socket.
-    let Some(connected) = (unsafe { sk_conn4_v1.get_ptr_mut(ctx).as_mut() }) else {
+    let mut connected = sockets4_v1.get_ptr(cookie(ctx));
+    if connected.is_none() {
+        // SAFETY: the hook's socket.
+        let storage = unsafe { sk_conn4_v1.get_ptr_mut(ctx) };
+        connected = (!storage.is_null()).then_some(storage.cast_const());
+    }
+    // SAFETY: the verifier has checked the pointer; a socket's entry changes only with its own connect.
+    let Some(connected) = connected.map(|entry| unsafe { &*entry }) else {
         return false;
     };
     if connected.service_port == 0 || connected.backend_port != port || connected.backend_address != address {

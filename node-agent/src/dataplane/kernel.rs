@@ -89,6 +89,10 @@ pub static PROGRAMS: &[ProgramSpec] = &[
         hook: Hook::Cgroup(30),
     },
     ProgramSpec {
+        name: "sock_release",
+        hook: Hook::Cgroup(34),
+    },
+    ProgramSpec {
         name: "sched_switch",
         hook: Hook::SchedSwitch,
     },
@@ -507,12 +511,24 @@ fn load(
         programs.insert(spec.name, fd);
     }
     fs::rename(&unfinished, directory).map_err(|error| failed(format!("make {}", directory.display()), error))?;
+    drop((object, loader, kernel_btf));
+    give_memory_back();
     Ok(programs)
+}
+
+/// The kernel's BTF took tens of megabytes, which are not needed again.
+fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: returns free pages to the kernel, nothing else.
+    unsafe {
+        libc::malloc_trim(0)
+    };
 }
 
 fn load_program(program: &mut Program, btf: &Btf) -> Result<(), ProgramError> {
     match program {
         Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
         Program::BtfTracePoint(program) => program.load("sched_switch", btf),
         _ => Err(ProgramError::UnexpectedProgramType),

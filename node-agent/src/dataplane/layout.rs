@@ -92,6 +92,17 @@ pub static MAPS: &[MapSpec] = &[
         entries: None,
     },
     MapSpec {
+        name: abi::SOCKETS,
+        kind: HASH,
+        flags: NO_PREALLOC,
+        sizes: (8, 12),
+        shape: (
+            "u64",
+            "{service_address@0:[u8;4] backend_address@4:[u8;4] service_port@8:u16 backend_port@10:u16}",
+        ),
+        entries: Some(|sizes| sizes.sockets),
+    },
+    MapSpec {
         name: abi::CONNECTED,
         kind: SK_STORAGE,
         flags: NO_PREALLOC,

@@ -56,7 +56,14 @@ pub fn failures(dataplane: &EbpfDataplane) -> (u64, u64) {
 pub fn assert_empty(dataplane: &EbpfDataplane) {
     let start = Instant::now();
     let left = || {
-        [abi::FRONTENDS, abi::ARENA, abi::SERVICE_COUNTERS, abi::BACKEND_COUNTERS].map(|name| {
+        [
+            abi::FRONTENDS,
+            abi::ARENA,
+            abi::SERVICE_COUNTERS,
+            abi::BACKEND_COUNTERS,
+            abi::SOCKETS,
+        ]
+        .map(|name| {
             let map = dataplane.kernel().map(name);
             let mut used = 0;
             bpf::for_each(&map.fd, &map.info, |_, value| {
@@ -67,7 +74,7 @@ pub fn assert_empty(dataplane: &EbpfDataplane) {
             used
         })
     };
-    while left() != [0; 4] {
+    while left() != [0; 5] {
         assert!(
             start.elapsed() < Duration::from_secs(10),
             "frontends, slots, counters left: {:?}",
@@ -184,6 +191,7 @@ fn a_restart_adopts_everything_and_traffic_flows_meanwhile() {
             open.write_all(b"x").expect("write");
             open.read_exact(&mut byte).expect("an answer");
             whole(&second, &[]);
+            drop(open);
             assert_empty(&second);
         },
     );

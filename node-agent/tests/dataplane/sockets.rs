@@ -237,6 +237,26 @@ fn a_socket_that_goes_elsewhere_forgets_the_service() {
     });
 }
 
+/// The cheap place for what a socket was told holds 32 here; others go to the socket's own storage. Closed ones are forgotten.
+#[test]
+fn more_connections_than_the_map_holds() {
+    run("sockets::more_connections_than_the_map_holds", |stage| {
+        let dataplane = started(stage);
+        serve(1);
+        upsert(&dataplane, &[service(1, &[(1, 1)])]);
+        for address in [vip(1), mapped(vip(1))] {
+            let streams: Vec<_> = (0..80).map(|_| TcpStream::connect(address).expect("connect")).collect();
+            assert!(
+                streams
+                    .iter()
+                    .all(|stream| stream.peer_addr().expect("a peer") == address)
+            );
+        }
+        whole(&dataplane, &[]);
+        crate::lifecycle::assert_empty(&dataplane);
+    });
+}
+
 #[test]
 fn open_connections_outlive_their_service() {
     run("sockets::open_connections_outlive_their_service", |stage| {

@@ -26,6 +26,7 @@ pub const SIZES: Sizes = Sizes {
     slots: 512,
     pods: 16,
     containers: 16,
+    sockets: 32,
 };
 
 /// What a test has.
