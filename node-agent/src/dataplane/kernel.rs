@@ -216,7 +216,11 @@ impl Kernel {
         };
         let programs = match adopted {
             Some(programs) => programs,
-            None => load(config, &pins, &programs_directory, node_cgroup_id, &found, &growing)?,
+            None => {
+                let programs = load(config, &pins, &programs_directory, node_cgroup_id, &found, &growing)?;
+                give_memory_back();
+                programs
+            }
         };
         let kernel = Self {
             maps: HashMap::new(),
@@ -511,8 +515,6 @@ fn load(
         programs.insert(spec.name, fd);
     }
     fs::rename(&unfinished, directory).map_err(|error| failed(format!("make {}", directory.display()), error))?;
-    drop((object, loader, kernel_btf));
-    give_memory_back();
     Ok(programs)
 }
 
