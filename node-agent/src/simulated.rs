@@ -75,9 +75,13 @@ pub struct SimulatedRuntime {
 }
 
 impl SimulatedRuntime {
-    /// How many containers have been started and not been removed.
+    /// How many containers run.
     pub fn containers(&self) -> usize {
-        lock(&self.observed).pods.values().map(|pod| pod.containers.len()).sum()
+        let observed = lock(&self.observed);
+        let containers = observed.pods.values().flat_map(|pod| &pod.containers);
+        containers
+            .filter(|container| matches!(container.state, ProcessState::Running { .. }))
+            .count()
     }
 
     /// Ends a container as a crash would; whether there was one of this pod that ran.
@@ -92,6 +96,14 @@ impl SimulatedRuntime {
         drop(observed);
         self.changed.notify_one();
         ended
+    }
+
+    /// Changes what there is of a pod; nothing where there is nothing.
+    fn reduce(&self, pod: &PodId, change: impl FnOnce(&mut ObservedPod)) {
+        if let Some(pod) = lock(&self.observed).pods.get_mut(&pod.uid) {
+            change(pod);
+        }
+        self.changed.notify_one();
     }
 
     fn change(&self, pod: &PodId, change: impl FnOnce(&mut ObservedPod)) {
@@ -205,12 +217,12 @@ impl Runtime for SimulatedRuntime {
     }
 
     async fn remove_container(&self, pod: &PodId, id: &str) -> Result<(), RuntimeError> {
-        self.change(pod, |pod| pod.containers.retain(|container| container.id != id));
+        self.reduce(pod, |pod| pod.containers.retain(|container| container.id != id));
         Ok(())
     }
 
     async fn remove_sandbox(&self, pod: &PodId, id: &str) -> Result<(), RuntimeError> {
-        self.change(pod, |pod| pod.sandboxes.retain(|sandbox| sandbox.id != id));
+        self.reduce(pod, |pod| pod.sandboxes.retain(|sandbox| sandbox.id != id));
         Ok(())
     }
 
