@@ -10,6 +10,8 @@
 //!
 //! The order makes each step repeatable: an agent that is killed in between does the rest at its next start.
 
+mod pins;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs,
@@ -18,6 +20,8 @@ use std::{
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
+
+pub use pins::{Pins, pod_links};
 
 use super::{
     Config, DataplaneError,
@@ -105,62 +109,6 @@ pub static PROGRAMS: &[ProgramSpec] = &[
         hook: Hook::Interface(47),
     },
 ];
-
-/// Paths of the pins.
-#[derive(Debug, Clone)]
-pub struct Pins {
-    root: PathBuf,
-}
-
-impl Pins {
-    /// Those of an instance.
-    #[must_use]
-    pub fn new(config: &Config) -> Self {
-        Self {
-            root: config.bpffs.join("orlop").join(&config.instance),
-        }
-    }
-
-    /// The directory of all.
-    #[must_use]
-    pub fn root(&self) -> &Path {
-        &self.root
-    }
-
-    /// A map's.
-    #[must_use]
-    pub fn map(&self, name: &str) -> PathBuf {
-        self.root.join(name)
-    }
-
-    /// The link of a program that is attached once.
-    #[must_use]
-    pub fn link(&self, program: &str) -> PathBuf {
-        self.root.join(format!("{program}_link"))
-    }
-
-    /// The directory of the pods' links.
-    #[must_use]
-    pub fn pods(&self) -> PathBuf {
-        self.root.join("pods")
-    }
-
-    /// The link of a program at a pod's interface: `UID_ingress`, `UID_egress`.
-    #[must_use]
-    pub fn pod_link(&self, uid: &str, program: &str) -> PathBuf {
-        let side = program.rsplit('_').next().unwrap_or(program);
-        self.pods().join(format!("{uid}_{side}"))
-    }
-
-    fn programs(&self) -> PathBuf {
-        self.root.join("programs")
-    }
-
-    /// The replacement of a map that is being made larger.
-    fn new_map(&self, name: &str) -> PathBuf {
-        self.root.join(format!("new_{name}"))
-    }
-}
 
 /// An open map with its info.
 #[derive(Debug)]
@@ -372,15 +320,6 @@ pub fn remove(config: &Config) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
-}
-
-/// Names and paths of all pods' links.
-pub fn pod_links(pins: &Pins) -> impl Iterator<Item = (String, PathBuf)> + use<> {
-    fs::read_dir(pins.pods())
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())))
 }
 
 /// Opens and checks all pinned maps that are there.

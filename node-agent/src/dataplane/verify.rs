@@ -104,10 +104,10 @@ fn compare(
     let mut sorted: Vec<_> = services.iter().collect();
     sorted.sort_by_key(|service| (&service.namespace, &service.name));
     for service in sorted {
-        for key in planner::frontends_of(service) {
+        for key in planner::records::frontends_of(service) {
             wanted
                 .entry(key)
-                .or_insert_with(|| (service, planner::backends_of(service, &key)));
+                .or_insert_with(|| (service, planner::records::backends_of(service, &key)));
         }
     }
     let (adopted, wrong) = planner::Planner::adopt(

@@ -1,5 +1,6 @@
 use std::net::Ipv4Addr;
 
+use orlop_ebpf_abi::{Protocol, Scope};
 use proptest::prelude::*;
 
 use super::*;
