@@ -1,6 +1,9 @@
 //! Control from outside: a real server with the embedded store, on TLS and on a unix socket.
 
+mod apply;
 mod harness;
 mod identity;
 mod join;
 mod objects;
+mod requests;
+mod watch;
