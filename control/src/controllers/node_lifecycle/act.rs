@@ -159,10 +159,20 @@ impl Lifecycle {
         let disruption = Disruption::judge(ready, nodes.len() - ready, &self.config);
         self.limiter.refill(disruption, nodes.len(), &self.config, now);
         let at = time::now_seconds();
+        let doubtful = nodes.iter().any(|node| !is_ready(node) && !evicts(node));
+        let pods = doubtful.then(|| self.pods.snapshot());
+        let occupied: HashSet<&str> = pods
+            .iter()
+            .flat_map(|pods| pods.objects.values())
+            .map(|pod| pods::node_name(pod))
+            .collect();
         let mut writes = Vec::new();
         for (index, node) in nodes.iter().enumerate() {
-            // Once tainted a node stays so until it is ready; when all are lost, nobody is.
-            let may_evict = disruption != Disruption::Full && !is_ready(node) && (evicts(node) || self.limiter.take());
+            // Once tainted a node stays so until it is ready; when all are lost, nobody is. Where there is nobody to evict nothing
+            // has to be slowed down.
+            let may_evict = disruption != Disruption::Full
+                && !is_ready(node)
+                && (evicts(node) || !occupied.contains(node.name()) || self.limiter.take());
             if plan_taints(node, may_evict, at).is_some() {
                 writes.push((index, node.name().to_owned(), may_evict));
             }

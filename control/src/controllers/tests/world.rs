@@ -87,6 +87,20 @@ impl World {
         };
         let (cancel, cut) = (self.cancel.clone(), self.cut.clone());
         player.speak().await;
+        // A new node bears the taint of one that is not ready until lifecycle has seen that it is.
+        let settled = |world: &Self| {
+            let node = world.cache().reader::<Node>().get("", name).unwrap_or_default();
+            let is_clean = node
+                .spec
+                .as_ref()
+                .is_some_and(|spec| spec.taints.is_empty() && !spec.pod_cidr.is_empty());
+            is_clean
+                && node
+                    .status
+                    .iter()
+                    .flat_map(|status| &status.conditions)
+                    .any(|one| one.status == "True")
+        };
         tokio::spawn(async move {
             while !cancel.is_cancelled() {
                 if !cut.lock().unwrap().contains(&player.name) {
@@ -95,6 +109,10 @@ impl World {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         });
+        self.until("the node is ready", settled).await;
+        // Twice the controller's period: what it has read before is acted on.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        self.until("the node is ready", settled).await;
     }
 
     pub(super) fn cut(&self, node: &str) {
