@@ -97,10 +97,7 @@ pub async fn run(mut config: Config, stop: CancellationToken) -> Result<(), Agen
         network: Arc::new(CniNetwork::new(NetworkSettings::new(&config))),
         dataplane: Arc::new(dataplane),
         reader: metrics::Reader::new(cgroups, metric_paths(&config)),
-        reconciler: reconciler::Settings {
-            host_addresses: vec![address],
-            ..reconciler::Settings::default()
-        },
+        reconciler: reconciler::Settings::from_config(&config, vec![address]),
         config,
     };
     let joined = async move { identity.joined().await };

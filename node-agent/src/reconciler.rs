@@ -130,7 +130,7 @@ pub async fn run(inputs: Inputs, stop: CancellationToken) {
         executor,
         sender,
         progress: Progress::default(),
-        busy: BTreeSet::new(),
+        busy: BTreeMap::new(),
         reported: BTreeMap::new(),
         cleared: false,
     };
@@ -143,8 +143,9 @@ struct Reconciler {
     /// Workers' ends.
     sender: mpsc::UnboundedSender<Done>,
     progress: Progress,
-    /// Pods whose worker runs, or has ended but not been heard yet: what was observed meanwhile may be stale for them.
-    busy: BTreeSet<String>,
+    /// Pods whose worker runs, or has ended but not been heard yet: what was observed meanwhile may be stale for them. The
+    /// token tells the worker that the pod is not wanted any more.
+    busy: BTreeMap<String, CancellationToken>,
     /// The latest update of each pod.
     reported: BTreeMap<String, PodUpdate>,
     /// Whether networks that an earlier life left half-made have been cleared.
@@ -234,12 +235,15 @@ impl Reconciler {
                     context,
                     pod,
                     observed.pods.get(&uid),
-                    pod_plan.gone && !self.busy.contains(&uid),
+                    pod_plan.gone && !self.busy.contains_key(&uid),
                 )
             {
                 wait = wait.min(RETRY_REPORT);
             }
-            if self.busy.contains(&uid) {
+            if let Some(worker) = self.busy.get(&uid) {
+                if desired.pods.get(&uid).is_none_or(|pod| pod.is_deleting()) {
+                    worker.cancel();
+                }
                 continue;
             }
             if let Some(at) = pod_plan.wake_at {
@@ -355,12 +359,13 @@ impl Reconciler {
             }
         }
         let uid = plan.id.uid.clone();
-        self.busy.insert(uid.clone());
+        let unwanted = CancellationToken::new();
+        self.busy.insert(uid.clone(), unwanted.clone());
         let sandboxes = found
             .map(|found| found.sandboxes.iter().map(|sandbox| sandbox.id.clone()).collect())
             .unwrap_or_default();
         let (executor, sender) = (self.executor.clone(), self.sender.clone());
-        let worker = tokio::spawn(async move { executor.execute(plan.id, plan.actions, sandboxes).await });
+        let worker = tokio::spawn(async move { executor.execute(plan.id, plan.actions, sandboxes, unwanted).await });
         tokio::spawn(async move {
             // A worker that panicked is heard too: its pod must not stay busy.
             let done = worker.await.unwrap_or_else(|error| Done::panicked(uid, &error));

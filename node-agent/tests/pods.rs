@@ -41,14 +41,15 @@ fn a_pod_lives_through_restarts_of_agent_and_containerd() {
         assert_eq!((ended.exit_code, ended.reason.as_str()), (3, "Error"));
         assert_eq!(status.phase, "Running");
         assert!(status.pod_ip.starts_with("10.244.9."), "{}", status.pod_ip);
-        assert_eq!(condition(&status, "Ready"), "False");
-        node.until("web", "backs off", |status| {
-            let state = status.container_statuses[0].state.clone().unwrap();
-            state
-                .waiting
-                .is_some_and(|waiting| waiting.reason == "CrashLoopBackOff")
-        })
-        .await;
+        let backing_off = node
+            .until("web", "backs off", |status| {
+                let state = status.container_statuses[0].state.clone().unwrap();
+                state
+                    .waiting
+                    .is_some_and(|waiting| waiting.reason == "CrashLoopBackOff")
+            })
+            .await;
+        assert_eq!(condition(&backing_off, "Ready"), "False");
         assert_eq!(node.shims(), 1, "all containers of a pod are in one shim");
         let before = node.process("web", "web").await;
         let restarts = node.status("web").container_statuses[0].restart_count;
@@ -187,6 +188,41 @@ fn a_killed_shim_costs_its_own_pod_alone() {
         for name in ["hit", "other"] {
             node.delete(name, 5).await;
         }
+        node.until_empty().await;
+        node.assert_nothing_left();
+    });
+}
+
+#[test]
+fn after_a_reboot_pods_run_again_without_control() {
+    on_stage("after_a_reboot_pods_run_again_without_control", async |stage| {
+        let mut node = Node::start(stage).await;
+        node.want(&pod(
+            "web",
+            &[("web", &["tick", "50"], "fixture:1"), ("side", &["sleep"], "fixture:1")],
+        ));
+        let ready = |status: &orlop_proto::core::v1::PodStatus| condition(status, "Ready") == "True";
+        node.until("web", "is ready", ready).await;
+        let pid = node.process("web", "web").await.0;
+        let shared = format!("/proc/{pid}/root/dev/shm/left");
+        std::fs::write(&shared, "x").unwrap();
+        let side = node.process("web", "side").await.0;
+        assert!(
+            std::fs::exists(format!("/proc/{side}/root/dev/shm/left")).unwrap(),
+            "/dev/shm is the pod's"
+        );
+        node.reboot().await;
+        let status = node
+            .until("web", "runs again", |status| {
+                ready(status)
+                    && status
+                        .container_statuses
+                        .iter()
+                        .all(|container| container.restart_count == 1)
+            })
+            .await;
+        assert!(!status.pod_ip.is_empty());
+        node.delete("web", 5).await;
         node.until_empty().await;
         node.assert_nothing_left();
     });

@@ -3,6 +3,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     dataplane::{Dataplane, PodInterface},
@@ -68,6 +69,15 @@ impl Done {
     }
 }
 
+impl Failed {
+    fn unwanted() -> Self {
+        Self {
+            reason: "PodDeleted".to_owned(),
+            message: "the pod is to go".to_owned(),
+        }
+    }
+}
+
 impl From<RuntimeError> for Failed {
     fn from(error: RuntimeError) -> Self {
         let message = match &error {
@@ -96,13 +106,20 @@ fn dataplane_failed(error: &crate::dataplane::DataplaneError) -> Failed {
 }
 
 impl Executor {
-    /// Runs a pod's actions in order. A failure ends the run, save that other containers are still started.
-    pub async fn execute(self, pod: PodId, actions: Vec<Action>, sandboxes: Vec<String>) -> Done {
+    /// Runs a pod's actions in order. A failure ends the run, save that other containers are still started; when the pod becomes
+    /// `unwanted`, nothing more is started, and nobody waits for an image any longer.
+    pub async fn execute(
+        self,
+        pod: PodId,
+        actions: Vec<Action>,
+        sandboxes: Vec<String>,
+        unwanted: CancellationToken,
+    ) -> Done {
         let mut done = Done::new(pod.uid.clone());
         for action in actions {
             let subject = action.subject();
             let stops = !matches!(subject, Subject::Container(_));
-            let result = self.execute_one(&pod, action, &sandboxes, &mut done).await;
+            let result = self.execute_one(&pod, action, &sandboxes, &unwanted, &mut done).await;
             let failed = result.is_err();
             if let Err(Failed { reason, message }) = &result {
                 tracing::warn!(
@@ -128,6 +145,7 @@ impl Executor {
         pod: &PodId,
         action: Action,
         sandboxes: &[String],
+        unwanted: &CancellationToken,
         done: &mut Done,
     ) -> Result<(), Failed> {
         match action {
@@ -145,7 +163,7 @@ impl Executor {
                 done.attached.push(sandbox_id);
                 Ok(())
             }
-            Action::StartContainer(start) => self.start_container(pod, *start).await,
+            Action::StartContainer(start) => self.start_container(pod, *start, unwanted).await,
             Action::Terminate { id } => Ok(self.runtime.signal(&id, libc::SIGTERM).await?),
             Action::Kill { id } => Ok(self.runtime.signal(&id, libc::SIGKILL).await?),
             Action::RemoveContainer { id } => Ok(self.runtime.remove_container(pod, &id).await?),
@@ -259,8 +277,17 @@ impl Executor {
             .map_err(|error| network_failed(&error))
     }
 
-    async fn start_container(&self, pod: &PodId, start: StartContainer) -> Result<(), Failed> {
-        let image = self.runtime.ensure_image(&start.image).await?;
+    async fn start_container(
+        &self,
+        pod: &PodId,
+        start: StartContainer,
+        unwanted: &CancellationToken,
+    ) -> Result<(), Failed> {
+        let image = tokio::select! {
+            biased;
+            () = unwanted.cancelled() => return Err(Failed::unwanted()),
+            image = self.runtime.ensure_image(&start.image) => image?,
+        };
         // Only now: who waits for an image holds up nobody.
         let _turn = self.turn().await;
         let spec = ContainerSpec {

@@ -169,6 +169,9 @@ impl Runtime for Fake {
     async fn version(&self) -> Result<String, RuntimeError> {
         Ok("fake://1".to_owned())
     }
+    async fn disk_usage(&self) -> Result<BTreeMap<String, u64>, RuntimeError> {
+        Ok(BTreeMap::new())
+    }
 }
 
 #[async_trait]
@@ -391,4 +394,20 @@ async fn a_pod_that_never_was_here_is_gone_at_once() {
             updates.get("p").is_some_and(|update| update.gone)
         })
         .await;
+}
+
+#[tokio::test]
+async fn a_deleted_pod_does_not_wait_for_its_image() {
+    let mut reconciler = Loop::start(Fake::default());
+    reconciler.want("p", "hangs", |_| {});
+    reconciler
+        .until("its sandbox is there", |updates| {
+            updates.get("p").is_some_and(|update| !update.status.pod_ip.is_empty())
+        })
+        .await;
+    reconciler.want("p", "hangs", |pod| {
+        pod.meta_mut().deletion_timestamp = Some(prost_types::Timestamp::default())
+    });
+    reconciler.until("it is gone", |updates| updates["p"].gone).await;
+    assert!(reconciler.fake.observed.lock().unwrap().pods.is_empty());
 }

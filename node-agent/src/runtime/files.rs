@@ -2,6 +2,7 @@
 
 use std::{fmt::Write as _, fs, io, path::Path};
 
+use rustix::mount::{MountFlags, UnmountFlags};
 use serde::{Deserialize, Serialize};
 
 use super::{PodId, SandboxSpec};
@@ -28,6 +29,33 @@ pub fn write_pod_files(dir: &Path, sandbox: &SandboxSpec) -> io::Result<()> {
     // Until the cluster has its own DNS a pod resolves as its node does.
     let resolver = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     write(&dir.join("resolv.conf"), &resolver)
+}
+
+/// Makes the memory that the pod's containers share as `/dev/shm`: an empty tmpfs at `shm`.
+pub fn mount_shm(dir: &Path) -> io::Result<()> {
+    let shm = dir.join("shm");
+    unmount_shm(dir)?;
+    fs::create_dir_all(&shm)?;
+    let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+    Ok(rustix::mount::mount(
+        "shm",
+        &shm,
+        "tmpfs",
+        flags,
+        c"mode=1777,size=65536k",
+    )?)
+}
+
+/// Takes it away; what is not mounted is a success.
+pub fn unmount_shm(dir: &Path) -> io::Result<()> {
+    loop {
+        match rustix::mount::unmount(dir.join("shm"), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            // There may be one upon another.
+            Ok(()) => {}
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// Whose state directory this is.

@@ -152,6 +152,10 @@ pub fn container(platform: &Platform, container: &ContainerSpec, around: &Surrou
             "options": ["rbind", "rprivate", "rw"],
         }));
     }
+    mounts.push(json!({
+        "destination": "/dev/shm", "type": "bind", "source": around.pod_dir.join("shm"),
+        "options": ["rbind", "rprivate", "nosuid", "noexec", "nodev"],
+    }));
     let mut namespaces = vec![json!({"type": "pid"}), json!({"type": "mount"})];
     for (kind, file) in [("network", "net"), ("ipc", "ipc"), ("uts", "uts")] {
         namespaces.push(json!({"type": kind, "path": format!("/proc/{}/ns/{file}", around.pause_pid)}));
@@ -255,15 +259,11 @@ fn mounts(platform: &Platform, sandbox: bool) -> Vec<Value> {
         json!({"destination": "/sys", "type": "sysfs", "source": "sysfs",
             "options": ["nosuid", "noexec", "nodev", "ro"]}),
     ];
-    if !sandbox {
-        mounts.push(json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
-            "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]}));
-        if platform.cgroup_namespace {
-            mounts.push(
-                json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-                "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}),
-            );
-        }
+    if !sandbox && platform.cgroup_namespace {
+        mounts.push(
+            json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+            "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}),
+        );
     }
     mounts
 }

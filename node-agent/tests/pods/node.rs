@@ -119,6 +119,7 @@ impl Node {
         };
         ran("mount", &["-t", "tmpfs", "run", "/run"]);
         ran("ip", &["link", "set", "lo", "up"]);
+        fs::write(stage.dir.join("boot_id"), "first").unwrap();
         let images = stage.dir.join("images");
         write_image(&stage, &images);
         let config = Config {
@@ -156,7 +157,10 @@ impl Node {
             ..Options::from_config(&self.config)
         };
         let runtime = Arc::new(Containerd::new(options).unwrap());
-        let network = Arc::new(CniNetwork::new(network::Settings::new(&self.config)));
+        let network = Arc::new(CniNetwork::new(network::Settings {
+            boot_id_file: self.stage.dir.join("boot_id"),
+            ..network::Settings::new(&self.config)
+        }));
         let (sender, mut receiver) = mpsc::channel::<PodUpdate>(16);
         let known = self.desired.borrow().clone();
         let first = if complete {
@@ -237,6 +241,35 @@ impl Node {
 
     pub fn start_containerd(&mut self) {
         self.containerd = spawn_containerd(&self.stage);
+    }
+
+    /// The machine is switched off and on: processes, `/run`, interfaces and cgroups are gone, what is on disk stays.
+    pub async fn reboot(&mut self) {
+        self.stop_agent().await;
+        self.kill_containerd();
+        let own = std::process::id();
+        let pids = fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|dir| dir.unwrap().file_name().to_str()?.parse().ok());
+        for pid in pids.filter(|pid: &u32| *pid != own && *pid != 1) {
+            let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+            // It may have ended meanwhile.
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let under_run = mounts
+            .lines()
+            .filter_map(|line| line.split(' ').nth(1))
+            .filter(|path| path.starts_with("/run"));
+        for path in under_run.collect::<Vec<_>>().into_iter().rev() {
+            rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH).unwrap();
+        }
+        rustix::mount::mount("run", "/run", "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+        Cgroups::detect().unwrap().remove(&self.stage.cgroup()).unwrap();
+        fs::write(self.stage.dir.join("boot_id"), "another").unwrap();
+        self.start_containerd();
+        self.start_agent(true);
     }
 
     /// Control wants this pod.

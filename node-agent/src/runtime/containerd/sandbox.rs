@@ -17,10 +17,12 @@ impl Containerd {
         };
         drop(pause);
         let dir = self.pod_dir(&sandbox.pod.uid);
-        files::write_pod_files(&dir, sandbox).map_err(|source| RuntimeError::Io {
-            doing: format!("writing {}", dir.display()),
-            source,
-        })?;
+        files::write_pod_files(&dir, sandbox)
+            .and_then(|()| files::mount_shm(&dir))
+            .map_err(|source| RuntimeError::Io {
+                doing: format!("writing {}", dir.display()),
+                source,
+            })?;
         self.lease(&sandbox.pod).await?;
         let addresses: Vec<String> = sandbox.addresses.iter().map(ToString::to_string).collect();
         let container = NewContainer {
@@ -77,6 +79,11 @@ impl Containerd {
             .found()?;
         self.cgroups
             .remove(&format!("{}/{}", self.options.cgroup_parent, pod.uid))?;
+        let dir = self.pod_dir(&pod.uid);
+        files::unmount_shm(&dir).map_err(|source| RuntimeError::Io {
+            doing: format!("unmounting in {}", dir.display()),
+            source,
+        })?;
         for dir in [self.log_dir(pod), self.pod_dir(&pod.uid)] {
             remove_dir(&dir).map_err(|source| RuntimeError::Io {
                 doing: format!("removing {}", dir.display()),
