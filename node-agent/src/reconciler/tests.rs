@@ -162,9 +162,6 @@ impl Runtime for Fake {
         self.observed.lock().unwrap().pods.remove(&pod.uid);
         Ok(())
     }
-    async fn disk_usage(&self) -> Result<BTreeMap<String, u64>, RuntimeError> {
-        Ok(BTreeMap::new())
-    }
 
     async fn version(&self) -> Result<String, RuntimeError> {
         Ok("fake://1".to_owned())
@@ -406,7 +403,7 @@ async fn a_deleted_pod_does_not_wait_for_its_image() {
         })
         .await;
     reconciler.want("p", "hangs", |pod| {
-        pod.meta_mut().deletion_timestamp = Some(prost_types::Timestamp::default())
+        pod.meta_mut().deletion_timestamp = Some(prost_types::Timestamp::default());
     });
     reconciler.until("it is gone", |updates| updates["p"].gone).await;
     assert!(reconciler.fake.observed.lock().unwrap().pods.is_empty());
