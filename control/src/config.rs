@@ -9,7 +9,7 @@ use std::{
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
-use crate::registry::RegistryConfig;
+use crate::{link::LEASE_INTERVAL, registry::RegistryConfig};
 
 /// What `orlop-control --config FILE` reads. Durations are written as `"40s"`, `"5m"`, `"24h"`.
 #[derive(Debug, Clone, Deserialize)]
@@ -82,7 +82,7 @@ pub struct NodeConfig {
     /// `leaseDurationSeconds` of a node's Lease.
     #[serde(deserialize_with = "duration")]
     pub lease_duration: Duration,
-    /// A node whose Lease was not renewed for so long is NotReady.
+    /// A node whose Lease was not renewed for so long is NotReady. Leases are renewed every 10 s: more than that.
     #[serde(deserialize_with = "duration")]
     pub monitor_grace: Duration,
     /// Pods of a node that is NotReady for so long are replaced elsewhere.
@@ -267,8 +267,8 @@ impl Config {
         if self.pod_cidr_prefix < self.pod_cidr.prefix_len() || self.pod_cidr_prefix > 30 {
             return invalid("pod_cidr_prefix", "must lie between pod_cidr's prefix and 30");
         }
-        if self.node.monitor_grace.is_zero() || self.node.lease_duration.is_zero() {
-            return invalid("node", "durations must not be zero");
+        if self.node.monitor_grace <= LEASE_INTERVAL || self.node.lease_duration <= LEASE_INTERVAL {
+            return invalid("node", "monitor_grace and lease_duration must be longer than the 10 s between two renewals");
         }
         if self.store.engine == Engine::Etcd && self.store.etcd.endpoints.is_empty() {
             return invalid("store.etcd.endpoints", "is empty");

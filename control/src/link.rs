@@ -48,11 +48,14 @@ pub struct LinkConfig {
     pub window: u64,
 }
 
+/// A node's Lease is renewed this often; a node is not given up for anything shorter.
+pub const LEASE_INTERVAL: Duration = Duration::from_secs(10);
+
 impl Default for LinkConfig {
     fn default() -> Self {
         Self {
             lease_duration: Duration::from_secs(40),
-            lease_interval: Duration::from_secs(10),
+            lease_interval: LEASE_INTERVAL,
             ping: Duration::from_secs(5),
             silence: Duration::from_secs(15),
             window: 32,

@@ -151,7 +151,7 @@ fn killed_containers_restart_and_deleted_pods_are_replaced() -> Result<()> {
 #[test]
 fn a_node_that_is_cut_off_is_replaced_and_cleared_when_it_returns() -> Result<()> {
     let options = Options {
-        control_extra: "[node]\nmonitor_grace = \"4s\"\neviction_delay = \"2s\"\n".to_owned(),
+        control_extra: "[node]\neviction_delay = \"2s\"\n".to_owned(),
         ..Options::default()
     };
     let lab = Lab::start("cut", &options)?;
