@@ -92,7 +92,7 @@ fn every_verb(admin: &Grpcurl) -> Result<()> {
     let stale = admin.objects("Update", &json!({"object": changed})).err().context("a stale update was taken")?;
     ensure!(format!("{stale:#}").contains("Aborted"), "{stale:#}");
 
-    let manifest = "apiVersion: v1\nkind: Service\nmetadata: {name: shop}\nspec:\n  ports: [{port: 81, name: web}]\n";
+    let manifest = "apiVersion: v1\nkind: Service\nmetadata: {name: shop}\nspec:\n  ports: [{port: 80, targetPort: 8081}]\n";
     let applied = admin.objects("Apply", &json!({"manifest": manifest}))?;
     ensure!(applied["action"] == "configured", "{applied}");
     let again = admin.objects("Apply", &json!({"manifest": manifest}))?;
@@ -122,7 +122,7 @@ fn watch(admin: &Grpcurl, after: &Value) -> Result<()> {
         Ok(text) => text,
         Err(error) => format!("{error:#}"),
     };
-    ensure!(printed.contains("\"MODIFIED\"") && printed.contains("\"port\": 81"), "the watch gave {printed}");
+    ensure!(printed.contains("\"MODIFIED\"") && printed.contains("\"targetPort\": 8081"), "the watch gave {printed}");
     Ok(())
 }
 
