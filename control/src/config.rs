@@ -268,7 +268,10 @@ impl Config {
             return invalid("pod_cidr_prefix", "must lie between pod_cidr's prefix and 30");
         }
         if self.node.monitor_grace <= LEASE_INTERVAL || self.node.lease_duration <= LEASE_INTERVAL {
-            return invalid("node", "monitor_grace and lease_duration must be longer than the 10 s between two renewals");
+            return invalid(
+                "node",
+                "monitor_grace and lease_duration must be longer than the 10 s between two renewals",
+            );
         }
         if self.store.engine == Engine::Etcd && self.store.etcd.endpoints.is_empty() {
             return invalid("store.etcd.endpoints", "is empty");

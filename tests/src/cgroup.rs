@@ -44,8 +44,12 @@ pub fn hierarchies() -> Result<Vec<Hierarchy>> {
 fn parse_mountinfo(text: &str) -> Vec<Hierarchy> {
     let mut found: Vec<Hierarchy> = Vec::new();
     for line in text.lines() {
-        let Some((left, right)) = line.split_once(" - ") else { continue };
-        let (Some(mount), mut right) = (left.split(' ').nth(4), right.split(' ')) else { continue };
+        let Some((left, right)) = line.split_once(" - ") else {
+            continue;
+        };
+        let (Some(mount), mut right) = (left.split(' ').nth(4), right.split(' ')) else {
+            continue;
+        };
         let options = match right.next() {
             Some("cgroup2") => String::new(),
             Some("cgroup") => {
@@ -56,7 +60,10 @@ fn parse_mountinfo(text: &str) -> Vec<Hierarchy> {
             _ => continue,
         };
         if !found.iter().any(|known| known.options == options) {
-            found.push(Hierarchy { mount: PathBuf::from(mount), options });
+            found.push(Hierarchy {
+                mount: PathBuf::from(mount),
+                options,
+            });
         }
     }
     found
@@ -91,8 +98,10 @@ fn inherit(hierarchy: &Hierarchy, directory: &Path) -> Result<()> {
     }
     if hierarchy.options.split(',').any(|option| option == "cpuset") {
         for file in ["cpuset.cpus", "cpuset.mems"] {
-            let value = fs::read_to_string(parent.join(file)).with_context(|| format!("reading {file} of {}", parent.display()))?;
-            fs::write(directory.join(file), value.trim()).with_context(|| format!("writing {file} of {}", directory.display()))?;
+            let value = fs::read_to_string(parent.join(file))
+                .with_context(|| format!("reading {file} of {}", parent.display()))?;
+            fs::write(directory.join(file), value.trim())
+                .with_context(|| format!("writing {file} of {}", directory.display()))?;
         }
         fs::write(directory.join("cgroup.clone_children"), "1").context("writing cgroup.clone_children")?;
     }
@@ -112,7 +121,9 @@ pub fn join(path: &str) -> Result<()> {
 pub fn labs() -> Result<Vec<String>> {
     let mut ids = Vec::new();
     for hierarchy in hierarchies()? {
-        let Ok(entries) = fs::read_dir(hierarchy.mount.join(PARENT)) else { continue };
+        let Ok(entries) = fs::read_dir(hierarchy.mount.join(PARENT)) else {
+            continue;
+        };
         for entry in entries.flatten() {
             if entry.path().is_dir() {
                 let id = entry.file_name().to_string_lossy().into_owned();
@@ -179,10 +190,22 @@ mod tests {
                       39 23 0:36 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
         let found = parse_mountinfo(hybrid);
         assert_eq!(found.len(), 3);
-        assert_eq!(found[0], Hierarchy { mount: "/sys/fs/cgroup/cpu".into(), options: "cpu".into() });
+        assert_eq!(
+            found[0],
+            Hierarchy {
+                mount: "/sys/fs/cgroup/cpu".into(),
+                options: "cpu".into()
+            }
+        );
         assert_eq!(found[1].options, "name=systemd");
         assert!(found[2].is_v2());
         let pure = "30 23 0:27 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
-        assert_eq!(parse_mountinfo(pure), vec![Hierarchy { mount: "/sys/fs/cgroup".into(), options: String::new() }]);
+        assert_eq!(
+            parse_mountinfo(pure),
+            vec![Hierarchy {
+                mount: "/sys/fs/cgroup".into(),
+                options: String::new()
+            }]
+        );
     }
 }

@@ -7,7 +7,8 @@ use anyhow::{Context, Result, bail};
 use orlop_proto::{
     Resource,
     api::v1::{
-        ApplyRequest, ApplyResult, DeleteRequest, GetRequest, ListRequest, apply_request::Input, objects_client::ObjectsClient,
+        ApplyRequest, ApplyResult, DeleteRequest, GetRequest, ListRequest, apply_request::Input,
+        objects_client::ObjectsClient,
     },
     cluster::v1::{CreateTokenRequest, join_client::JoinClient},
     metrics::v1::{
@@ -32,10 +33,20 @@ pub struct Client {
 impl Client {
     /// Connects to a lab's control.
     pub fn connect(members: &Members) -> Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
-        let socket = format!("unix:///proc/{}/root/run/orlop/control.sock", members.get("control")?.pid);
-        let endpoint = Endpoint::from_shared(socket)?.timeout(Duration::from_secs(300)).connect_timeout(Duration::from_secs(5));
-        let channel = runtime.block_on(endpoint.connect()).context("connecting to control's unix socket")?;
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("starting a runtime")?;
+        let socket = format!(
+            "unix:///proc/{}/root/run/orlop/control.sock",
+            members.get("control")?.pid
+        );
+        let endpoint = Endpoint::from_shared(socket)?
+            .timeout(Duration::from_secs(300))
+            .connect_timeout(Duration::from_secs(5));
+        let channel = runtime
+            .block_on(endpoint.connect())
+            .context("connecting to control's unix socket")?;
         Ok(Self { runtime, channel })
     }
 
@@ -47,8 +58,16 @@ impl Client {
     /// A join token without a limit of uses, good for a day.
     pub fn create_token(&self) -> Result<String> {
         let mut client = JoinClient::new(self.channel.clone());
-        let request = CreateTokenRequest { ttl_seconds: 24 * 3600, uses: 0 };
-        Ok(self.runtime.block_on(client.create_token(request)).context("making a join token")?.into_inner().token)
+        let request = CreateTokenRequest {
+            ttl_seconds: 24 * 3600,
+            uses: 0,
+        };
+        Ok(self
+            .runtime
+            .block_on(client.create_token(request))
+            .context("making a join token")?
+            .into_inner()
+            .token)
     }
 
     /// Applies a manifest; fails with all that failed in it.
@@ -58,7 +77,10 @@ impl Client {
 
     /// As [`Self::apply`], with a time limit of its own.
     pub fn apply_slowly(&self, manifest: &str, limit: Duration) -> Result<Vec<ApplyResult>> {
-        let input = ApplyRequest { input: Some(Input::Manifest(manifest.to_owned())), namespace: String::new() };
+        let input = ApplyRequest {
+            input: Some(Input::Manifest(manifest.to_owned())),
+            namespace: String::new(),
+        };
         let mut request = tonic::Request::new(input);
         request.set_timeout(limit);
         let results = self.runtime.block_on(async {
@@ -74,7 +96,11 @@ impl Client {
             .filter(|result| result.action == "failed")
             .map(|result| format!("{} {}: {}", result.resource, result.name, result.message))
             .collect();
-        if failed.is_empty() { Ok(results) } else { bail!("{}", failed.join("; ")) }
+        if failed.is_empty() {
+            Ok(results)
+        } else {
+            bail!("{}", failed.join("; "))
+        }
     }
 
     /// All objects of a kind in a namespace (empty: all) that a label selector chooses.
@@ -85,8 +111,11 @@ impl Client {
 
     /// One object; `None` when it is not there.
     pub fn get<T: Resource>(&self, namespace: &str, name: &str) -> Result<Option<T>> {
-        let request =
-            GetRequest { resource: T::KIND.resource.to_owned(), namespace: namespace.to_owned(), name: name.to_owned() };
+        let request = GetRequest {
+            resource: T::KIND.resource.to_owned(),
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+        };
         match self.runtime.block_on(self.objects().get(request)) {
             Ok(object) => Ok(T::from_object(object.into_inner())),
             Err(status) if status.code() == tonic::Code::NotFound => Ok(None),
@@ -114,31 +143,49 @@ impl Client {
     /// The latest metrics of all nodes.
     pub fn node_metrics(&self) -> Result<Vec<NodeMetrics>> {
         let mut client = MetricsClient::new(self.channel.clone());
-        Ok(self.runtime.block_on(client.list_nodes(ListNodesRequest::default()))?.into_inner().items)
+        Ok(self
+            .runtime
+            .block_on(client.list_nodes(ListNodesRequest::default()))?
+            .into_inner()
+            .items)
     }
 
     /// The latest metrics of all pods of a namespace (empty: all).
     pub fn pod_metrics(&self, namespace: &str) -> Result<Vec<PodMetrics>> {
         let mut client = MetricsClient::new(self.channel.clone());
-        let request = ListPodsRequest { namespace: namespace.to_owned(), name: String::new() };
+        let request = ListPodsRequest {
+            namespace: namespace.to_owned(),
+            name: String::new(),
+        };
         Ok(self.runtime.block_on(client.list_pods(request))?.into_inner().items)
     }
 
     /// The connections of all services of a namespace (empty: all), summed over the nodes.
     pub fn service_metrics(&self, namespace: &str) -> Result<Vec<ServiceMetrics>> {
         let mut client = MetricsClient::new(self.channel.clone());
-        let request = ListServicesRequest { namespace: namespace.to_owned(), name: String::new() };
+        let request = ListServicesRequest {
+            namespace: namespace.to_owned(),
+            name: String::new(),
+        };
         Ok(self.runtime.block_on(client.list_services(request))?.into_inner().items)
     }
 
-    fn list_objects(&self, resource: &str, namespace: &str, selector: &str) -> Result<Vec<orlop_proto::api::v1::Object>> {
+    fn list_objects(
+        &self,
+        resource: &str,
+        namespace: &str,
+        selector: &str,
+    ) -> Result<Vec<orlop_proto::api::v1::Object>> {
         let request = ListRequest {
             resource: resource.to_owned(),
             namespace: namespace.to_owned(),
             label_selector: selector.to_owned(),
             ..ListRequest::default()
         };
-        let list = self.runtime.block_on(self.objects().list(request)).with_context(|| format!("listing {resource}"))?;
+        let list = self
+            .runtime
+            .block_on(self.objects().list(request))
+            .with_context(|| format!("listing {resource}"))?;
         Ok(list.into_inner().items)
     }
 

@@ -61,9 +61,19 @@ pub fn up(nodes: u16, store: StoreEngine, port: u16) -> Result<()> {
         let service = deploy(&lab)?;
         prove(&lab, &service)
     });
-    outcome.with_context(|| format!("the cluster is left as it is; its logs are in {}", directory.join("logs").display()))?;
-    println!("\nUp after {:.1} s: one control plane, {nodes} nodes. It stays until `cargo xtask down`.", begin.elapsed().as_secs_f64());
-    println!("  source .orlop/admin/env && grpcurl -cacert $ORLOP_CA -cert $ORLOP_CERT -key $ORLOP_KEY $ORLOP_ADDR list");
+    outcome.with_context(|| {
+        format!(
+            "the cluster is left as it is; its logs are in {}",
+            directory.join("logs").display()
+        )
+    })?;
+    println!(
+        "\nUp after {:.1} s: one control plane, {nodes} nodes. It stays until `cargo xtask down`.",
+        begin.elapsed().as_secs_f64()
+    );
+    println!(
+        "  source .orlop/admin/env && grpcurl -cacert $ORLOP_CA -cert $ORLOP_CERT -key $ORLOP_KEY $ORLOP_ADDR list"
+    );
     Ok(())
 }
 
@@ -75,7 +85,10 @@ pub fn down() -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(60);
         while Lock::take(ID)?.is_none() {
             if Instant::now() > deadline {
-                bail!("the demo's supervisor does not end; its log is {}", directory.join("logs/supervisor.log").display());
+                bail!(
+                    "the demo's supervisor does not end; its log is {}",
+                    directory.join("logs/supervisor.log").display()
+                );
             }
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -96,11 +109,23 @@ pub fn exec(node: &str, pod: Option<&str>, command: &[String]) -> Result<()> {
     let mut command = match pod {
         None => lab.on_node(node, &words)?,
         Some(pod) => {
-            let (namespace, name) = pod.split_once('/').with_context(|| format!("{pod}: a pod is NAMESPACE/NAME"))?;
-            let pod: Pod = lab.client.get(namespace, name)?.with_context(|| format!("there is no pod {pod}"))?;
-            let bound = pod.spec.as_ref().map(|spec| spec.node_name.as_str()).unwrap_or_default();
+            let (namespace, name) = pod
+                .split_once('/')
+                .with_context(|| format!("{pod}: a pod is NAMESPACE/NAME"))?;
+            let pod: Pod = lab
+                .client
+                .get(namespace, name)?
+                .with_context(|| format!("there is no pod {pod}"))?;
+            let bound = pod
+                .spec
+                .as_ref()
+                .map(|spec| spec.node_name.as_str())
+                .unwrap_or_default();
             if bound != node {
-                bail!("pod {namespace}/{name} runs on {}, not on {node}", if bound.is_empty() { "no node yet" } else { bound });
+                bail!(
+                    "pod {namespace}/{name} runs on {}, not on {node}",
+                    if bound.is_empty() { "no node yet" } else { bound }
+                );
             }
             lab.in_pod(&pod, &words)?
         }
@@ -112,9 +137,15 @@ fn start_supervisor(spec: &Spec) -> Result<()> {
     let logs = spec.directory.join("logs");
     fs::create_dir_all(&logs).context("making the folder of logs")?;
     let mut supervisor = Command::new(spec.binaries.join("orlop-lab"));
-    supervisor.arg("supervise").arg(&spec.directory).stdin(Stdio::null()).stdout(Stdio::piped());
+    supervisor
+        .arg("supervise")
+        .arg(&spec.directory)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
     // A session of its own: it outlives this command and its terminal.
-    supervisor.stderr(File::create(logs.join("supervisor.log"))?).process_group(0);
+    supervisor
+        .stderr(File::create(logs.join("supervisor.log"))?)
+        .process_group(0);
     let mut child = supervisor.spawn().context("starting the supervisor")?;
     lab::wait_until_up(&mut child, |step| println!("   {step}"))
 }
@@ -148,16 +179,31 @@ fn deploy(lab: &Lab) -> Result<Service> {
     })?;
     for pod in lab.client.list::<Pod>("default", "app=web")? {
         let node = pod.spec.as_ref().map(|spec| spec.node_name.clone()).unwrap_or_default();
-        let address = pod.status.as_ref().map(|status| status.pod_ip.clone()).unwrap_or_default();
+        let address = pod
+            .status
+            .as_ref()
+            .map(|status| status.pod_ip.clone())
+            .unwrap_or_default();
         println!("   {:<12} {node:<8} {address}", pod.name());
     }
     lab.client.get("default", "web")?.context("the demo's service is gone")
 }
 
 fn prove(lab: &Lab, service: &Service) -> Result<()> {
-    let address = service.spec.as_ref().map(|spec| spec.cluster_ip.clone()).unwrap_or_default();
-    let client: Pod = lab.client.get("default", "client")?.context("the demo's client is gone")?;
-    let node = client.spec.as_ref().map(|spec| spec.node_name.clone()).unwrap_or_default();
+    let address = service
+        .spec
+        .as_ref()
+        .map(|spec| spec.cluster_ip.clone())
+        .unwrap_or_default();
+    let client: Pod = lab
+        .client
+        .get("default", "client")?
+        .context("the demo's client is gone")?;
+    let node = client
+        .spec
+        .as_ref()
+        .map(|spec| spec.node_name.clone())
+        .unwrap_or_default();
     println!("== twelve requests to http://{address}/ from pod default/client on {node}");
     let url = format!("http://{address}/");
     lab.wait("the client reaches the service", Duration::from_secs(10), || {
@@ -178,12 +224,21 @@ fn prove(lab: &Lab, service: &Service) -> Result<()> {
 fn print_maps(lab: &Lab, node: &str) -> Result<()> {
     let pins = format!("/sys/fs/bpf/orlop/{}", node.replace('.', "_"));
     println!("== frontends on {node}: bpftool map dump pinned {pins}/svc4_v1");
-    print!("{}", output(lab.on_node(node, &["bpftool", "map", "dump", "pinned", &format!("{pins}/svc4_v1")])?)?);
+    print!(
+        "{}",
+        output(lab.on_node(node, &["bpftool", "map", "dump", "pinned", &format!("{pins}/svc4_v1")])?)?
+    );
     println!("== used slots: bpftool -j map dump pinned {pins}/arena4_v1");
-    let dump = output(lab.on_node(node, &["bpftool", "-j", "map", "dump", "pinned", &format!("{pins}/arena4_v1")])?)?;
+    let dump = output(lab.on_node(
+        node,
+        &["bpftool", "-j", "map", "dump", "pinned", &format!("{pins}/arena4_v1")],
+    )?)?;
     for entry in serde_json::from_str::<Vec<serde_json::Value>>(&dump).context("bpftool's JSON")? {
         let formatted = &entry["formatted"];
-        if formatted["value"]["state"].as_str().is_some_and(|state| state != "Free") {
+        if formatted["value"]["state"]
+            .as_str()
+            .is_some_and(|state| state != "Free")
+        {
             println!("   {:>6}: {}", formatted["key"], formatted["value"]);
         }
     }
@@ -191,11 +246,18 @@ fn print_maps(lab: &Lab, node: &str) -> Result<()> {
 }
 
 fn print_metrics(lab: &Lab) -> Result<()> {
-    let (nodes, pods) = lab.wait("metrics of all nodes and pods have arrived", Duration::from_secs(30), || {
-        let (nodes, pods) = (lab.client.node_metrics()?, lab.client.pod_metrics("default")?);
-        Ok((nodes.len() == usize::from(lab.spec.nodes) && pods.len() > REPLICAS).then_some((nodes, pods)))
-    })?;
-    println!("== metrics\n   {:<24} {:>9} {:>12} {:>12} {:>12}", "NODE", "CPU", "MEMORY", "RX", "TX");
+    let (nodes, pods) = lab.wait(
+        "metrics of all nodes and pods have arrived",
+        Duration::from_secs(30),
+        || {
+            let (nodes, pods) = (lab.client.node_metrics()?, lab.client.pod_metrics("default")?);
+            Ok((nodes.len() == usize::from(lab.spec.nodes) && pods.len() > REPLICAS).then_some((nodes, pods)))
+        },
+    )?;
+    println!(
+        "== metrics\n   {:<24} {:>9} {:>12} {:>12} {:>12}",
+        "NODE", "CPU", "MEMORY", "RX", "TX"
+    );
     for node in nodes {
         let cpu = node.cpu.unwrap_or_default().usage_nanocores / 1_000_000;
         let memory = node.memory.unwrap_or_default().working_set_bytes >> 20;
@@ -203,12 +265,22 @@ fn print_metrics(lab: &Lab) -> Result<()> {
     }
     println!("   POD");
     for pod in pods {
-        let cpu: u64 = pod.containers.iter().map(|container| container.cpu.unwrap_or_default().usage_nanocores / 1_000_000).sum();
-        let memory: u64 =
-            pod.containers.iter().map(|container| container.memory.unwrap_or_default().working_set_bytes >> 10).sum();
+        let cpu: u64 = pod
+            .containers
+            .iter()
+            .map(|container| container.cpu.unwrap_or_default().usage_nanocores / 1_000_000)
+            .sum();
+        let memory: u64 = pod
+            .containers
+            .iter()
+            .map(|container| container.memory.unwrap_or_default().working_set_bytes >> 10)
+            .sum();
         let network = pod.network.unwrap_or_default();
         let name = format!("{}/{}", pod.namespace, pod.name);
-        println!("   {name:<24} {cpu:>8}m {memory:>9} Ki {:>10} B {:>10} B", network.rx_bytes, network.tx_bytes);
+        println!(
+            "   {name:<24} {cpu:>8}m {memory:>9} Ki {:>10} B {:>10} B",
+            network.rx_bytes, network.tx_bytes
+        );
     }
     Ok(())
 }

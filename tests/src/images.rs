@@ -16,7 +16,8 @@ pub const FIXTURE_IMAGE: &str = "orlop.dev/fixture:1";
 /// Writes `orlop-fixture.tar` into a folder of image archives, from the static `orlop-fixture` program. The archive has the
 /// same bytes for the same program.
 pub fn write_fixture_image(program: &Path, folder: &Path) -> Result<PathBuf> {
-    let binary = fs::read(program).with_context(|| format!("reading {}: cargo xtask up builds it", program.display()))?;
+    let binary =
+        fs::read(program).with_context(|| format!("reading {}: cargo xtask up builds it", program.display()))?;
     let layer = layer(&binary)?;
     let diff_id = format!("sha256:{}", hex::encode(Sha256::digest(&layer)));
     let config = serde_json::to_vec(&json!({
@@ -61,5 +62,7 @@ fn append<W: Write>(archive: &mut tar::Builder<W>, name: &str, content: &[u8], m
     header.set_mode(mode);
     header.set_mtime(0);
     header.set_cksum();
-    archive.append_data(&mut header, name, content).with_context(|| format!("adding {name}"))
+    archive
+        .append_data(&mut header, name, content)
+        .with_context(|| format!("adding {name}"))
 }

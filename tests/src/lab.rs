@@ -34,7 +34,12 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { nodes: 3, store: StoreEngine::Embedded, control_extra: String::new(), node_extra: String::new() }
+        Self {
+            nodes: 3,
+            store: StoreEngine::Embedded,
+            control_extra: String::new(),
+            node_extra: String::new(),
+        }
     }
 }
 
@@ -65,7 +70,9 @@ fn remove_earlier(labs: &Path, name: &str) -> Result<()> {
 
 /// The repository that this program was built from.
 pub fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .map_or_else(|| PathBuf::from("."), Path::to_path_buf)
 }
 
 /// Where the workspace's programs are: beside this one, or one folder up (tests are in `deps`).
@@ -116,7 +123,13 @@ impl Lab {
         wait_until_up(&mut child, |_| {})?;
         let members = Members::read(&spec.directory)?;
         let client = Client::connect(&members)?;
-        let lab = Self { spec, members, client, supervisor: Some((child, stdin)), passed: false };
+        let lab = Self {
+            spec,
+            members,
+            client,
+            supervisor: Some((child, stdin)),
+            passed: false,
+        };
         lab.wait_for_nodes()?;
         Ok(lab)
     }
@@ -125,7 +138,13 @@ impl Lab {
     pub fn attach(directory: &Path) -> Result<Self> {
         let (spec, members) = (Spec::read(directory)?, Members::read(directory)?);
         let client = Client::connect(&members)?;
-        Ok(Self { spec, members, client, supervisor: None, passed: true })
+        Ok(Self {
+            spec,
+            members,
+            client,
+            supervisor: None,
+            passed: true,
+        })
     }
 
     /// Waits until every node is Ready.
@@ -171,7 +190,10 @@ impl Lab {
 
     /// One service, "node1/agent".
     pub fn service(&self, name: &str) -> Result<ServiceStatus> {
-        self.services()?.into_iter().find(|service| service.name == name).with_context(|| format!("no service {name}"))
+        self.services()?
+            .into_iter()
+            .find(|service| service.name == name)
+            .with_context(|| format!("no service {name}"))
     }
 
     /// A command inside a node, as `cargo xtask exec NODE -- CMD`.
@@ -181,7 +203,11 @@ impl Lab {
 
     /// A command inside a pod's network and cgroup, with this machine's files, as `cargo xtask exec NODE --pod ... -- CMD`.
     pub fn in_pod(&self, pod: &Pod, command: &[&str]) -> Result<Command> {
-        let node = pod.spec.as_ref().map(|spec| spec.node_name.as_str()).unwrap_or_default();
+        let node = pod
+            .spec
+            .as_ref()
+            .map(|spec| spec.node_name.as_str())
+            .unwrap_or_default();
         let cgroup = self.pod_cgroup(node, pod.uid());
         let pid = self.pod_process(node, pod.uid())?;
         self.enter(node, &format!("{cgroup}/exec"), Some(pid), command)
@@ -189,7 +215,11 @@ impl Lab {
 
     /// A command inside a pod's network, in a cgroup beside the nodes' own: no program of a node sees its sockets.
     pub fn in_pod_outside(&self, pod: &Pod, command: &[&str]) -> Result<Command> {
-        let node = pod.spec.as_ref().map(|spec| spec.node_name.as_str()).unwrap_or_default();
+        let node = pod
+            .spec
+            .as_ref()
+            .map(|spec| spec.node_name.as_str())
+            .unwrap_or_default();
         let pid = self.pod_process(node, pod.uid())?;
         self.enter(node, &self.spec.cgroup("baseline"), Some(pid), command)
     }
@@ -203,7 +233,10 @@ impl Lab {
     pub fn pod_process(&self, node: &str, uid: &str) -> Result<i32> {
         let hierarchies = crate::cgroup::hierarchies()?;
         let root = hierarchies[0].mount.join(self.pod_cgroup(node, uid));
-        for entry in fs::read_dir(&root).with_context(|| format!("pod {uid} has no cgroup on {node}"))?.flatten() {
+        for entry in fs::read_dir(&root)
+            .with_context(|| format!("pod {uid} has no cgroup on {node}"))?
+            .flatten()
+        {
             if entry.file_name() == "exec" {
                 continue;
             }
@@ -236,7 +269,11 @@ impl Lab {
 
     fn tell_logs(&self) {
         eprintln!("the lab's folder stays: {}", self.spec.directory.display());
-        for entry in fs::read_dir(self.spec.directory.join("logs")).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(self.spec.directory.join("logs"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             let text = fs::read_to_string(entry.path()).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
             for line in &lines[lines.len().saturating_sub(LOG_LINES)..] {
@@ -251,7 +288,9 @@ const LOG_LINES: usize = 15;
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        let Some((mut child, stdin)) = self.supervisor.take() else { return };
+        let Some((mut child, stdin)) = self.supervisor.take() else {
+            return;
+        };
         drop(stdin);
         let _ = child.wait();
         if !self.passed {
@@ -281,13 +320,23 @@ pub fn wait_until_up(child: &mut Child, mut progress: impl FnMut(&str)) -> Resul
 /// Whether a node's Ready condition is True.
 pub fn node_is_ready(node: &orlop_proto::core::v1::Node) -> bool {
     let status = node.status.as_ref();
-    status.is_some_and(|status| status.conditions.iter().any(|condition| condition.r#type == "Ready" && condition.status == "True"))
+    status.is_some_and(|status| {
+        status
+            .conditions
+            .iter()
+            .any(|condition| condition.r#type == "Ready" && condition.status == "True")
+    })
 }
 
 /// Whether a pod's Ready condition is True.
 pub fn pod_is_ready(pod: &Pod) -> bool {
     let status = pod.status.as_ref();
-    status.is_some_and(|status| status.conditions.iter().any(|condition| condition.r#type == "Ready" && condition.status == "True"))
+    status.is_some_and(|status| {
+        status
+            .conditions
+            .iter()
+            .any(|condition| condition.r#type == "Ready" && condition.status == "True")
+    })
 }
 
 /// What a command printed, or why it failed, with its stderr.

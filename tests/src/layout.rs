@@ -69,7 +69,8 @@ impl Members {
     /// Reads a lab's members.
     pub fn read(directory: &Path) -> Result<Self> {
         let path = directory.join("members.json");
-        let text = std::fs::read_to_string(&path).with_context(|| format!("{}: is the lab up? (cargo xtask up)", path.display()))?;
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("{}: is the lab up? (cargo xtask up)", path.display()))?;
         serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))
     }
 
@@ -90,7 +91,12 @@ pub const API_PORT: u16 = 6443;
 /// A node's address on the bridge; nodes count from 1.
 pub fn node_address(index: u16) -> Ipv4Addr {
     let host = 11 + index - 1;
-    Ipv4Addr::new(192, 168, 77 + u8::try_from(host / 250).unwrap_or(0), u8::try_from(host % 250).unwrap_or(0))
+    Ipv4Addr::new(
+        192,
+        168,
+        77 + u8::try_from(host / 250).unwrap_or(0),
+        u8::try_from(host % 250).unwrap_or(0),
+    )
 }
 
 impl Spec {
@@ -112,7 +118,8 @@ impl Spec {
     /// Reads `lab.json` from a lab's folder.
     pub fn read(directory: &Path) -> Result<Self> {
         let path = directory.join("lab.json");
-        let text = std::fs::read_to_string(&path).with_context(|| format!("{}: is the lab up? (cargo xtask up)", path.display()))?;
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("{}: is the lab up? (cargo xtask up)", path.display()))?;
         serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))
     }
 

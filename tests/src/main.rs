@@ -57,7 +57,11 @@ enum Command {
     },
     /// Holds a member's namespaces (internal).
     #[command(hide = true)]
-    Hold { name: String, cgroup: String, keep: PathBuf },
+    Hold {
+        name: String,
+        cgroup: String,
+        keep: PathBuf,
+    },
     /// Becomes a command inside a member (internal).
     #[command(hide = true)]
     Enter {
@@ -107,9 +111,23 @@ fn run(command: Command) -> Result<()> {
         Command::Exec { node, pod, command } => demo::exec(&node, pod.as_deref(), &command),
         Command::Supervise { directory, tied } => supervise(&directory, tied),
         Command::Hold { name, cgroup, keep } => hold(&name, &cgroup, &keep),
-        Command::Enter { holder, network_of, cgroup, listen_fds, directory, command } => {
-            enter(&Target { holder, network_of, cgroup, listen_fds, directory }, &command)
-        }
+        Command::Enter {
+            holder,
+            network_of,
+            cgroup,
+            listen_fds,
+            directory,
+            command,
+        } => enter(
+            &Target {
+                holder,
+                network_of,
+                cgroup,
+                listen_fds,
+                directory,
+            },
+            &command,
+        ),
     }
 }
 

@@ -26,8 +26,10 @@ use crate::cgroup::{self, Hierarchy};
 pub fn hold(name: &str, cgroup_path: &str, keep: &Path) -> Result<()> {
     cgroup::join(cgroup_path)?;
     let hierarchies = cgroup::hierarchies()?;
-    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP | CloneFlags::CLONE_NEWUTS)
-        .context("making namespaces; this needs root")?;
+    unshare(
+        CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP | CloneFlags::CLONE_NEWUTS,
+    )
+    .context("making namespaces; this needs root")?;
     rustix::system::sethostname(name.as_bytes()).context("setting the host name")?;
     mount_private(&hierarchies, keep)?;
     run_tool("ip", &["link", "set", "lo", "up"])?;
@@ -44,13 +46,25 @@ pub fn hold(name: &str, cgroup_path: &str, keep: &Path) -> Result<()> {
 fn mount_private(hierarchies: &[Hierarchy], keep: &Path) -> Result<()> {
     let kept = File::open(keep).with_context(|| format!("opening {}", keep.display()))?;
     mount_at(None, "/", None, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None)?;
-    mount_at(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=755"))?;
+    mount_at(
+        Some("tmpfs"),
+        "/run",
+        Some("tmpfs"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some("mode=755"),
+    )?;
     for folder in ["etc", "opt"] {
         let (upper, work) = (format!("/run/lab/{folder}"), format!("/run/lab/{folder}.work"));
         fs::create_dir_all(&upper).context("making an overlay's folder")?;
         fs::create_dir_all(&work).context("making an overlay's folder")?;
         let options = format!("lowerdir=/{folder},upperdir={upper},workdir={work}");
-        mount_at(Some("overlay"), &format!("/{folder}"), Some("overlay"), MsFlags::empty(), Some(&options))?;
+        mount_at(
+            Some("overlay"),
+            &format!("/{folder}"),
+            Some("overlay"),
+            MsFlags::empty(),
+            Some(&options),
+        )?;
     }
     if keep.starts_with("/etc") || keep.starts_with("/opt") {
         use std::os::fd::AsRawFd;
@@ -63,15 +77,33 @@ fn mount_private(hierarchies: &[Hierarchy], keep: &Path) -> Result<()> {
     // The machine's own mounts below /sys go first: runc and the agent read the mount table.
     umount2("/sys", MntFlags::MNT_DETACH).context("unmounting /sys")?;
     mount_at(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), None)?;
-    mount_at(Some("bpf"), "/sys/fs/bpf", Some("bpf"), MsFlags::empty(), Some("mode=700"))?;
+    mount_at(
+        Some("bpf"),
+        "/sys/fs/bpf",
+        Some("bpf"),
+        MsFlags::empty(),
+        Some("mode=700"),
+    )?;
     mount_cgroups(hierarchies)
 }
 
 fn mount_cgroups(hierarchies: &[Hierarchy]) -> Result<()> {
     if let [only] = hierarchies {
-        return mount_at(Some("cgroup2"), path_text(&only.mount)?, Some("cgroup2"), MsFlags::empty(), None);
+        return mount_at(
+            Some("cgroup2"),
+            path_text(&only.mount)?,
+            Some("cgroup2"),
+            MsFlags::empty(),
+            None,
+        );
     }
-    mount_at(Some("tmpfs"), "/sys/fs/cgroup", Some("tmpfs"), MsFlags::empty(), Some("mode=755"))?;
+    mount_at(
+        Some("tmpfs"),
+        "/sys/fs/cgroup",
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some("mode=755"),
+    )?;
     for hierarchy in hierarchies {
         fs::create_dir_all(&hierarchy.mount).with_context(|| format!("making {}", hierarchy.mount.display()))?;
         let target = path_text(&hierarchy.mount)?;
@@ -97,11 +129,13 @@ fn mount_cgroups(hierarchies: &[Hierarchy]) -> Result<()> {
 }
 
 fn mount_at(source: Option<&str>, target: &str, kind: Option<&str>, flags: MsFlags, data: Option<&str>) -> Result<()> {
-    mount(source, target, kind, flags, data).with_context(|| format!("mounting {} at {target}", kind.unwrap_or("a folder")))
+    mount(source, target, kind, flags, data)
+        .with_context(|| format!("mounting {} at {target}", kind.unwrap_or("a folder")))
 }
 
 fn path_text(path: &Path) -> Result<&str> {
-    path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))
+    path.to_str()
+        .with_context(|| format!("{} is not UTF-8", path.display()))
 }
 
 /// What [`enter`] goes into.
@@ -137,13 +171,16 @@ pub fn enter(target: &Target, command: &[String]) -> Result<()> {
     for (file, flag) in &others {
         setns(file.as_fd(), *flag).with_context(|| format!("entering {flag:?}"))?;
     }
-    let Some((program, arguments)) = command.split_first() else { bail!("no command") };
+    let Some((program, arguments)) = command.split_first() else {
+        bail!("no command")
+    };
     let mut run = Command::new(program);
     run.args(arguments);
     // Entering a mount namespace leads to its root.
     run.current_dir(target.directory.as_deref().unwrap_or(Path::new("/")));
     if target.listen_fds > 0 {
-        run.env("LISTEN_PID", std::process::id().to_string()).env("LISTEN_FDS", target.listen_fds.to_string());
+        run.env("LISTEN_PID", std::process::id().to_string())
+            .env("LISTEN_FDS", target.listen_fds.to_string());
     }
     let error = run.exec();
     Err(error).with_context(|| format!("running {program}"))
@@ -151,9 +188,16 @@ pub fn enter(target: &Target, command: &[String]) -> Result<()> {
 
 /// Runs a tool of the machine here and now; its stderr is part of the error.
 pub fn run_tool(program: &str, arguments: &[&str]) -> Result<String> {
-    let output = Command::new(program).args(arguments).output().with_context(|| format!("running {program}"))?;
+    let output = Command::new(program)
+        .args(arguments)
+        .output()
+        .with_context(|| format!("running {program}"))?;
     if !output.status.success() {
-        bail!("{program} {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "{program} {}: {}",
+            arguments.join(" "),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -162,5 +206,7 @@ pub fn run_tool(program: &str, arguments: &[&str]) -> Result<String> {
 pub fn is_plain_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= 40
-        && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
 }

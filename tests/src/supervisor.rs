@@ -75,7 +75,9 @@ pub struct Supervisor {
 /// Brings a lab up, serves commands until it is told to shut down (or until `tied` and stdin ends), and takes it down.
 pub fn supervise(directory: &Path, tied: bool) -> Result<()> {
     let spec = Spec::read(directory)?;
-    let Some(lock) = Lock::take(&spec.id)? else { bail!("lab {} is already up", spec.id) };
+    let Some(lock) = Lock::take(&spec.id)? else {
+        bail!("lab {} is already up", spec.id)
+    };
     cgroup::remove(&spec.id)?;
     let id = spec.id.clone();
     let outcome = run(spec, lock, tied);
@@ -134,8 +136,18 @@ fn say(line: &str) {
 impl Supervisor {
     fn build(spec: Spec, lock: Lock) -> Result<Self> {
         fs::create_dir_all(spec.directory.join("logs")).context("making the folder of logs")?;
-        let members = Members { supervisor: i32::try_from(std::process::id())?, ..Members::default() };
-        Ok(Self { spec, members, services: Vec::new(), holders: Vec::new(), _listeners: Vec::new(), _lock: lock })
+        let members = Members {
+            supervisor: i32::try_from(std::process::id())?,
+            ..Members::default()
+        };
+        Ok(Self {
+            spec,
+            members,
+            services: Vec::new(),
+            holders: Vec::new(),
+            _listeners: Vec::new(),
+            _lock: lock,
+        })
     }
 
     fn start(&mut self) -> Result<()> {
@@ -178,10 +190,15 @@ impl Supervisor {
         let pid = i32::try_from(holder.id())?;
         self.holders.push(holder);
         if line.trim() != "ready" {
-            let reason = fs::read_to_string(self.spec.directory.join(format!("logs/{name}-holder.log"))).unwrap_or_default();
+            let reason =
+                fs::read_to_string(self.spec.directory.join(format!("logs/{name}-holder.log"))).unwrap_or_default();
             bail!("the namespaces of {name} could not be made: {}", reason.trim());
         }
-        self.members.members.push(Member { name: name.to_owned(), address, pid });
+        self.members.members.push(Member {
+            name: name.to_owned(),
+            address,
+            pid,
+        });
         Ok(())
     }
 
@@ -206,7 +223,10 @@ impl Supervisor {
         configuration::wait_for_control(&self.members, Instant::now() + Duration::from_secs(60)).with_context(|| {
             let log = fs::read_to_string(self.spec.directory.join("logs/control-control.log")).unwrap_or_default();
             let tail: Vec<&str> = log.lines().rev().take(5).collect();
-            format!("control did not come up; its log ends: {}", tail.into_iter().rev().collect::<Vec<_>>().join(" | "))
+            format!(
+                "control did not come up; its log ends: {}",
+                tail.into_iter().rev().collect::<Vec<_>>().join(" | ")
+            )
         })
     }
 

@@ -47,11 +47,15 @@ pub fn pod(name: &str, node: &str, arguments: &[&str]) -> String {
 impl Lab {
     /// Waits until exactly `count` pods with a label are ready and none is going, and returns them.
     pub fn wait_for_pods(&self, selector: &str, count: usize) -> Result<Vec<Pod>> {
-        self.wait(&format!("{count} pods with {selector} are ready"), Duration::from_secs(90), || {
-            let pods: Vec<Pod> = self.client.list("default", selector)?;
-            let whole = pods.len() == count && pods.iter().all(|pod| pod_is_ready(pod) && !pod.is_deleting());
-            Ok(whole.then_some(pods))
-        })
+        self.wait(
+            &format!("{count} pods with {selector} are ready"),
+            Duration::from_secs(90),
+            || {
+                let pods: Vec<Pod> = self.client.list("default", selector)?;
+                let whole = pods.len() == count && pods.iter().all(|pod| pod_is_ready(pod) && !pod.is_deleting());
+                Ok(whole.then_some(pods))
+            },
+        )
     }
 
     /// Waits until a pod is ready, and returns it.
@@ -63,9 +67,16 @@ impl Lab {
 
     /// The address of a service.
     pub fn cluster_ip(&self, name: &str) -> Result<String> {
-        let service: Service = self.client.get("default", name)?.with_context(|| format!("no service {name}"))?;
+        let service: Service = self
+            .client
+            .get("default", name)?
+            .with_context(|| format!("no service {name}"))?;
         let address = service.spec.unwrap_or_default().cluster_ip;
-        if address.is_empty() { bail!("service {name} has no ClusterIP") } else { Ok(address) }
+        if address.is_empty() {
+            bail!("service {name} has no ClusterIP")
+        } else {
+            Ok(address)
+        }
     }
 
     /// The fixture's client in a pod's network and cgroup.
@@ -92,22 +103,30 @@ impl Lab {
     /// The fixture's client in the background; its output is read with [`finish`].
     pub fn begin(&self, pod: &Pod, arguments: &[&str]) -> Result<Child> {
         let mut command = self.fixture(pod, arguments)?;
-        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("starting a client")
+        command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("starting a client")
     }
 
     /// Asks until every one of the pods has answered through an address, and nobody else has.
     pub fn wait_for_answers(&self, client: &Pod, request: &[&str], pods: &[Pod]) -> Result<()> {
         let expected: BTreeSet<&str> = pods.iter().map(Resource::name).collect();
         let mut seen = BTreeMap::<String, u32>::new();
-        self.wait(&format!("{expected:?} all answer {request:?}"), Duration::from_secs(30), || {
-            seen.clear();
-            for line in self.ask(client, request)?.lines() {
-                let who = line.split(' ').next().unwrap_or_default();
-                *seen.entry(who.to_owned()).or_default() += 1;
-            }
-            let answered: BTreeSet<&str> = seen.keys().map(String::as_str).collect();
-            Ok((answered == expected).then_some(()))
-        })
+        self.wait(
+            &format!("{expected:?} all answer {request:?}"),
+            Duration::from_secs(30),
+            || {
+                seen.clear();
+                for line in self.ask(client, request)?.lines() {
+                    let who = line.split(' ').next().unwrap_or_default();
+                    *seen.entry(who.to_owned()).or_default() += 1;
+                }
+                let answered: BTreeSet<&str> = seen.keys().map(String::as_str).collect();
+                Ok((answered == expected).then_some(()))
+            },
+        )
         .with_context(|| format!("the last answers were {seen:?}"))
     }
 }

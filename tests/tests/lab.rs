@@ -26,19 +26,44 @@ fn surroundings() -> Result<BTreeSet<String>> {
         found.insert(format!("link {}", line.split(':').nth(1).unwrap_or_default().trim()));
     }
     for hierarchy in cgroup::hierarchies()? {
-        for entry in fs::read_dir(&hierarchy.mount)?.flatten().filter(|entry| entry.path().is_dir()) {
+        for entry in fs::read_dir(&hierarchy.mount)?
+            .flatten()
+            .filter(|entry| entry.path().is_dir())
+        {
             found.insert(format!("cgroup {}", entry.path().display()));
         }
     }
-    for folder in ["/run", "/run/netns", "/sys/fs/bpf", "/etc/cni", "/opt/cni", "/var/log/pods", "/var/lib/cni", "/var/lib/orlop"] {
+    for folder in [
+        "/run",
+        "/run/netns",
+        "/sys/fs/bpf",
+        "/etc/cni",
+        "/opt/cni",
+        "/var/log/pods",
+        "/var/lib/cni",
+        "/var/lib/orlop",
+    ] {
         for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
             found.insert(format!("file {}", entry.path().display()));
         }
     }
     for entry in fs::read_dir("/proc")?.flatten() {
-        let line = fs::read_to_string(entry.path().join("cmdline")).unwrap_or_default().replace('\0', " ");
-        let ours = ["orlop-control", "orlop-node", "orlop-lab", "orlop-logger", "containerd", "fixture", "pause"];
-        let first = Path::new(line.split(' ').next().unwrap_or_default()).file_name().unwrap_or_default().to_owned();
+        let line = fs::read_to_string(entry.path().join("cmdline"))
+            .unwrap_or_default()
+            .replace('\0', " ");
+        let ours = [
+            "orlop-control",
+            "orlop-node",
+            "orlop-lab",
+            "orlop-logger",
+            "containerd",
+            "fixture",
+            "pause",
+        ];
+        let first = Path::new(line.split(' ').next().unwrap_or_default())
+            .file_name()
+            .unwrap_or_default()
+            .to_owned();
         if ours.iter().any(|name| first.to_string_lossy().starts_with(name)) {
             found.insert(format!("process {line}"));
         }
@@ -50,7 +75,10 @@ fn surroundings() -> Result<BTreeSet<String>> {
 fn a_lab_leaves_nothing_when_it_is_dropped_or_killed() -> Result<()> {
     sweep()?;
     let before = surroundings()?;
-    let options = Options { nodes: 1, ..Options::default() };
+    let options = Options {
+        nodes: 1,
+        ..Options::default()
+    };
     {
         let lab = Lab::start("dropped", &options)?;
         lab.client.apply(&web("web", 1))?;
@@ -79,10 +107,19 @@ fn a_lab_leaves_nothing_when_it_is_dropped_or_killed() -> Result<()> {
 
 #[test]
 fn a_living_lab_is_not_swept() -> Result<()> {
-    let lab = Lab::start("living", &Options { nodes: 1, ..Options::default() })?;
+    let lab = Lab::start(
+        "living",
+        &Options {
+            nodes: 1,
+            ..Options::default()
+        },
+    )?;
     ensure!(!sweep()?.contains(&lab.spec.id), "a living lab was swept");
     lab.client.ready().context("the lab still works")?;
-    let second = Command::new(lab.spec.binaries.join("orlop-lab")).args(["supervise", "--tied"]).arg(&lab.spec.directory).output()?;
+    let second = Command::new(lab.spec.binaries.join("orlop-lab"))
+        .args(["supervise", "--tied"])
+        .arg(&lab.spec.directory)
+        .output()?;
     ensure!(!second.status.success(), "two supervisors have one lab");
     lab.finish()
 }

@@ -14,15 +14,26 @@ const TOLERANCE: f64 = 0.05;
 
 #[test]
 fn cpu_and_bytes_agree_with_the_kernel() -> Result<()> {
-    let lab = Lab::start("metrics", &Options { nodes: 1, ..Options::default() })?;
-    lab.client.apply(&(web("web", 1) + &client("client", "node1") + &pod("burner", "node1", &["burn", "4"])))?;
+    let lab = Lab::start(
+        "metrics",
+        &Options {
+            nodes: 1,
+            ..Options::default()
+        },
+    )?;
+    lab.client
+        .apply(&(web("web", 1) + &client("client", "node1") + &pod("burner", "node1", &["burn", "4"])))?;
     let web = lab.wait_for_pods("app=web", 1)?.remove(0);
     let client = lab.wait_for_pod("client")?;
     let burner = lab.wait_for_pod("burner")?;
     let address = lab.cluster_ip("web")?;
     const BYTES: u64 = 40_000_000;
     lab.wait_for_answers(&client, &["get", &address, "80", "1"], std::slice::from_ref(&web))?;
-    ensure!(lab.ask(&client, &["download", &address, "80", &BYTES.to_string()])?.trim() == format!("bytes {BYTES}"));
+    ensure!(
+        lab.ask(&client, &["download", &address, "80", &BYTES.to_string()])?
+            .trim()
+            == format!("bytes {BYTES}")
+    );
     thread::sleep(Duration::from_secs(5));
 
     let interface = interface_bytes(&lab, &web)?;
@@ -32,39 +43,72 @@ fn cpu_and_bytes_agree_with_the_kernel() -> Result<()> {
     // What control serves lags by one report.
     lab.wait("control serves the same figures", Duration::from_secs(20), || {
         let metrics = lab.client.pod_metrics("default")?;
-        close("bytes sent", of(&metrics, &web)?.network.unwrap_or_default().tx_bytes, interface.1)?;
+        close(
+            "bytes sent",
+            of(&metrics, &web)?.network.unwrap_or_default().tx_bytes,
+            interface.1,
+        )?;
         close("burner's CPU", cpu(of(&metrics, &burner)?), cgroup)?;
-        ensure!(of(&metrics, &burner)?.containers[0].memory.unwrap_or_default().usage_bytes > 0, "no memory figure");
+        ensure!(
+            of(&metrics, &burner)?.containers[0]
+                .memory
+                .unwrap_or_default()
+                .usage_bytes
+                > 0,
+            "no memory figure"
+        );
         Ok(Some(()))
     })?;
     the_maps_say_the_same(&lab, cgroup, interface.1)?;
     prometheus(&lab)?;
     let services = lab.client.service_metrics("default")?;
-    let web_service = services.iter().find(|service| service.name == "web").context("no metrics of the service")?;
-    ensure!(web_service.connections >= 2 && web_service.backends[0].connections >= 2, "{web_service:?}");
+    let web_service = services
+        .iter()
+        .find(|service| service.name == "web")
+        .context("no metrics of the service")?;
+    ensure!(
+        web_service.connections >= 2 && web_service.backends[0].connections >= 2,
+        "{web_service:?}"
+    );
     detached_programs_count_nothing(&lab, &burner)?;
     lab.finish()
 }
 
 fn of<'a>(metrics: &'a [PodMetrics], pod: &Pod) -> Result<&'a PodMetrics> {
-    metrics.iter().find(|metrics| metrics.uid == pod.uid()).with_context(|| format!("no metrics of {}", pod.name()))
+    metrics
+        .iter()
+        .find(|metrics| metrics.uid == pod.uid())
+        .with_context(|| format!("no metrics of {}", pod.name()))
 }
 
 fn cpu(metrics: &PodMetrics) -> u64 {
-    metrics.containers.iter().map(|container| container.cpu.unwrap_or_default().usage_core_nanoseconds).sum()
+    metrics
+        .containers
+        .iter()
+        .map(|container| container.cpu.unwrap_or_default().usage_core_nanoseconds)
+        .sum()
 }
 
-#[allow(clippy::cast_precision_loss, reason = "a ratio of byte and nanosecond counts needs no more than 53 bits")]
+#[allow(
+    clippy::cast_precision_loss,
+    reason = "a ratio of byte and nanosecond counts needs no more than 53 bits"
+)]
 fn close(what: &str, ours: u64, kernel: u64) -> Result<()> {
     let ratio = ours as f64 / kernel as f64;
-    ensure!((ratio - 1.0).abs() <= TOLERANCE, "{what}: {ours}, the kernel says {kernel} (ratio {ratio:.3})");
+    ensure!(
+        (ratio - 1.0).abs() <= TOLERANCE,
+        "{what}: {ours}, the kernel says {kernel} (ratio {ratio:.3})"
+    );
     Ok(())
 }
 
 /// Received and sent, as the pod's own interface counts.
 fn interface_bytes(lab: &Lab, pod: &Pod) -> Result<(u64, u64)> {
     let text = output(lab.in_pod(pod, &["cat", "/proc/net/dev"])?)?;
-    let line = text.lines().find_map(|line| line.trim().strip_prefix("eth0:")).context("the pod has no eth0")?;
+    let line = text
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("eth0:"))
+        .context("the pod has no eth0")?;
     let numbers: Vec<u64> = line.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
     Ok((numbers[0], numbers[8]))
 }
@@ -72,11 +116,21 @@ fn interface_bytes(lab: &Lab, pod: &Pod) -> Result<(u64, u64)> {
 /// What the container's cgroup used, from `cpu.stat` of cgroup2.
 fn cgroup_cpu(lab: &Lab, pod: &Pod) -> Result<u64> {
     let node = pod.spec.as_ref().map(|spec| spec.node_name.clone()).unwrap_or_default();
-    let id = pod.status.as_ref().map(|status| status.container_statuses[0].container_id.clone()).unwrap_or_default();
+    let id = pod
+        .status
+        .as_ref()
+        .map(|status| status.container_statuses[0].container_id.clone())
+        .unwrap_or_default();
     let id = id.strip_prefix("containerd://").context("a container id")?;
-    let path = orlop_tests::cgroup::hierarchies()?[0].mount.join(lab.pod_cgroup(&node, pod.uid())).join(id);
+    let path = orlop_tests::cgroup::hierarchies()?[0]
+        .mount
+        .join(lab.pod_cgroup(&node, pod.uid()))
+        .join(id);
     let text = fs::read_to_string(path.join("cpu.stat")).with_context(|| path.display().to_string())?;
-    let usage = text.lines().find_map(|line| line.strip_prefix("usage_usec ")).context("usage_usec")?;
+    let usage = text
+        .lines()
+        .find_map(|line| line.strip_prefix("usage_usec "))
+        .context("usage_usec")?;
     Ok(usage.trim().parse::<u64>()? * 1000)
 }
 
@@ -93,25 +147,56 @@ fn the_maps_say_the_same(lab: &Lab, cpu: u64, bytes: u64) -> Result<()> {
         Ok(entries.iter().filter_map(total).collect())
     };
     let cpu_totals = totals("cpu_v1", "nanoseconds")?;
-    ensure!(cpu_totals.iter().any(|total| close("CPU in the map", *total, cpu).is_ok()), "cpu_v1 has {cpu_totals:?}, not {cpu}");
+    ensure!(
+        cpu_totals
+            .iter()
+            .any(|total| close("CPU in the map", *total, cpu).is_ok()),
+        "cpu_v1 has {cpu_totals:?}, not {cpu}"
+    );
     let byte_totals = totals("net_v1", "tx_bytes")?;
-    ensure!(byte_totals.iter().any(|total| close("bytes in the map", *total, bytes).is_ok()), "net_v1 has {byte_totals:?}, not {bytes}");
+    ensure!(
+        byte_totals
+            .iter()
+            .any(|total| close("bytes in the map", *total, bytes).is_ok()),
+        "net_v1 has {byte_totals:?}, not {bytes}"
+    );
     Ok(())
 }
 
 fn prometheus(lab: &Lab) -> Result<()> {
-    let agent = ["curl", "-sS", "--unix-socket", "/run/orlop/metrics.sock", "http://agent/metrics"];
+    let agent = [
+        "curl",
+        "-sS",
+        "--unix-socket",
+        "/run/orlop/metrics.sock",
+        "http://agent/metrics",
+    ];
     let text = output(lab.on_node("node1", &agent)?)?;
-    for name in ["container_cpu_usage_seconds_total{", "container_memory_working_set_bytes{", "node_cpu_usage_seconds_total"] {
+    for name in [
+        "container_cpu_usage_seconds_total{",
+        "container_memory_working_set_bytes{",
+        "node_cpu_usage_seconds_total",
+    ] {
         ensure!(text.contains(name), "the agent does not serve {name}");
     }
     let pki = lab.spec.member_directory("control").join("data/pki");
     let file = |name: &str| pki.join(name).display().to_string();
     let mut curl = std::process::Command::new("curl");
-    curl.args(["-sS", "--cacert", &file("ca.crt"), "--cert", &file("admin.crt"), "--key", &file("admin.key")]);
+    curl.args([
+        "-sS",
+        "--cacert",
+        &file("ca.crt"),
+        "--cert",
+        &file("admin.crt"),
+        "--key",
+        &file("admin.key"),
+    ]);
     curl.arg(format!("https://127.0.0.1:{}/metrics", lab.members.api_port));
     let text = output(curl)?;
-    ensure!(text.contains("container_cpu_usage_seconds_total{") && text.contains("web"), "control serves {text}");
+    ensure!(
+        text.contains("container_cpu_usage_seconds_total{") && text.contains("web"),
+        "control serves {text}"
+    );
     Ok(())
 }
 
@@ -119,9 +204,22 @@ fn prometheus(lab: &Lab) -> Result<()> {
 fn detached_programs_count_nothing(lab: &Lab, burner: &Pod) -> Result<()> {
     lab.request(&orlop_tests::supervisor::Request::Stop("node1/agent".to_owned()))?;
     output(lab.on_node("node1", &["rm", "/sys/fs/bpf/orlop/node1/sched_switch_link"])?)?;
-    let map = ["bpftool", "-j", "map", "dump", "pinned", "/sys/fs/bpf/orlop/node1/cpu_v1"];
+    let map = [
+        "bpftool",
+        "-j",
+        "map",
+        "dump",
+        "pinned",
+        "/sys/fs/bpf/orlop/node1/cpu_v1",
+    ];
     let before = output(lab.on_node("node1", &map)?)?;
-    output(lab.in_pod(burner, &["sh", "-c", "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done"])?)?;
-    ensure!(output(lab.on_node("node1", &map)?)? == before, "CPU time is counted without the program");
+    output(lab.in_pod(
+        burner,
+        &["sh", "-c", "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done"],
+    )?)?;
+    ensure!(
+        output(lab.on_node("node1", &map)?)? == before,
+        "CPU time is counted without the program"
+    );
     Ok(())
 }

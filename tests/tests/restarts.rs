@@ -25,7 +25,11 @@ fn processes(lab: &Lab, pods: &[Pod]) -> Result<BTreeMap<i32, String>> {
             }
             for pid in fs::read_to_string(entry.path().join("cgroup.procs"))?.lines() {
                 let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-                let start = stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(19)).context("a start time")?;
+                let start = stat
+                    .rsplit(") ")
+                    .next()
+                    .and_then(|rest| rest.split(' ').nth(19))
+                    .context("a start time")?;
                 found.insert(pid.parse()?, start.to_owned());
             }
         }
@@ -35,7 +39,8 @@ fn processes(lab: &Lab, pods: &[Pod]) -> Result<BTreeMap<i32, String>> {
 
 /// The ids of the programs that are pinned on a node.
 fn program_ids(lab: &Lab, node: &str) -> Result<Vec<String>> {
-    let script = format!("for link in /sys/fs/bpf/orlop/{node}/*; do bpftool -j link show pinned $link 2>/dev/null; done; true");
+    let script =
+        format!("for link in /sys/fs/bpf/orlop/{node}/*; do bpftool -j link show pinned $link 2>/dev/null; done; true");
     let lines = output(lab.on_node(node, &["sh", "-c", &script])?)?;
     let mut ids = Vec::new();
     for line in lines.lines() {
@@ -50,21 +55,34 @@ fn program_ids(lab: &Lab, node: &str) -> Result<Vec<String>> {
 
 #[test]
 fn the_agent_stops_and_is_killed_and_nothing_is_disturbed() -> Result<()> {
-    let lab = Lab::start("agent", &Options { nodes: 2, ..Options::default() })?;
+    let lab = Lab::start(
+        "agent",
+        &Options {
+            nodes: 2,
+            ..Options::default()
+        },
+    )?;
     lab.client.apply(&(web("web", 4) + &client("client", "node1")))?;
     let pods = lab.wait_for_pods("app=web", 4)?;
     let client = lab.wait_for_pod("client")?;
     let address = lab.cluster_ip("web")?;
     lab.wait_for_answers(&client, &["get", &address, "80", "40"], &pods)?;
     let (processes_before, programs_before) = (processes(&lab, &pods)?, program_ids(&lab, "node1")?);
-    ensure!(processes_before.len() >= 8, "a pod has a pause and a web server: {processes_before:?}");
-    ensure!(programs_before.len() >= 6, "the socket programs are pinned: {programs_before:?}");
+    ensure!(
+        processes_before.len() >= 8,
+        "a pod has a pause and a web server: {processes_before:?}"
+    );
+    ensure!(
+        programs_before.len() >= 6,
+        "the socket programs are pinned: {programs_before:?}"
+    );
 
     let held = lab.begin(&client, &["hold", &address, "80", "14"])?;
     let load = lab.begin(&client, &["load", &address, "80", "50", "12"])?;
     thread::sleep(Duration::from_secs(1));
     lab.request(&Request::Stop("node1/agent".to_owned()))?;
-    lab.ask(&client, &["get", &address, "80", "10"]).context("requests while the agent is stopped")?;
+    lab.ask(&client, &["get", &address, "80", "10"])
+        .context("requests while the agent is stopped")?;
     lab.request(&Request::Start("node1/agent".to_owned()))?;
     thread::sleep(Duration::from_secs(3));
     for _ in 0..2 {
@@ -80,7 +98,10 @@ fn the_agent_stops_and_is_killed_and_nothing_is_disturbed() -> Result<()> {
     ensure!(load.trim() == "sent 600 lost 0", "requests were lost: {load}");
 
     ensure!(processes(&lab, &pods)? == processes_before, "containers were restarted");
-    ensure!(program_ids(&lab, "node1")? == programs_before, "programs were replaced by the same build");
+    ensure!(
+        program_ids(&lab, "node1")? == programs_before,
+        "programs were replaced by the same build"
+    );
     logs_go_on(&lab)?;
     // The agent that came back does its work: a change reaches the kernel.
     lab.client.apply(&web("web", 2))?;
@@ -92,33 +113,60 @@ fn the_agent_stops_and_is_killed_and_nothing_is_disturbed() -> Result<()> {
 
 /// A container that writes while the agent is stopped has its lines in the log, in the CRI format.
 fn logs_go_on(lab: &Lab) -> Result<()> {
-    lab.client.apply(&orlop_tests::workload::pod("ticker", "node1", &["tick", "100"]))?;
+    lab.client
+        .apply(&orlop_tests::workload::pod("ticker", "node1", &["tick", "100"]))?;
     let ticker = lab.wait_for_pod("ticker")?;
     lab.request(&Request::Stop("node1/agent".to_owned()))?;
     let name = format!("default_ticker_{}", ticker.uid());
-    let log = lab.spec.member_directory("node1").join("log").join(name).join("main/0.log");
-    let lines = || fs::read_to_string(&log).with_context(|| log.display().to_string()).map(|text| text.lines().count());
+    let log = lab
+        .spec
+        .member_directory("node1")
+        .join("log")
+        .join(name)
+        .join("main/0.log");
+    let lines = || {
+        fs::read_to_string(&log)
+            .with_context(|| log.display().to_string())
+            .map(|text| text.lines().count())
+    };
     let before = lines()?;
-    lab.wait("the log grows without the agent", Duration::from_secs(10), || Ok((lines()? >= before + 10).then_some(())))?;
+    lab.wait("the log grows without the agent", Duration::from_secs(10), || {
+        Ok((lines()? >= before + 10).then_some(()))
+    })?;
     lab.request(&Request::Start("node1/agent".to_owned()))?;
     let text = fs::read_to_string(&log)?;
     for (number, line) in text.lines().enumerate() {
-        ensure!(line.ends_with(&format!(" stdout F tick {number}")), "line {number} of the log: {line}");
+        ensure!(
+            line.ends_with(&format!(" stdout F tick {number}")),
+            "line {number} of the log: {line}"
+        );
     }
     lab.client.delete("pods", "default", "ticker", Some(0))
 }
 
 #[test]
 fn killed_containers_restart_and_deleted_pods_are_replaced() -> Result<()> {
-    let lab = Lab::start("containers", &Options { nodes: 2, ..Options::default() })?;
+    let lab = Lab::start(
+        "containers",
+        &Options {
+            nodes: 2,
+            ..Options::default()
+        },
+    )?;
     lab.client.apply(&(web("web", 3) + &client("client", "node2")))?;
     let pods = lab.wait_for_pods("app=web", 3)?;
     let client = lab.wait_for_pod("client")?;
     let address = lab.cluster_ip("web")?;
 
     let victim = &pods[0];
-    let node = victim.spec.as_ref().map(|spec| spec.node_name.clone()).unwrap_or_default();
-    let root = orlop_tests::cgroup::hierarchies()?[0].mount.join(lab.pod_cgroup(&node, victim.uid()));
+    let node = victim
+        .spec
+        .as_ref()
+        .map(|spec| spec.node_name.clone())
+        .unwrap_or_default();
+    let root = orlop_tests::cgroup::hierarchies()?[0]
+        .mount
+        .join(lab.pod_cgroup(&node, victim.uid()));
     let mut killed = 0;
     for pid in processes(&lab, std::slice::from_ref(victim))?.into_keys() {
         if fs::read_to_string(format!("/proc/{pid}/cmdline"))?.contains("web") {
@@ -128,13 +176,26 @@ fn killed_containers_restart_and_deleted_pods_are_replaced() -> Result<()> {
     }
     ensure!(killed == 1, "{} has one web server, found {killed}", root.display());
     let restarted = lab.wait("the container is restarted", Duration::from_secs(30), || {
-        let pod = lab.client.get::<Pod>("default", victim.name())?.context("the pod is gone")?;
-        let restarts = pod.status.as_ref().map_or(0, |status| status.container_statuses[0].restart_count);
+        let pod = lab
+            .client
+            .get::<Pod>("default", victim.name())?
+            .context("the pod is gone")?;
+        let restarts = pod
+            .status
+            .as_ref()
+            .map_or(0, |status| status.container_statuses[0].restart_count);
         Ok((restarts == 1 && pod_is_ready(&pod)).then_some(pod))
     })?;
     let status = &restarted.status.as_ref().context("a status")?.container_statuses[0];
-    let ended = status.last_state.as_ref().and_then(|state| state.terminated.as_ref()).context("the last state is told")?;
-    ensure!(ended.exit_code == 137 && ended.reason == "Error", "it ended with {ended:?}");
+    let ended = status
+        .last_state
+        .as_ref()
+        .and_then(|state| state.terminated.as_ref())
+        .context("the last state is told")?;
+    ensure!(
+        ended.exit_code == 137 && ended.reason == "Error",
+        "it ended with {ended:?}"
+    );
     ensure!(restarted.uid() == victim.uid(), "the pod itself stays");
     lab.wait_for_answers(&client, &["get", &address, "80", "30"], &pods)?;
 
@@ -159,8 +220,10 @@ fn a_node_that_is_cut_off_is_replaced_and_cleared_when_it_returns() -> Result<()
     let pods = lab.wait_for_pods("app=web", 6)?;
     let client = lab.wait_for_pod("client")?;
     let address = lab.cluster_ip("web")?;
-    let on_three: Vec<&Pod> =
-        pods.iter().filter(|pod| pod.spec.as_ref().is_some_and(|spec| spec.node_name == "node3")).collect();
+    let on_three: Vec<&Pod> = pods
+        .iter()
+        .filter(|pod| pod.spec.as_ref().is_some_and(|spec| spec.node_name == "node3"))
+        .collect();
     ensure!(!on_three.is_empty(), "node3 has pods");
 
     lab.request(&Request::Link("node3".to_owned(), false))?;
@@ -175,7 +238,10 @@ fn a_node_that_is_cut_off_is_replaced_and_cleared_when_it_returns() -> Result<()
     })?;
     lab.wait_for_answers(&client, &["get", &address, "80", "60"], &elsewhere)?;
     for pod in &on_three {
-        ensure!(lab.pod_process("node3", pod.uid()).is_ok(), "a node that is cut off goes on by itself");
+        ensure!(
+            lab.pod_process("node3", pod.uid()).is_ok(),
+            "a node that is cut off goes on by itself"
+        );
     }
 
     lab.request(&Request::Link("node3".to_owned(), true))?;
@@ -190,7 +256,14 @@ fn a_node_that_is_cut_off_is_replaced_and_cleared_when_it_returns() -> Result<()
 }
 
 fn control_is_killed(name: &str, store: StoreEngine) -> Result<()> {
-    let lab = Lab::start(name, &Options { nodes: 2, store, ..Options::default() })?;
+    let lab = Lab::start(
+        name,
+        &Options {
+            nodes: 2,
+            store,
+            ..Options::default()
+        },
+    )?;
     lab.client.apply(&(web("web", 4) + &client("client", "node1")))?;
     let pods = lab.wait_for_pods("app=web", 4)?;
     let client = lab.wait_for_pod("client")?;

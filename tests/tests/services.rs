@@ -31,9 +31,15 @@ fn six_pods_behind_a_cluster_ip_answer_from_every_node() -> Result<()> {
 
 /// The scheduler spreads; so both same-node and cross-node backends are in play for every client.
 fn spread_over_all_nodes(lab: &Lab, pods: &[Pod]) -> Result<()> {
-    let nodes: BTreeSet<&str> =
-        pods.iter().filter_map(|pod| pod.spec.as_ref()).map(|spec| spec.node_name.as_str()).collect();
-    ensure!(nodes.len() == usize::from(lab.spec.nodes), "the pods run on {nodes:?} only");
+    let nodes: BTreeSet<&str> = pods
+        .iter()
+        .filter_map(|pod| pod.spec.as_ref())
+        .map(|spec| spec.node_name.as_str())
+        .collect();
+    ensure!(
+        nodes.len() == usize::from(lab.spec.nodes),
+        "the pods run on {nodes:?} only"
+    );
     Ok(())
 }
 
@@ -45,11 +51,23 @@ fn every_kind_of_socket(lab: &Lab, client: &Pod, address: &str, pods: &[Pod]) ->
     lab.wait_for_answers(client, &["udp", address, "80", "60", "mapped"], pods)?;
     // The client sees the service as its peer, never the pod behind it.
     let expected = format!("{address}:80");
-    ensure!(lab.ask(client, &["peername", address, "80"])?.trim() == expected, "getpeername of an AF_INET socket");
-    let mapped: SocketAddr = lab.ask(client, &["peername", address, "80", "mapped"])?.trim().parse()?;
-    ensure!(mapped.ip().to_canonical().to_string() == address && mapped.port() == 80, "getpeername gave {mapped}");
+    ensure!(
+        lab.ask(client, &["peername", address, "80"])?.trim() == expected,
+        "getpeername of an AF_INET socket"
+    );
+    let mapped: SocketAddr = lab
+        .ask(client, &["peername", address, "80", "mapped"])?
+        .trim()
+        .parse()?;
+    ensure!(
+        mapped.ip().to_canonical().to_string() == address && mapped.port() == 80,
+        "getpeername gave {mapped}"
+    );
     for line in lab.ask(client, &["udp", address, "80", "3"])?.lines() {
-        ensure!(line.ends_with(&format!(" from {expected}")), "a datagram came from elsewhere: {line}");
+        ensure!(
+            line.ends_with(&format!(" from {expected}")),
+            "a datagram came from elsewhere: {line}"
+        );
     }
     // One unconnected socket keeps its backend while that is ready.
     let answers = lab.ask(client, &["udp-one", address, "80", "20"])?;
@@ -63,10 +81,16 @@ fn scaling(lab: &Lab, address: &str) -> Result<()> {
     lab.client.apply(&web("web", 0))?;
     lab.wait_for_pods("app=web", 0)?;
     let refused = lab.wait("connections are refused at once", Duration::from_secs(10), || {
-        Ok(lab.ask(&client, &["get", address, "80", "1"]).err().map(|error| format!("{error:#}")))
+        Ok(lab
+            .ask(&client, &["get", address, "80", "1"])
+            .err()
+            .map(|error| format!("{error:#}")))
     })?;
     ensure!(refused.contains("refused"), "without endpoints: {refused}");
-    let udp = lab.ask(&client, &["udp", address, "80", "1"]).err().context("UDP without endpoints was answered")?;
+    let udp = lab
+        .ask(&client, &["udp", address, "80", "1"])
+        .err()
+        .context("UDP without endpoints was answered")?;
     ensure!(format!("{udp:#}").contains("refused"), "UDP without endpoints: {udp:#}");
     lab.client.apply(&web("web", 2))?;
     let pods = lab.wait_for_pods("app=web", 2)?;
@@ -84,11 +108,15 @@ fn no_trace_after_deleting_all(lab: &Lab) -> Result<()> {
     })?;
     for node in lab.spec.node_names() {
         let look = || traces(lab, &node);
-        lab.wait(&format!("{node} is as empty as before"), Duration::from_secs(20), || {
-            let traces = look()?;
-            ensure!(traces.is_empty(), "{}", traces.join("; "));
-            Ok(Some(()))
-        })?;
+        lab.wait(
+            &format!("{node} is as empty as before"),
+            Duration::from_secs(20),
+            || {
+                let traces = look()?;
+                ensure!(traces.is_empty(), "{}", traces.join("; "));
+                Ok(Some(()))
+            },
+        )?;
     }
     Ok(())
 }
@@ -97,7 +125,10 @@ fn no_trace_after_deleting_all(lab: &Lab) -> Result<()> {
 fn traces(lab: &Lab, node: &str) -> Result<Vec<String>> {
     let pins = format!("/sys/fs/bpf/orlop/{node}");
     let dump = |map: &str| -> Result<Vec<serde_json::Value>> {
-        let json = output(lab.on_node(node, &["bpftool", "-j", "map", "dump", "pinned", &format!("{pins}/{map}")])?)?;
+        let json = output(lab.on_node(
+            node,
+            &["bpftool", "-j", "map", "dump", "pinned", &format!("{pins}/{map}")],
+        )?)?;
         Ok(serde_json::from_str(&json)?)
     };
     let mut found = Vec::new();
@@ -105,7 +136,10 @@ fn traces(lab: &Lab, node: &str) -> Result<Vec<String>> {
     if dump("svc4_v1")?.iter().any(ours) {
         found.push("a frontend of port 80".to_owned());
     }
-    let used = dump("arena4_v1")?.iter().filter(|entry| entry["formatted"]["value"]["port"] == 8080).count();
+    let used = dump("arena4_v1")?
+        .iter()
+        .filter(|entry| entry["formatted"]["value"]["port"] == 8080)
+        .count();
     if used > 0 {
         found.push(format!("{used} slots of port 8080"));
     }
@@ -113,7 +147,11 @@ fn traces(lab: &Lab, node: &str) -> Result<Vec<String>> {
                   find /run/orlop/ipam /var/lib/cni/orlop -type f -name '10.*' 2>/dev/null; true";
     let rest = output(lab.on_node(node, &["sh", "-c", script])?)?;
     found.extend(rest.lines().map(str::to_owned));
-    let cgroup = orlop_tests::cgroup::hierarchies()?[0].mount.join(lab.spec.cgroup(node)).join("orlop").join(node);
+    let cgroup = orlop_tests::cgroup::hierarchies()?[0]
+        .mount
+        .join(lab.spec.cgroup(node))
+        .join("orlop")
+        .join(node);
     for entry in std::fs::read_dir(cgroup).into_iter().flatten().flatten() {
         if entry.path().is_dir() {
             found.push(format!("cgroup {}", entry.path().display()));
@@ -124,13 +162,24 @@ fn traces(lab: &Lab, node: &str) -> Result<Vec<String>> {
 
 #[test]
 fn one_node_one_pod_one_cluster_ip() -> Result<()> {
-    let lab = Lab::start("first", &Options { nodes: 1, ..Options::default() })?;
+    let lab = Lab::start(
+        "first",
+        &Options {
+            nodes: 1,
+            ..Options::default()
+        },
+    )?;
     lab.client.apply(&(web("web", 1) + &client("client", "node1")))?;
     let pods = lab.wait_for_pods("app=web", 1)?;
     let client = lab.wait_for_pod("client")?;
     let address = lab.cluster_ip("web")?;
     lab.wait_for_answers(&client, &["get", &address, "80", "3"], &pods)?;
-    ensure!(pods[0].status.as_ref().is_some_and(|status| status.pod_ip.starts_with("10.244.")));
+    ensure!(
+        pods[0]
+            .status
+            .as_ref()
+            .is_some_and(|status| status.pod_ip.starts_with("10.244."))
+    );
     ensure!(!pods[0].uid().is_empty());
     lab.finish()
 }

@@ -40,13 +40,33 @@ pub fn everything(profile: Profile) -> Result<()> {
 
 /// `orlop-pause` and `orlop-fixture` have no libraries beside them in their containers.
 fn static_programs() -> Result<()> {
-    let version = output(std::process::Command::new("rustc").arg("-vV").current_dir(repository())).context("running rustc -vV")?;
-    let host = version.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc names no host")?;
-    let target = Profile::Release.folder().parent().map(|target| target.join("static")).context("a target folder")?;
+    let version = output(std::process::Command::new("rustc").arg("-vV").current_dir(repository()))
+        .context("running rustc -vV")?;
+    let host = version
+        .lines()
+        .find_map(|line| line.strip_prefix("host: "))
+        .context("rustc names no host")?;
+    let target = Profile::Release
+        .folder()
+        .parent()
+        .map(|target| target.join("static"))
+        .context("a target folder")?;
     let mut build = cargo();
     // With a --target of its own, so that build scripts and procedural macros are not made static.
-    build.args(["build", "--release", "--target", host, "--package", "orlop-pause", "--package", "orlop-fixture"]);
-    build.arg("--target-dir").arg(&target).env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols");
+    build.args([
+        "build",
+        "--release",
+        "--target",
+        host,
+        "--package",
+        "orlop-pause",
+        "--package",
+        "orlop-fixture",
+    ]);
+    build
+        .arg("--target-dir")
+        .arg(&target)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols");
     run(&mut build)?;
     let folder = repository().join(".orlop").join("static");
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;

@@ -75,7 +75,12 @@ enum Task {
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Task::Setup => setup::setup().map(|()| ExitCode::SUCCESS),
-        Task::Up { nodes, store, port, release } => up(nodes, &store, port, release),
+        Task::Up {
+            nodes,
+            store,
+            port,
+            release,
+        } => up(nodes, &store, port, release),
         Task::Down => lab(&["down".to_owned()]),
         Task::Exec { node, pod, command } => exec(node, pod, command),
         Task::Test { filter } => test(filter.as_deref()).map(|()| ExitCode::SUCCESS),
@@ -90,10 +95,23 @@ fn main() -> ExitCode {
 
 fn up(nodes: u16, store: &str, port: u16, release: bool) -> Result<ExitCode> {
     setup::setup()?;
-    let profile = if release { build::Profile::Release } else { build::Profile::Dev };
+    let profile = if release {
+        build::Profile::Release
+    } else {
+        build::Profile::Dev
+    };
     build::everything(profile)?;
     let program = profile.folder().join("orlop-lab");
-    let arguments = ["up", "--nodes", &nodes.to_string(), "--store", store, "--port", &port.to_string()].map(str::to_owned);
+    let arguments = [
+        "up",
+        "--nodes",
+        &nodes.to_string(),
+        "--store",
+        store,
+        "--port",
+        &port.to_string(),
+    ]
+    .map(str::to_owned);
     status(Command::new(program).args(arguments))
 }
 
@@ -111,9 +129,13 @@ fn exec(node: String, pod: Option<String>, command: Vec<String>) -> Result<ExitC
 fn lab(arguments: &[String]) -> Result<ExitCode> {
     let built = [build::Profile::Dev, build::Profile::Release].map(|profile| profile.folder().join("orlop-lab"));
     let newest = built.into_iter().filter(|path| path.exists()).max_by_key(|path| {
-        path.metadata().and_then(|metadata| metadata.modified()).unwrap_or(std::time::SystemTime::UNIX_EPOCH)
+        path.metadata()
+            .and_then(|metadata| metadata.modified())
+            .unwrap_or(std::time::SystemTime::UNIX_EPOCH)
     });
-    let Some(program) = newest else { bail!("nothing is built yet: cargo xtask up") };
+    let Some(program) = newest else {
+        bail!("nothing is built yet: cargo xtask up")
+    };
     status(Command::new(program).args(arguments))
 }
 
@@ -122,12 +144,23 @@ fn test(filter: Option<&str>) -> Result<()> {
     build::everything(build::Profile::Dev)?;
     println!("== tests of the parts");
     let mut parts = run::cargo();
-    parts.args(["test", "--workspace", "--exclude", "orlop-ebpf", "--exclude", "orlop-tests", "--no-fail-fast"]);
+    parts.args([
+        "test",
+        "--workspace",
+        "--exclude",
+        "orlop-ebpf",
+        "--exclude",
+        "orlop-tests",
+        "--no-fail-fast",
+    ]);
     parts.args(filter);
     let parts = run(&mut parts);
     println!("== end-to-end tests, each in a lab of its own");
     let mut whole = run::cargo();
-    whole.args(["test", "--package", "orlop-tests", "--no-fail-fast"]).args(filter).args(["--", "--test-threads=1"]);
+    whole
+        .args(["test", "--package", "orlop-tests", "--no-fail-fast"])
+        .args(filter)
+        .args(["--", "--test-threads=1"]);
     let whole = run(&mut whole);
     parts.and(whole)
 }

@@ -9,7 +9,9 @@ use anyhow::{Context, Result, bail};
 
 /// The repository's root.
 pub fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .map_or_else(|| PathBuf::from("."), Path::to_path_buf)
 }
 
 /// The cargo that runs this, in the repository.
@@ -21,9 +23,14 @@ pub fn cargo() -> Command {
 
 /// Runs a command in the foreground; it failing is an error.
 pub fn run(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("running {}", command.get_program().display()))?;
+    let status = command
+        .status()
+        .with_context(|| format!("running {}", command.get_program().display()))?;
     if !status.success() {
-        let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy().into_owned()).collect();
+        let words: Vec<_> = command
+            .get_args()
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect();
         bail!("{} {}: {status}", command.get_program().display(), words.join(" "));
     }
     Ok(())
@@ -31,12 +38,20 @@ pub fn run(command: &mut Command) -> Result<()> {
 
 /// Runs a command in the foreground; its exit status becomes ours.
 pub fn status(command: &mut Command) -> Result<ExitCode> {
-    let status = command.status().with_context(|| format!("running {}", command.get_program().display()))?;
-    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+    let status = command
+        .status()
+        .with_context(|| format!("running {}", command.get_program().display()))?;
+    Ok(status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// What a command prints, if it succeeds.
 pub fn output(command: &mut Command) -> Option<String> {
     let output = command.output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+    output
+        .status
+        .success()
+        .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }

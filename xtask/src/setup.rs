@@ -55,10 +55,17 @@ pub fn tools() -> PathBuf {
 
 fn check_kernel() -> Result<()> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").context("reading the kernel's version")?;
-    let mut numbers = release.split(|character: char| !character.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    let mut numbers = release
+        .split(|character: char| !character.is_ascii_digit())
+        .map(|number| number.parse().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     if version < OLDEST_KERNEL {
-        bail!("this kernel is {}; Orlop needs Linux {}.{} or newer", release.trim(), OLDEST_KERNEL.0, OLDEST_KERNEL.1);
+        bail!(
+            "this kernel is {}; Orlop needs Linux {}.{} or newer",
+            release.trim(),
+            OLDEST_KERNEL.0,
+            OLDEST_KERNEL.1
+        );
     }
     if !Path::new("/sys/kernel/btf/vmlinux").exists() {
         bail!("this kernel has no BTF (/sys/kernel/btf/vmlinux): Orlop's programs need it");
@@ -75,13 +82,19 @@ fn check_kernel() -> Result<()> {
 }
 
 fn packages() -> Result<()> {
-    let missing: Vec<&str> = PACKAGES.iter().copied().filter(|package| !is_installed(package)).collect();
+    let missing: Vec<&str> = PACKAGES
+        .iter()
+        .copied()
+        .filter(|package| !is_installed(package))
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
     step(&format!("Debian's packages: {}", missing.join(" ")), || {
         run(quiet("apt-get").args(["update", "-qq"]))?;
-        run(quiet("apt-get").args(["install", "-y", "-qq", "--no-install-recommends"]).args(&missing))
+        run(quiet("apt-get")
+            .args(["install", "-y", "-qq", "--no-install-recommends"])
+            .args(&missing))
     })
 }
 
@@ -93,7 +106,10 @@ fn is_installed(package: &str) -> bool {
 /// A package manager that asks nothing, starts no services, and speaks only of errors.
 fn quiet(program: &str) -> Command {
     let mut command = Command::new(program);
-    command.env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1").stdout(std::process::Stdio::null());
+    command
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .env("RUNLEVEL", "1")
+        .stdout(std::process::Stdio::null());
     command
 }
 
@@ -104,8 +120,12 @@ fn bpf_linker() -> Result<()> {
     step(&format!("bpf-linker {BPF_LINKER}"), || {
         let mut install = cargo();
         install.args(["install", "--quiet", "--locked", "bpf-linker", "--version", BPF_LINKER]);
-        install.args(["--no-default-features", "--features", "llvm-22", "--root"]).arg(tools());
-        install.env("LLVM_PREFIX", "/usr/lib/llvm-22").env("LLVM_SYS_221_PREFIX", "/usr/lib/llvm-22");
+        install
+            .args(["--no-default-features", "--features", "llvm-22", "--root"])
+            .arg(tools());
+        install
+            .env("LLVM_PREFIX", "/usr/lib/llvm-22")
+            .env("LLVM_SYS_221_PREFIX", "/usr/lib/llvm-22");
         run(&mut install)
     })
 }
@@ -120,8 +140,13 @@ fn grpcurl() -> Result<()> {
     }
     step(&format!("grpcurl {GRPCURL}"), || {
         let mut install = Command::new("go");
-        install.args(["install", &format!("github.com/fullstorydev/grpcurl/cmd/grpcurl@{GRPCURL}")]);
-        run(install.env("GOBIN", tools().join("bin")).stderr(std::process::Stdio::null()))
+        install.args([
+            "install",
+            &format!("github.com/fullstorydev/grpcurl/cmd/grpcurl@{GRPCURL}"),
+        ]);
+        run(install
+            .env("GOBIN", tools().join("bin"))
+            .stderr(std::process::Stdio::null()))
     })
 }
 

@@ -15,8 +15,15 @@ pub fn tidy(check: bool) -> Result<()> {
     }
     run(&mut format)?;
     let workspace = ["--workspace", "--exclude", "orlop-ebpf"];
-    run(cargo().arg("clippy").args(workspace).args(["--all-targets", "--", "-D", "warnings"]))?;
-    run(cargo().arg("doc").args(workspace).args(["--no-deps", "--quiet"]).env("RUSTDOCFLAGS", "-D warnings"))?;
+    run(cargo()
+        .arg("clippy")
+        .args(workspace)
+        .args(["--all-targets", "--", "-D", "warnings"]))?;
+    run(cargo()
+        .arg("doc")
+        .args(workspace)
+        .args(["--no-deps", "--quiet"])
+        .env("RUSTDOCFLAGS", "-D warnings"))?;
     if output(Command::new("cargo-deny").arg("--version")).is_some() {
         run(cargo().args(["deny", "check", "bans", "licenses", "sources"]))?;
     } else {

@@ -65,7 +65,10 @@ pub fn connect(ip: Ipv4Addr, port: u16, count: u32) -> Result<(), Error> {
 fn dial(ip: Ipv4Addr, port: u16) -> Result<TcpStream, Error> {
     let stream = TcpStream::connect((ip, port))?;
     stream.set_nodelay(true)?;
-    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
     // SAFETY: the descriptor is open, the pointer and the length are those of a linger structure.
     let set = unsafe {
         libc::setsockopt(
@@ -76,7 +79,11 @@ fn dial(ip: Ipv4Addr, port: u16) -> Result<TcpStream, Error> {
             libc::socklen_t::try_from(size_of::<libc::linger>())?,
         )
     };
-    if set == 0 { Ok(stream) } else { Err(std::io::Error::last_os_error().into()) }
+    if set == 0 {
+        Ok(stream)
+    } else {
+        Err(std::io::Error::last_os_error().into())
+    }
 }
 
 fn push(samples: &mut Vec<f64>, start: Instant) {

@@ -27,7 +27,11 @@ pub enum Udp {
 }
 
 fn target(ip: Ipv4Addr, port: u16, mapped: bool) -> SocketAddr {
-    let ip = if mapped { IpAddr::V6(ip.to_ipv6_mapped()) } else { IpAddr::V4(ip) };
+    let ip = if mapped {
+        IpAddr::V6(ip.to_ipv6_mapped())
+    } else {
+        IpAddr::V4(ip)
+    };
     SocketAddr::new(ip, port)
 }
 
@@ -75,7 +79,11 @@ pub fn get(ip: Ipv4Addr, port: u16, count: u32, mapped: bool) -> Result<(), Erro
 pub fn udp(ip: Ipv4Addr, port: u16, count: u32, kind: Udp) -> Result<(), Error> {
     for _ in 0..count {
         let mapped = kind == Udp::Mapped;
-        let local = if mapped { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
+        let local = if mapped {
+            IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+        } else {
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+        };
         let socket = UdpSocket::bind((local, 0))?;
         socket.set_read_timeout(Some(TIMEOUT))?;
         let mut buffer = [0; 2048];

@@ -53,7 +53,9 @@ fn run(words: &[&str]) -> Result<ExitCode, Error> {
         ["udp", ip, port, count, "connected"] => {
             client::udp(ip.parse()?, port.parse()?, count.parse()?, client::Udp::Connected)?;
         }
-        ["udp", ip, port, count, "mapped"] => client::udp(ip.parse()?, port.parse()?, count.parse()?, client::Udp::Mapped)?,
+        ["udp", ip, port, count, "mapped"] => {
+            client::udp(ip.parse()?, port.parse()?, count.parse()?, client::Udp::Mapped)?
+        }
         ["udp-one", ip, port, count] => client::udp_one(ip.parse()?, port.parse()?, count.parse()?)?,
         ["peername", ip, port] => client::peername(ip.parse()?, port.parse()?, false)?,
         ["peername", ip, port, "mapped"] => client::peername(ip.parse()?, port.parse()?, true)?,

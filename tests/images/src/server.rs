@@ -47,14 +47,21 @@ fn serve(stream: TcpStream, name: &str) -> Result<(), Error> {
             if reader.read_line(&mut header)? == 0 || header.trim().is_empty() {
                 break;
             }
-            close |= header.to_ascii_lowercase().replace(' ', "").starts_with("connection:close");
+            close |= header
+                .to_ascii_lowercase()
+                .replace(' ', "")
+                .starts_with("connection:close");
         }
         let path = request.split(' ').nth(1).unwrap_or("/");
         let body = match path.strip_prefix("/bytes/").and_then(|count| count.parse().ok()) {
             Some(count) => vec![b'x'; count],
             None => format!("{name}\n").into_bytes(),
         };
-        write!(writer, "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {}\r\n\r\n", body.len())?;
+        write!(
+            writer,
+            "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        )?;
         writer.write_all(&body)?;
         if close {
             return Ok(());

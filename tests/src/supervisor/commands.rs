@@ -70,7 +70,9 @@ pub fn send(directory: &Path, request: &Request) -> Result<Response> {
     stream.write_all(&serde_json::to_vec(request)?)?;
     stream.write_all(b"\n")?;
     let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line).context("reading the supervisor's answer")?;
+    BufReader::new(stream)
+        .read_line(&mut line)
+        .context("reading the supervisor's answer")?;
     match serde_json::from_str(&line).context("the supervisor's answer is not JSON")? {
         Response::Failed(reason) => bail!("{reason}"),
         response => Ok(response),
@@ -125,7 +127,12 @@ impl Supervisor {
             Request::Status => {
                 let services = self.services.iter().map(|service| {
                     let (pid, starts, last_exit) = service.status();
-                    ServiceStatus { name: service.full_name(), pid, starts, last_exit }
+                    ServiceStatus {
+                        name: service.full_name(),
+                        pid,
+                        starts,
+                        last_exit,
+                    }
                 });
                 return Response::Services(services.collect());
             }
@@ -140,6 +147,8 @@ impl Supervisor {
 
     fn service(&self, name: &str) -> Result<&super::Supervised> {
         let found = self.services.iter().find(|service| service.full_name() == name);
-        found.map(|service| &**service).with_context(|| format!("no service {name}"))
+        found
+            .map(|service| &**service)
+            .with_context(|| format!("no service {name}"))
     }
 }

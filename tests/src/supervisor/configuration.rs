@@ -40,7 +40,11 @@ pub fn write_control(spec: &Spec) -> Result<()> {
 /// Control itself.
 pub fn control(spec: &Spec) -> Service {
     let config = spec.member_directory("control").join("control.toml");
-    let command = vec![program(spec, "orlop-control"), "--config".to_owned(), config.display().to_string()];
+    let command = vec![
+        program(spec, "orlop-control"),
+        "--config".to_owned(),
+        config.display().to_string(),
+    ];
     service(spec, "control", "control", command)
 }
 
@@ -90,20 +94,30 @@ pub fn containerd(spec: &Spec, name: &str) -> Result<Service> {
         directory.join("root"),
     );
     fs::write(&config, text).context("writing containerd's configuration")?;
-    let command = vec!["containerd".to_owned(), "--config".to_owned(), config.display().to_string()];
+    let command = vec![
+        "containerd".to_owned(),
+        "--config".to_owned(),
+        config.display().to_string(),
+    ];
     Ok(service(spec, name, "containerd", command))
 }
 
 /// A node's agent. The CNI plugin is put where operators put it.
 pub fn agent(spec: &Spec, name: &str) -> Service {
     let config = spec.member_directory(name).join("node.toml");
-    let command = vec![program(spec, "orlop-node"), "--config".to_owned(), config.display().to_string()];
+    let command = vec![
+        program(spec, "orlop-node"),
+        "--config".to_owned(),
+        config.display().to_string(),
+    ];
     service(spec, name, "agent", command)
 }
 
 /// Puts the CNI plugin into a node's `/opt/cni/bin`.
 pub fn install_plugin(spec: &Spec, holder: i32) -> Result<()> {
-    let target = Path::new("/proc").join(holder.to_string()).join("root/opt/cni/bin/orlop-bridge");
+    let target = Path::new("/proc")
+        .join(holder.to_string())
+        .join("root/opt/cni/bin/orlop-bridge");
     symlink(spec.binaries.join("orlop-bridge"), &target).with_context(|| format!("linking {}", target.display()))
 }
 

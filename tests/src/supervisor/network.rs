@@ -21,12 +21,22 @@ const BRIDGE: &str = "lab0";
 /// Makes the bridge and all cables.
 pub fn build(members: &Members) -> Result<()> {
     let switch = members.get("switch")?;
-    in_network_of(switch, "ip", &["link", "add", BRIDGE, "type", "bridge", "forward_delay", "0"])?;
+    in_network_of(
+        switch,
+        "ip",
+        &["link", "add", BRIDGE, "type", "bridge", "forward_delay", "0"],
+    )?;
     in_network_of(switch, "ip", &["link", "set", BRIDGE, "up"])?;
     for member in &members.members {
         if let Some(address) = member.address {
             let (port, pid) = (format!("to-{}", member.name), member.pid.to_string());
-            in_network_of(switch, "ip", &["link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &pid])?;
+            in_network_of(
+                switch,
+                "ip",
+                &[
+                    "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &pid,
+                ],
+            )?;
             in_network_of(switch, "ip", &["link", "set", &port, "master", BRIDGE, "up"])?;
             in_network_of(member, "ip", &["addr", "add", &format!("{address}/16"), "dev", "eth0"])?;
             in_network_of(member, "ip", &["link", "set", "eth0", "up"])?;
@@ -38,7 +48,12 @@ pub fn build(members: &Members) -> Result<()> {
 /// Pulls or plugs a member's cable.
 pub fn set_link(members: &Members, member: &str, up: bool) -> Result<()> {
     let port = format!("to-{member}");
-    in_network_of(members.get("switch")?, "ip", &["link", "set", &port, if up { "up" } else { "down" }]).map(drop)
+    in_network_of(
+        members.get("switch")?,
+        "ip",
+        &["link", "set", &port, if up { "up" } else { "down" }],
+    )
+    .map(drop)
 }
 
 fn in_network_of(member: &Member, program: &str, arguments: &[&str]) -> Result<String> {
@@ -57,5 +72,7 @@ pub fn listen_in(pid: i32, address: Ipv4Addr, port: u16) -> Result<OwnedFd> {
         let listener = TcpListener::bind((address, port)).with_context(|| format!("listening on {address}:{port}"))?;
         Ok(OwnedFd::from(listener))
     });
-    opened.join().map_err(|_| anyhow::anyhow!("the thread that listens inside control panicked"))?
+    opened
+        .join()
+        .map_err(|_| anyhow::anyhow!("the thread that listens inside control panicked"))?
 }

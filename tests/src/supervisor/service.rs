@@ -60,10 +60,22 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 impl Supervised {
     /// Starts the service, and again whenever it ends.
     pub fn start(service: Service, holder: i32, logs: PathBuf) -> Result<Arc<Self>> {
-        let state = Mutex::new(State { wanted: true, ..State::default() });
-        let supervised = Arc::new(Self { service, holder, logs, state, changed: Condvar::new() });
+        let state = Mutex::new(State {
+            wanted: true,
+            ..State::default()
+        });
+        let supervised = Arc::new(Self {
+            service,
+            holder,
+            logs,
+            state,
+            changed: Condvar::new(),
+        });
         let keeper = supervised.clone();
-        thread::Builder::new().name(supervised.full_name()).spawn(move || keeper.keep()).context("starting a thread")?;
+        thread::Builder::new()
+            .name(supervised.full_name())
+            .spawn(move || keeper.keep())
+            .context("starting a thread")?;
         Ok(supervised)
     }
 
@@ -88,7 +100,9 @@ impl Supervised {
     pub fn signal(&self, signal: i32) -> Result<()> {
         let signal = Signal::try_from(signal).context("no such signal")?;
         let state = self.lock();
-        let pid = state.pid.with_context(|| format!("{} is not running", self.full_name()))?;
+        let pid = state
+            .pid
+            .with_context(|| format!("{} is not running", self.full_name()))?;
         kill(Pid::from_raw(pid), signal).with_context(|| format!("sending {signal} to {}", self.full_name()))
     }
 
@@ -143,10 +157,22 @@ impl Supervised {
 
     fn spawn(&self) -> Result<Child> {
         let name = format!("{}-{}.log", self.service.member, self.service.name);
-        let log = OpenOptions::new().create(true).append(true).open(self.logs.join(name)).context("opening its log")?;
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.logs.join(name))
+            .context("opening its log")?;
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["enter", "--holder", &self.holder.to_string(), "--cgroup", &self.service.cgroup]);
-        command.args(["--listen-fds", &self.service.listeners.len().to_string(), "--"]).args(&self.service.command);
+        command.args([
+            "enter",
+            "--holder",
+            &self.holder.to_string(),
+            "--cgroup",
+            &self.service.cgroup,
+        ]);
+        command
+            .args(["--listen-fds", &self.service.listeners.len().to_string(), "--"])
+            .args(&self.service.command);
         command.envs(self.service.environment.iter().map(|(name, value)| (name, value)));
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let listeners: Vec<i32> = self.service.listeners.iter().map(AsRawFd::as_raw_fd).collect();
@@ -163,7 +189,9 @@ impl Supervised {
                 Ok(())
             });
         }
-        command.spawn().with_context(|| format!("starting {}", self.full_name()))
+        command
+            .spawn()
+            .with_context(|| format!("starting {}", self.full_name()))
     }
 }
 

@@ -28,13 +28,30 @@ pub fn run(options: &[String]) -> Result<()> {
     let sizes: Vec<u32> = if options.is_empty() {
         vec![1, 1000]
     } else {
-        options.iter().map(|option| option.parse().with_context(|| format!("{option}: a number of services"))).collect::<Result<_>>()?
+        options
+            .iter()
+            .map(|option| {
+                option
+                    .parse()
+                    .with_context(|| format!("{option}: a number of services"))
+            })
+            .collect::<Result<_>>()?
     };
-    let lab = Lab::start("bench", &Options { nodes: 1, ..Options::default() })?;
+    let lab = Lab::start(
+        "bench",
+        &Options {
+            nodes: 1,
+            ..Options::default()
+        },
+    )?;
     lab.client.apply(&(server() + &client("client", "node1")))?;
     let server = lab.wait_for_pods("app=echo", 1)?.remove(0);
     let client = lab.wait_for_pod("client")?;
-    let direct = server.status.as_ref().map(|status| status.pod_ip.clone()).unwrap_or_default();
+    let direct = server
+        .status
+        .as_ref()
+        .map(|status| status.pod_ip.clone())
+        .unwrap_or_default();
     let service = lab.cluster_ip("echo")?;
     lab.wait("the service answers", Duration::from_secs(10), || {
         slice(&lab, &client, true, "rr", &service, "0.01").map(Some)
@@ -44,17 +61,27 @@ pub fn run(options: &[String]) -> Result<()> {
     for size in sizes {
         while others < size {
             let upper = size.min(others + 2000);
-            lab.client.apply_slowly(&more_services(others..upper), Duration::from_secs(300))?;
+            lab.client
+                .apply_slowly(&more_services(others..upper), Duration::from_secs(300))?;
             others = upper;
         }
         wait_for_frontends(&lab, size)?;
         println!("== {size} services");
         for (kind, bar) in [("crr", 0.97), ("rr", 0.99), ("bulk", 0.99)] {
             let ratio = compare(&lab, &client, kind, &direct, &service)?;
-            report.ratio(format!("{kind} through ClusterIP / direct, {size} services"), ratio, bar);
+            report.ratio(
+                format!("{kind} through ClusterIP / direct, {size} services"),
+                ratio,
+                bar,
+            );
         }
         let added = program_time(&lab, &client, &service)?;
-        report.below(format!("program time in connect(2), {size} services"), added, "ns", 500.0);
+        report.below(
+            format!("program time in connect(2), {size} services"),
+            added,
+            "ns",
+            500.0,
+        );
     }
     lab.finish()?;
     report.print()
@@ -83,20 +110,37 @@ fn more_services(range: std::ops::Range<u32>) -> String {
 }
 
 fn wait_for_frontends(lab: &Lab, size: u32) -> Result<()> {
-    let dump = ["bpftool", "-j", "map", "dump", "pinned", "/sys/fs/bpf/orlop/node1/svc4_v1"];
-    lab.wait(&format!("{size} services are in the maps"), Duration::from_secs(120), || {
-        let entries: Vec<serde_json::Value> = serde_json::from_str(&output(lab.on_node("node1", &dump)?)?)?;
-        Ok((entries.len() >= usize::try_from(size)?).then_some(()))
-    })
+    let dump = [
+        "bpftool",
+        "-j",
+        "map",
+        "dump",
+        "pinned",
+        "/sys/fs/bpf/orlop/node1/svc4_v1",
+    ];
+    lab.wait(
+        &format!("{size} services are in the maps"),
+        Duration::from_secs(120),
+        || {
+            let entries: Vec<serde_json::Value> = serde_json::from_str(&output(lab.on_node("node1", &dump)?)?)?;
+            Ok((entries.len() >= usize::try_from(size)?).then_some(()))
+        },
+    )
 }
 
 /// One slice: operations (or bytes) a second.
 fn slice(lab: &Lab, client: &Pod, programs: bool, kind: &str, address: &str, seconds: &str) -> Result<f64> {
     let arguments = [kind, address, PORT, seconds];
-    let command = if programs { lab.fixture(client, &arguments)? } else { lab.fixture_outside(client, &arguments)? };
+    let command = if programs {
+        lab.fixture(client, &arguments)?
+    } else {
+        lab.fixture_outside(client, &arguments)?
+    };
     let text = output(command)?;
     let words: Vec<&str> = text.split_whitespace().collect();
-    let ["count", count, "seconds", seconds, ..] = words[..] else { bail!("the client printed {text}") };
+    let ["count", count, "seconds", seconds, ..] = words[..] else {
+        bail!("the client printed {text}")
+    };
     Ok(count.parse::<f64>()? / seconds.parse::<f64>()?)
 }
 
@@ -135,12 +179,22 @@ fn program_time(lab: &Lab, client: &Pod, service: &str) -> Result<f64> {
 
 fn program_time_counted(lab: &Lab, client: &Pod, service: &str) -> Result<f64> {
     let counters = || -> Result<(f64, f64)> {
-        let link = ["bpftool", "-j", "link", "show", "pinned", "/sys/fs/bpf/orlop/node1/connect4_link"];
+        let link = [
+            "bpftool",
+            "-j",
+            "link",
+            "show",
+            "pinned",
+            "/sys/fs/bpf/orlop/node1/connect4_link",
+        ];
         let link: serde_json::Value = serde_json::from_str(&output(lab.on_node("node1", &link)?)?)?;
         let id = link["prog_id"].to_string();
         let program = output(lab.on_node("node1", &["bpftool", "-j", "prog", "show", "id", &id])?)?;
         let program: serde_json::Value = serde_json::from_str(&program)?;
-        Ok((program["run_time_ns"].as_f64().unwrap_or(0.0), program["run_cnt"].as_f64().unwrap_or(0.0)))
+        Ok((
+            program["run_time_ns"].as_f64().unwrap_or(0.0),
+            program["run_cnt"].as_f64().unwrap_or(0.0),
+        ))
     };
     let (time, count) = counters()?;
     output(lab.fixture(client, &["connect", service, PORT, "20000"])?)?;

@@ -37,10 +37,16 @@ impl Report {
     pub fn new() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let cpuinfo = read("/proc/cpuinfo");
-        let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown CPU");
+        let model = cpuinfo
+            .lines()
+            .find_map(|line| line.strip_prefix("model name\t: "))
+            .unwrap_or("unknown CPU");
         let cpus = cpuinfo.lines().filter(|line| line.starts_with("processor")).count();
         let kernel = read("/proc/sys/kernel/osrelease");
-        Self { machine: format!("{cpus} x {model}, Linux {}", kernel.trim()), figures: Vec::new() }
+        Self {
+            machine: format!("{cpus} x {model}, Linux {}", kernel.trim()),
+            figures: Vec::new(),
+        }
     }
 
     /// A ratio that has to be at least `bar`.
@@ -53,15 +59,35 @@ impl Report {
             None
         };
         let verdict = holds.map_or("undecided", |holds| if holds { "holds" } else { "missed" });
-        println!("   {name}: {:.4} [{:.4}, {:.4}], at least {bar}: {verdict}", ratio.median, ratio.low, ratio.high);
+        println!(
+            "   {name}: {:.4} [{:.4}, {:.4}], at least {bar}: {verdict}",
+            ratio.median, ratio.low, ratio.high
+        );
         let interval = Some([ratio.low, ratio.high]);
-        self.figures.push(Figure { name, value: ratio.median, unit: "ratio", interval, bar, holds });
+        self.figures.push(Figure {
+            name,
+            value: ratio.median,
+            unit: "ratio",
+            interval,
+            bar,
+            holds,
+        });
     }
 
     /// A figure that has to stay below `bar`.
     pub fn below(&mut self, name: String, value: f64, unit: &'static str, bar: f64) {
-        println!("   {name}: {value:.1} {unit}, below {bar}: {}", if value < bar { "holds" } else { "missed" });
-        self.figures.push(Figure { name, value, unit, interval: None, bar, holds: Some(value < bar) });
+        println!(
+            "   {name}: {value:.1} {unit}, below {bar}: {}",
+            if value < bar { "holds" } else { "missed" }
+        );
+        self.figures.push(Figure {
+            name,
+            value,
+            unit,
+            interval: None,
+            bar,
+            holds: Some(value < bar),
+        });
     }
 
     /// The last line.

@@ -32,12 +32,19 @@ pub fn bootstrap(ratios: &[f64]) -> Ratio {
     let mut random = StdRng::seed_from_u64(1);
     let mut medians: Vec<f64> = (0..RESAMPLES)
         .map(|_| {
-            let resample: Vec<f64> = ratios.iter().map(|_| ratios[random.random_range(0..ratios.len())]).collect();
+            let resample: Vec<f64> = ratios
+                .iter()
+                .map(|_| ratios[random.random_range(0..ratios.len())])
+                .collect();
             median(&resample)
         })
         .collect();
     medians.sort_by(f64::total_cmp);
-    Ratio { median: median(ratios), low: medians[RESAMPLES * 25 / 1000], high: medians[RESAMPLES * 975 / 1000] }
+    Ratio {
+        median: median(ratios),
+        low: medians[RESAMPLES * 25 / 1000],
+        high: medians[RESAMPLES * 975 / 1000],
+    }
 }
 
 #[cfg(test)]
