@@ -258,11 +258,14 @@ mod tests {
         })
     }
 
+    /// Address, ready, serving, terminating.
+    type Case<'a> = (&'a str, Option<bool>, Option<bool>, Option<bool>);
+
     fn slice(
         name: &str,
         service: &str,
         ports: &[(&str, &str, i32)],
-        endpoints: &[(&str, Option<bool>, Option<bool>, Option<bool>)],
+        endpoints: &[Case<'_>],
     ) -> Arc<EndpointSlice> {
         let labels = [(SERVICE_NAME.to_owned(), service.to_owned())].into();
         Arc::new(EndpointSlice {
@@ -311,7 +314,7 @@ mod tests {
 
     const READY: (Option<bool>, Option<bool>, Option<bool>) = (Some(true), Some(true), Some(false));
 
-    fn endpoint(address: &str) -> (&str, Option<bool>, Option<bool>, Option<bool>) {
+    fn endpoint(address: &str) -> Case<'_> {
         (address, READY.0, READY.1, READY.2)
     }
 
