@@ -261,12 +261,7 @@ mod tests {
     /// Address, ready, serving, terminating.
     type Case<'a> = (&'a str, Option<bool>, Option<bool>, Option<bool>);
 
-    fn slice(
-        name: &str,
-        service: &str,
-        ports: &[(&str, &str, i32)],
-        endpoints: &[Case<'_>],
-    ) -> Arc<EndpointSlice> {
+    fn slice(name: &str, service: &str, ports: &[(&str, &str, i32)], endpoints: &[Case<'_>]) -> Arc<EndpointSlice> {
         let labels = [(SERVICE_NAME.to_owned(), service.to_owned())].into();
         Arc::new(EndpointSlice {
             metadata: Some(ObjectMeta {
