@@ -40,7 +40,8 @@ pub fn write_fixture_image(program: &Path, folder: &Path) -> Result<PathBuf> {
     }]))?;
     fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
     let path = folder.join("orlop-fixture.tar");
-    let temporary = folder.join(format!(".orlop-fixture.{}", std::process::id()));
+    // Tests of one process may do this side by side.
+    let temporary = folder.join(format!(".orlop-fixture.{}", uuid::Uuid::new_v4()));
     let mut archive = tar::Builder::new(File::create(&temporary).context("writing the image")?);
     append(&mut archive, &config_name, &config, 0o644)?;
     append(&mut archive, "layer.tar", &layer, 0o644)?;
