@@ -18,6 +18,9 @@ struct Arguments {
     /// The configuration file.
     #[arg(long, default_value = "/etc/orlop/control.toml")]
     config: PathBuf,
+    /// A TLS listener, instead of the configuration's `listen`; may be given several times.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Vec<std::net::SocketAddr>,
     /// Logs as JSON lines.
     #[arg(long)]
     json: bool,
@@ -68,7 +71,10 @@ fn main() -> ExitCode {
 }
 
 fn start(arguments: Arguments) -> Result<()> {
-    let config = Config::load(&arguments.config).context("configuration")?;
+    let mut config = Config::load(&arguments.config).context("configuration")?;
+    if !arguments.listen.is_empty() {
+        config.listen = arguments.listen;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
