@@ -185,8 +185,8 @@ pub struct Sizes {
     pub pods: u32,
     /// Containers on this node whose CPU time is counted.
     pub containers: u32,
-    /// Connections through services that are open at once. There may be more, which then cost more to open. An unused one
-    /// costs 16 bytes.
+    /// Connections through services whose open sockets have a place in a table; rounded up to a power of two. The others cost
+    /// more to open, and the fuller the table, the more of them there are. A place costs 24 bytes, used or not.
     pub sockets: u32,
 }
 
@@ -197,7 +197,7 @@ impl Default for Sizes {
             slots: 262_144,
             pods: 4096,
             containers: 4096,
-            sockets: 262_144,
+            sockets: 131_072,
         }
     }
 }

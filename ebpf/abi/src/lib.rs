@@ -18,9 +18,10 @@ pub const SERVICE_COUNTERS: &str = "svc_stats_v1";
 pub const BACKEND_COUNTERS: &str = "be_stats_v1";
 /// What should never happen, counted: one [`Failures`] per CPU.
 pub const FAILURES: &str = "failures_v1";
-/// Where a connected socket's ClusterIP is remembered: socket cookie -> [`Connected`]. Cleared when the socket is closed.
-pub const SOCKETS: &str = "sockets4_v1";
-/// The same for what [`SOCKETS`] has no room for: socket -> [`Connected`]. Making it costs several times as much.
+/// Where a connected socket's ClusterIP is remembered: the lower bits of its cookie -> [`Socket`]. Cleared when the socket is
+/// closed.
+pub const SOCKETS: &str = "sockets4_v2";
+/// The same for a socket whose place in [`SOCKETS`] is another's: socket -> [`Connected`]. Making it costs many times as much.
 pub const CONNECTED: &str = "sk_conn4_v1";
 /// The backends that an unconnected UDP socket keeps: socket -> [`Datagrams`].
 pub const DATAGRAMS: &str = "sk_udp4_v1";
@@ -171,6 +172,19 @@ pub struct Connected {
     pub backend_port: u16,
 }
 
+/// A place in [`SOCKETS`]. Cookies are numbered as sockets come, so a place is free again long before it is asked for, unless
+/// the socket there lives on.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Socket {
+    /// Whose place it is, until that socket is closed. Zero: nobody's.
+    pub cookie: u64,
+    /// What its last `connect` did.
+    pub connected: Connected,
+    /// Zero.
+    pub reserved: u32,
+}
+
 /// How many services an unconnected UDP socket can talk to and still see each of them as the sender of its replies. The one
 /// after these takes the place of the oldest.
 pub const DATAGRAM_PEERS: usize = 8;
@@ -243,6 +257,7 @@ const _: () = {
     assert!(size_of::<BackendCounters>() == 8);
     assert!(size_of::<Failures>() == 16);
     assert!(size_of::<Connected>() == 12);
+    assert!(size_of::<Socket>() == 24);
     assert!(size_of::<Peer>() == 16);
     assert!(size_of::<Datagrams>() == 8 + 16 * DATAGRAM_PEERS);
     assert!(size_of::<CpuTime>() == 8);

@@ -5,6 +5,7 @@
 )]
 
 use aya_ebpf::{
+    Global,
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     btf_maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, SkStorage},
     helpers::generated::bpf_get_prandom_u32,
@@ -12,7 +13,7 @@ use aya_ebpf::{
 };
 use orlop_ebpf_abi::{
     BackendCounters, Connected, CpuTime, Datagrams, Failures, Frontend, FrontendKey, Running, ServiceCounters, Slot,
-    Traffic, selection::Tables,
+    Socket, Traffic, selection::Tables,
 };
 
 #[btf_map]
@@ -31,7 +32,17 @@ pub static be_stats_v1: PerCpuArray<BackendCounters, 262144> = PerCpuArray::new(
 pub static failures_v1: PerCpuArray<Failures, 1> = PerCpuArray::new();
 
 #[btf_map]
-pub static sockets4_v1: HashMap<u64, Connected, 262144, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+pub static sockets4_v2: Array<Socket, 131072> = Array::new();
+
+/// One less than the entries of `sockets4_v2`, which are a power of two.
+#[unsafe(no_mangle)]
+static SOCKETS_MASK: Global<u32> = Global::new(0);
+
+/// Where a socket with this cookie has its place, if it is not another's.
+#[inline(always)]
+pub fn place(cookie: u64) -> Option<*mut Socket> {
+    sockets4_v2.get_ptr_mut(cookie as u32 & SOCKETS_MASK.load())
+}
 
 #[btf_map]
 pub static sk_conn4_v1: SkStorage<Connected> = SkStorage::new();

@@ -2,8 +2,8 @@
 //! costs nothing.
 //!
 //! A v4-mapped address (`::ffff:10.96.0.1` on an AF_INET6 socket, as most servers' clients have it) arrives at the 6 hooks and is
-//! treated as the address that it maps. What a socket was told is remembered with the socket (socket storage), so that
-//! `getpeername` and `recvmsg` show the ClusterIP again, and goes with it.
+//! treated as the address that it maps. What a socket was told is remembered by its cookie (or in its own storage), so that
+//! `getpeername` and `recvmsg` show the ClusterIP again, until it is closed.
 
 use aya_ebpf::{
     bindings::bpf_sock_addr,
@@ -13,11 +13,11 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::warn;
 use orlop_ebpf_abi::{
-    Connected, DATAGRAM_PEERS, Datagrams, FrontendKey, Peer, Protocol, Scope,
+    Connected, DATAGRAM_PEERS, Datagrams, FrontendKey, Peer, Protocol, Scope, Socket,
     selection::{Selection, select},
 };
 
-use crate::maps::{Pinned, count_connection, count_refused, failures, sk_conn4_v1, sk_udp4_v1, sockets4_v1};
+use crate::maps::{Pinned, count_connection, count_refused, failures, place, sk_conn4_v1, sk_udp4_v1};
 
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
@@ -193,35 +193,61 @@ fn connect<A: Address>(ctx: &SockAddrContext, to: &A) -> i32 {
     }
 }
 
-/// Notes with the socket what it was told: by its cookie, or where that map is full, in the socket's own storage.
+/// Notes what a socket was told: at its cookie's place, or where that is another's, in the socket's own storage.
 #[inline(always)]
 fn remember(ctx: &SockAddrContext, key: &FrontendKey, address: [u8; 4], port: u16) -> bool {
-    let connected = Connected {
-        service_address: key.address,
-        backend_address: address,
-        service_port: key.port,
-        backend_port: port,
+    let connected = match claim(cookie(ctx)) {
+        Some(connected) => connected,
+        // SAFETY: the hook's socket; the storage goes with it.
+        None => unsafe { sk_conn4_v1.get_or_insert_ptr_mut(ctx, None) },
     };
-    if sockets4_v1.insert(cookie(ctx), connected, 0).is_ok() {
-        return true;
-    }
-    // SAFETY: the hook's socket; the storage goes with it.
-    let Some(storage) = (unsafe { sk_conn4_v1.get_or_insert_ptr_mut(ctx, None).as_mut() }) else {
+    // SAFETY: checked by the verifier; only this socket's system calls use it.
+    let Some(connected) = (unsafe { connected.as_mut() }) else {
         return false;
     };
-    storage.service_address = key.address;
-    storage.backend_address = address;
-    storage.backend_port = port;
-    storage.service_port = key.port;
+    connected.service_address = key.address;
+    connected.backend_address = address;
+    connected.backend_port = port;
+    connected.service_port = key.port;
     true
+}
+
+/// Takes the cookie's place if it is free. A socket has it until it is closed.
+#[inline(always)]
+fn claim(cookie: u64) -> Option<*mut Connected> {
+    let socket = place(cookie)?;
+    // SAFETY: checked by the verifier. Sockets with the same place race for it: one of them finds it free.
+    unsafe {
+        let holder = (&raw const (*socket).cookie).read_volatile();
+        let ours = holder == cookie || (holder == 0 && exchange_if_free(&raw mut (*socket).cookie, cookie));
+        ours.then_some(&raw mut (*socket).connected)
+    }
+}
+
+/// # Safety
+/// A valid pointer.
+#[inline(always)]
+unsafe fn exchange_if_free(holder: *mut u64, cookie: u64) -> bool {
+    const ORDER: core::intrinsics::AtomicOrdering = core::intrinsics::AtomicOrdering::SeqCst;
+    // SAFETY: the caller's.
+    unsafe { core::intrinsics::atomic_cxchg::<u64, ORDER, ORDER>(holder, 0, cookie).1 }
+}
+
+/// What was noted at the socket's place.
+#[inline(always)]
+fn noted(cookie: u64) -> Option<*mut Socket> {
+    let socket = place(cookie)?;
+    // SAFETY: checked by the verifier. While this socket is open nobody else writes its cookie here or takes it away.
+    (unsafe { (&raw const (*socket).cookie).read_volatile() } == cookie).then_some(socket)
 }
 
 /// The socket connects to something that is no service: an earlier connect, or attempt, through one no longer counts.
 #[inline(always)]
 fn forget(ctx: &SockAddrContext) {
-    let cookie = cookie(ctx);
-    if sockets4_v1.get_ptr(cookie).is_some() {
-        let _gone_already = sockets4_v1.remove(cookie);
+    if let Some(socket) = noted(cookie(ctx)) {
+        // SAFETY: as in `noted`.
+        unsafe { (*socket).connected.service_port = 0 };
+        return;
     }
     // SAFETY: the hook's socket.
     if let Some(connected) = unsafe { sk_conn4_v1.get_ptr_mut(ctx).as_mut() } {
@@ -234,8 +260,18 @@ fn forget(ctx: &SockAddrContext) {
 pub fn sock_release(ctx: SockContext) -> i32 {
     // SAFETY: the hook's context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.sock.cast()) };
-    if sockets4_v1.get_ptr(cookie).is_some() {
-        let _gone_already = sockets4_v1.remove(cookie);
+    if let Some(socket) = noted(cookie) {
+        // SAFETY: as in `noted`. The last exchange is ordered after the writes before it: then the place may be another's.
+        unsafe {
+            let words = (&raw mut (*socket).connected).cast::<u32>();
+            words.write_volatile(0);
+            words.add(1).write_volatile(0);
+            words.add(2).write_volatile(0);
+            core::intrinsics::atomic_xchg::<u64, { core::intrinsics::AtomicOrdering::SeqCst }>(
+                &raw mut (*socket).cookie,
+                0,
+            );
+        }
     }
     ALLOW
 }
@@ -426,14 +462,14 @@ fn peer_name<A: Address>(ctx: &SockAddrContext, peer: &A) -> i32 {
 /// Replaces a backend's address by that of the service which the socket is connected through.
 #[inline(always)]
 fn show_service<A: Address>(ctx: &SockAddrContext, shown: &A, address: [u8; 4], port: u16) -> bool {
-    let mut connected = sockets4_v1.get_ptr(cookie(ctx));
-    if connected.is_none() {
+    let connected = match noted(cookie(ctx)) {
+        // SAFETY: as in `noted`.
+        Some(socket) => unsafe { &raw const (*socket).connected },
         // SAFETY: the hook's socket.
-        let storage = unsafe { sk_conn4_v1.get_ptr_mut(ctx) };
-        connected = (!storage.is_null()).then_some(storage.cast_const());
-    }
+        None => unsafe { sk_conn4_v1.get_ptr_mut(ctx) },
+    };
     // SAFETY: the verifier has checked the pointer; a socket's entry changes only with its own connect.
-    let Some(connected) = connected.map(|entry| unsafe { &*entry }) else {
+    let Some(connected) = (unsafe { connected.as_ref() }) else {
         return false;
     };
     if connected.service_port == 0 || connected.backend_port != port || connected.backend_address != address {

@@ -27,13 +27,14 @@ use super::{
     Config, DataplaneError,
     bpf::{self, MapInfo, Target},
     btf, failed,
-    layout::MAPS,
+    layout::{self, MAPS},
     object,
 };
 use aya::{
     Btf, EbpfLoader,
     programs::{Program, ProgramError},
 };
+use orlop_ebpf_abi as abi;
 
 /// A program and where it is attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -402,6 +403,10 @@ fn load(
     for (global, offset) in &offsets {
         loader.override_global(global, offset, true);
     }
+    // Of the map that the programs will use; none is made smaller.
+    let sockets = found.get(abi::SOCKETS).map_or(0, |map| map.info.max_entries);
+    let sockets_mask = sockets.max(layout::sockets(&config.sizes)) - 1;
+    loader.override_global("SOCKETS_MASK", &sockets_mask, true);
     for spec in MAPS {
         let grows = growing.contains_key(spec.name);
         let path = if grows {
@@ -422,7 +427,7 @@ fn load(
         .load(object::OBJECT)
         .map_err(|error| failed("load the kernel programs' maps", error))?;
     for name in growing.keys() {
-        copy(&found[name], &pins.new_map(name)).map_err(|error| failed(format!("copy {name}"), error))?;
+        copy(name, &found[name], &pins.new_map(name)).map_err(|error| failed(format!("copy {name}"), error))?;
     }
 
     // Pinned in a directory of another name first: the right name means all of them are there.
@@ -477,12 +482,20 @@ fn load_program(program: &mut Program, btf: &Btf) -> Result<(), ProgramError> {
 }
 
 /// Copies all entries into a larger map. What programs count meanwhile in the old one is lost.
-fn copy(from: &Map, to: &Path) -> io::Result<()> {
+fn copy(name: &str, from: &Map, to: &Path) -> io::Result<()> {
     let to = bpf::open_pinned(to)?;
+    let sockets_mask = bpf::map_info(&to)?.max_entries.saturating_sub(1);
     let (mut keys, mut values, mut count) = (Vec::new(), Vec::new(), 0);
     bpf::for_each(&from.fd, &from.info, |key, value| {
         if value.iter().any(|byte| *byte != 0) {
-            keys.extend_from_slice(key);
+            match value.first_chunk().map(|cookie| u64::from_ne_bytes(*cookie)) {
+                // The key is the lower bits of the cookie: now some more of them.
+                Some(cookie) if name == abi::SOCKETS => {
+                    let place = u32::try_from(cookie & u64::from(sockets_mask)).unwrap_or(0);
+                    keys.extend_from_slice(&place.to_ne_bytes());
+                }
+                _ => keys.extend_from_slice(key),
+            }
             values.extend_from_slice(value);
             count += 1;
         }

@@ -43,6 +43,12 @@ const MMAPABLE: u32 = 1 << 10;
 /// The ring buffer of `aya-log`.
 pub const LOGS: &str = "AYA_LOGS";
 
+/// Entries of [`abi::SOCKETS`]: programs find one by the lower bits of a cookie.
+#[must_use]
+pub fn sockets(sizes: &Sizes) -> u32 {
+    sizes.sockets.clamp(1, 1 << 30).next_power_of_two()
+}
+
 /// All maps.
 pub static MAPS: &[MapSpec] = &[
     MapSpec {
@@ -93,14 +99,15 @@ pub static MAPS: &[MapSpec] = &[
     },
     MapSpec {
         name: abi::SOCKETS,
-        kind: HASH,
-        flags: NO_PREALLOC,
-        sizes: (8, 12),
+        kind: ARRAY,
+        flags: 0,
+        sizes: (4, 24),
         shape: (
-            "u64",
-            "{service_address@0:[u8;4] backend_address@4:[u8;4] service_port@8:u16 backend_port@10:u16}",
+            "u32",
+            "{cookie@0:u64 connected@8:{service_address@0:[u8;4] backend_address@4:[u8;4] service_port@8:u16 \
+             backend_port@10:u16} reserved@20:u32}",
         ),
-        entries: Some(|sizes| sizes.sockets),
+        entries: Some(sockets),
     },
     MapSpec {
         name: abi::CONNECTED,
