@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use orlop_proto::{Resource, core::v1::Pod};
+use orlop_proto::{Resource, core::v1::{Node, Pod}};
 
 use crate::{
     client::Client,
@@ -147,11 +147,12 @@ impl Lab {
         })
     }
 
-    /// Waits until every node is Ready.
+    /// Waits until every node is Ready and takes pods: a new node has the not-ready taint for a moment.
     pub fn wait_for_nodes(&self) -> Result<()> {
         self.wait("all nodes are Ready", Duration::from_secs(60), || {
-            let nodes = self.client.list::<orlop_proto::core::v1::Node>("", "")?;
-            let ready = nodes.iter().filter(|node| node_is_ready(node)).count();
+            let nodes = self.client.list::<Node>("", "")?;
+            let untainted = |node: &Node| node.spec.as_ref().is_none_or(|spec| spec.taints.is_empty());
+            let ready = nodes.iter().filter(|node| node_is_ready(node) && untainted(node)).count();
             Ok((ready == usize::from(self.spec.nodes)).then_some(()))
         })
     }
@@ -318,7 +319,7 @@ pub fn wait_until_up(child: &mut Child, mut progress: impl FnMut(&str)) -> Resul
 }
 
 /// Whether a node's Ready condition is True.
-pub fn node_is_ready(node: &orlop_proto::core::v1::Node) -> bool {
+pub fn node_is_ready(node: &Node) -> bool {
     let status = node.status.as_ref();
     status.is_some_and(|status| {
         status
