@@ -10,7 +10,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use orlop_proto::{Resource, core::v1::{Node, Pod}};
+use orlop_proto::{
+    Resource,
+    core::v1::{Node, Pod},
+};
 
 use crate::{
     client::Client,
@@ -152,7 +155,10 @@ impl Lab {
         self.wait("all nodes are Ready", Duration::from_secs(60), || {
             let nodes = self.client.list::<Node>("", "")?;
             let untainted = |node: &Node| node.spec.as_ref().is_none_or(|spec| spec.taints.is_empty());
-            let ready = nodes.iter().filter(|node| node_is_ready(node) && untainted(node)).count();
+            let ready = nodes
+                .iter()
+                .filter(|node| node_is_ready(node) && untainted(node))
+                .count();
             Ok((ready == usize::from(self.spec.nodes)).then_some(()))
         })
     }
