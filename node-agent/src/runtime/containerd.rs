@@ -1,4 +1,4 @@
-//! The [`Runtime`](super::Runtime) on containerd's own API (1.6 to 2.x, no CRI).
+//! The [`Runtime`] on containerd's own API (1.6 to 2.x, no CRI).
 //!
 //! A pod is a lease, a pause container and the pod's containers, all in one shim, in containerd's namespace `orlop`. What the
 //! agent must know again after a restart stands in the containers' labels; the agent keeps nothing of its own on disk here, but

@@ -54,7 +54,7 @@ fn run(words: &[&str]) -> Result<ExitCode, Error> {
             client::udp(ip.parse()?, port.parse()?, count.parse()?, client::Udp::Connected)?;
         }
         ["udp", ip, port, count, "mapped"] => {
-            client::udp(ip.parse()?, port.parse()?, count.parse()?, client::Udp::Mapped)?
+            client::udp(ip.parse()?, port.parse()?, count.parse()?, client::Udp::Mapped)?;
         }
         ["udp-one", ip, port, count] => client::udp_one(ip.parse()?, port.parse()?, count.parse()?)?,
         ["peername", ip, port] => client::peername(ip.parse()?, port.parse()?, false)?,
