@@ -4,6 +4,7 @@
 //! the cache with what should be (a pure `plan`), and writes the difference through the registry. After a write a key waits until the
 //! cache has it. Nothing here calls a node.
 
+mod bootstrap;
 pub mod endpoint_slices;
 mod event_expiry;
 mod namespaces;
@@ -116,6 +117,7 @@ pub fn spawn(
         start(Box::pin(pod_gc::run(registry.clone(), config.garbage.clone()))),
         start(Box::pin(owner_gc::run(registry.clone(), cancel.clone()))),
         start(Box::pin(namespaces::run(registry.clone(), cancel.clone()))),
+        start(Box::pin(bootstrap::run(registry.clone()))),
         start(Box::pin(event_expiry::run(registry.clone(), config.garbage.clone()))),
     ]
 }

@@ -238,13 +238,12 @@ fn trim(object: &mut Object, gone: &[String]) -> Option<String> {
 }
 
 impl Collector {
-    /// Whether an owner is there. That it is not is believed only when the store says so, too. An owner of a kind that we do not
-    /// know counts as there.
+    /// Whether an owner is there. That it is not is believed only when the store says so, too. An owner that cannot be looked
+    /// for counts as there.
     async fn is_present(&self, owner: &OwnerReference, namespace: &str) -> Result<bool, ControlError> {
-        let Some(kind) = ResourceKind::by_type(&owner.api_version, &owner.kind) else {
+        let Some((kind, key)) = place(owner, namespace) else {
             return Ok(true);
         };
-        let key = ObjectKey::new(if kind.namespaced { namespace } else { "" }, &owner.name);
         let cached = visit_kind(
             &kind,
             Meta {
@@ -261,6 +260,17 @@ impl Collector {
             Err(error) if error.is_not_found() => Ok(false),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// Where an owner would be. `None`: its kind is none of ours, or it has a namespace and what it owns has none, so that nobody can
+/// say where to look.
+fn place(owner: &OwnerReference, namespace: &str) -> Option<(ResourceKind, ObjectKey)> {
+    let kind = ResourceKind::by_type(&owner.api_version, &owner.kind)?;
+    match (kind.namespaced, namespace) {
+        (true, "") => None,
+        (true, namespace) => Some((kind, ObjectKey::new(namespace, &owner.name))),
+        (false, _) => Some((kind, ObjectKey::new("", &owner.name))),
     }
 }
 
@@ -294,6 +304,23 @@ impl KindVisitor for Meta<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn owners_that_cannot_be_looked_for_have_no_place() {
+        let owner = |api_version: &str, kind: &str| OwnerReference {
+            api_version: api_version.into(),
+            kind: kind.into(),
+            name: "o".into(),
+            ..OwnerReference::default()
+        };
+        let key = |owner: &OwnerReference, namespace: &str| place(owner, namespace).map(|(_, key)| key.to_string());
+        let (pod, node) = (owner("v1", "Pod"), owner("v1", "Node"));
+        assert_eq!(key(&pod, "x").as_deref(), Some("x/o"));
+        assert_eq!(key(&pod, ""), None, "a node that names a pod is not collected");
+        assert_eq!(key(&node, "x").as_deref(), Some("o"));
+        assert_eq!(key(&node, "").as_deref(), Some("o"));
+        assert_eq!(key(&owner("apps/v1", "Deployment"), "x"), None);
+    }
 
     #[test]
     fn goes_only_when_all_owners_are_gone() {

@@ -34,6 +34,13 @@ impl Registry {
         self.ensure(self.kubernetes_service()).await
     }
 
+    /// Whether the cache has all of it.
+    pub fn is_bootstrapped(&self) -> bool {
+        let namespaces = self.cache.reader::<Namespace>();
+        NAMESPACES.iter().all(|name| namespaces.get("", name).is_some())
+            && self.cache.reader::<Service>().get("default", "kubernetes").is_some()
+    }
+
     async fn ensure<T: Registered>(&self, object: T) -> Result<(), RegistryError> {
         match self.read::<T>(&ObjectKey::of(&object)).await {
             Err(error) if error.is_not_found() => {}
@@ -45,7 +52,7 @@ impl Registry {
         }
     }
 
-    /// It has no selector: its endpoints are written by the control plane itself.
+    /// It has no selector, and nobody writes endpoints for it yet: its address is kept, connections to it are refused.
     fn kubernetes_service(&self) -> Service {
         let labels = BTreeMap::from([
             ("component".to_owned(), "apiserver".to_owned()),

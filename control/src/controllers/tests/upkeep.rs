@@ -1,0 +1,55 @@
+//! What comes back, and what is not collected.
+
+use orlop_proto::{
+    Resource as _,
+    core::v1::{Namespace, Node, Service},
+    meta::v1::OwnerReference,
+};
+
+use super::{key, world::World};
+use crate::{cache::ObjectKey, registry::DeleteOptions};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_every_cluster_has_comes_back() {
+    let world = World::start().await;
+    let (leases, service) = (ObjectKey::new("", "kube-node-lease"), key("kubernetes"));
+    let namespace: Namespace = world.registry.get(&leases).await.unwrap();
+    let options = DeleteOptions::default;
+    world.registry.delete::<Namespace>(&leases, options()).await.unwrap();
+    let deleted: Service = world.registry.delete(&service, options()).await.unwrap();
+    world
+        .until("others of the same names are there", |world| {
+            let cache = world.cache();
+            let other = cache.reader::<Namespace>().get("", "kube-node-lease");
+            let again = cache.reader::<Service>().get("default", "kubernetes");
+            other.is_some_and(|other| other.uid() != namespace.uid() && !other.is_deleting())
+                && again.is_some_and(|again| again.uid() != deleted.uid() && again.spec == deleted.spec)
+        })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_names_a_pod_as_its_owner_stays() {
+    let world = World::start().await;
+    let owner = |kind: &str, name: &str| OwnerReference {
+        api_version: "v1".into(),
+        kind: kind.into(),
+        name: name.into(),
+        uid: "nobody".into(),
+        ..OwnerReference::default()
+    };
+    let mut node = Node::default();
+    node.meta_mut().name = "n1".into();
+    node.meta_mut().owner_references = vec![owner("Pod", "p")];
+    world.registry.create(node.clone()).await.unwrap();
+    // Created after it, and its owner can be looked for: when this one is collected, the first has been looked at too.
+    node.meta_mut().name = "n2".into();
+    node.meta_mut().owner_references = vec![owner("Node", "n3")];
+    world.registry.create(node).await.unwrap();
+    world
+        .until("the node whose owner is gone is collected", |world| {
+            world.cache().reader::<Node>().get("", "n2").is_none()
+        })
+        .await;
+    world.registry.get::<Node>(&ObjectKey::new("", "n1")).await.unwrap();
+}
