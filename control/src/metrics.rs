@@ -83,12 +83,17 @@ fn services(reports: &[Arc<NodeReport>]) -> Vec<ServiceMetrics> {
                 name: service.name.clone(),
                 ..ServiceMetrics::default()
             });
-        sum.connections += service.connections;
-        sum.refused += service.refused;
+        sum.connections = sum.connections.saturating_add(service.connections);
+        sum.refused = sum.refused.saturating_add(service.refused);
         for backend in &service.backends {
-            *backends
-                .entry((&service.namespace, &service.name, &backend.address, &backend.protocol))
-                .or_default() += backend.connections;
+            let key = (
+                service.namespace.as_str(),
+                service.name.as_str(),
+                backend.address.as_str(),
+                backend.protocol.as_str(),
+            );
+            let sum = backends.entry(key).or_default();
+            *sum = sum.saturating_add(backend.connections);
         }
     }
     for ((namespace, name, address, protocol), connections) in backends {
@@ -213,6 +218,14 @@ mod tests {
         assert_eq!(names(&store), ["a"]);
         store.remove("a");
         assert!(store.reports().is_empty());
+    }
+
+    #[test]
+    fn a_node_that_counts_nonsense_stops_nobody() {
+        let reports = [report("a", u64::MAX), report("b", 7)].map(Arc::new);
+        let sums = services(&reports);
+        assert_eq!(sums[0].connections, u64::MAX);
+        assert_eq!(sums[0].backends[0].connections, u64::MAX);
     }
 
     #[test]

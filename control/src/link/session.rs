@@ -218,7 +218,13 @@ async fn send(
     let mut ping = interval(inner.config.ping);
     ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let open = version - *acknowledged.borrow_and_update() < inner.config.window;
+        let known = *acknowledged.borrow_and_update();
+        let Some(waiting) = version.checked_sub(known) else {
+            return Status::invalid_argument(format!(
+                "version {known} was acknowledged, {version} is the last that was sent"
+            ));
+        };
+        let open = waiting < inner.config.window;
         if open && !mailbox.is_empty() {
             let changes = mailbox.take(UPDATE_CHANGES, UPDATE_BYTES);
             version += 1;

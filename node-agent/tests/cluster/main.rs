@@ -402,6 +402,18 @@ async fn a_node_says_only_what_concerns_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_not_sent_cannot_be_acknowledged() {
+    let cluster = Cluster::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let dial = cluster.joined("n1", dir.path()).await;
+    let mut session = Session::open(&dial, "n1", 1).await;
+    session.snapshot().await;
+    session.send(ToControl::Ack(link::Ack { version: u64::MAX })).await;
+    assert_eq!(session.until(|_| None::<()>).await, Err(Code::InvalidArgument));
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_node_gets_the_latest_and_no_queue() {
     let cluster = Cluster::start().await;
     let dir = tempfile::tempdir().unwrap();
