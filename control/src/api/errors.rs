@@ -154,7 +154,7 @@ pub(super) fn of_store(error: &StoreError) -> Status {
         StoreError::Conflict { .. } => Status::aborted(error.to_string()),
         StoreError::Compacted { oldest, .. } => out_of_range("COMPACTED", error.to_string(), *oldest),
         StoreError::Future { .. } => Status::failed_precondition(error.to_string()),
-        StoreError::TooLarge(_) => Status::invalid_argument(error.to_string()),
+        StoreError::TooLarge(reason) => invalid("object", &format!("is too large to be stored: {reason}")),
         StoreError::Damaged { .. } => Status::data_loss(error.to_string()),
         StoreError::Unavailable(source) => {
             tracing::warn!(error = source.to_string(), "store unavailable");
@@ -214,6 +214,15 @@ mod tests {
         let long = bad_request("manifest", &[field("x", &"y".repeat(1 << 20))]);
         assert!(long.message().len() < MAX_MESSAGE);
         assert!(details(&long).encoded_len() < MAX_DETAILS);
+    }
+
+    #[test]
+    fn what_is_too_large_has_a_path_too() {
+        let status = of_store(&StoreError::TooLarge("2 bytes, at most 1".to_owned()));
+        let bad = BadRequest::decode(details(&status).details[0].value.as_slice()).expect("decodes");
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert_eq!(bad.field_violations[0].field, "object");
+        assert!(bad.field_violations[0].description.contains("at most 1"), "{bad:?}");
     }
 
     #[test]

@@ -6,6 +6,7 @@ use orlop_proto::{
     IntOrString,
     core::v1::{LoadBalancerStatus, Service, ServicePort, ServiceSpec, ServiceStatus},
 };
+use prost_types::value::Kind;
 
 use super::{
     FieldError, Model,
@@ -168,7 +169,16 @@ fn target_port(errors: &mut Errors, path: &Path<'_>, port: &ServicePort) {
     match IntOrString::from_value(value) {
         Some(IntOrString::Int(number)) => errors.port(path, number),
         Some(IntOrString::String(name)) => errors.syntax(path, &name, names::port_name),
-        None => errors.invalid(path, &format!("{value:?}"), "must be an integer of 32 bits or a string"),
+        None => {
+            let shown = match value.kind {
+                Some(Kind::NumberValue(number)) => serde_json::json!(number),
+                Some(Kind::BoolValue(flag)) => serde_json::json!(flag),
+                Some(Kind::StructValue(_)) => serde_json::json!({}),
+                Some(Kind::ListValue(_)) => serde_json::json!([]),
+                _ => serde_json::Value::Null,
+            };
+            errors.invalid(path, &Json(&shown), "must be an integer of 32 bits or a string");
+        }
     }
 }
 
@@ -243,6 +253,15 @@ mod tests {
             "spec.clusterIP: Invalid value: \"10.96.0.300\": must be empty, 'None', or a valid IPv4 address, (e.g. 10.9.8.7)",
         ];
         assert_eq!(errors(&spec), expected);
+        let mut odd = service(&json!({"ports": [{"port": 80}]}));
+        let ports = &mut odd.spec.get_or_insert_default().ports;
+        ports[0].target_port = Some(prost_types::Value {
+            kind: Some(Kind::NumberValue(1.5)),
+        });
+        assert_eq!(
+            odd.validate_create()[0].to_string(),
+            "spec.ports[0].targetPort: Invalid value: 1.5: must be an integer of 32 bits or a string"
+        );
         assert_eq!(errors(&json!({})), ["spec.ports: Required value"]);
         assert_eq!(errors(&json!({"clusterIP": "None"})), Vec::<String>::new());
     }
