@@ -32,6 +32,7 @@ pub use delete::{DeleteOptions, Preconditions, Propagation};
 pub use error::{FieldError, RegistryError};
 pub use kinds::Registered;
 pub use pods::Binding;
+pub(crate) use write::generated_prefix;
 
 /// The ranges that the registry gives addresses from.
 #[derive(Debug, Clone)]

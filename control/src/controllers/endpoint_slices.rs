@@ -20,7 +20,7 @@ use super::{
 use crate::{
     cache::{Event, ObjectKey, Reader},
     model::selector::Selector,
-    registry::{DeleteOptions, Preconditions, Registry},
+    registry::{DeleteOptions, Preconditions, Registry, generated_prefix},
 };
 use plan::{MANAGED_BY, MANAGER, SERVICE_NAME, SliceWrite};
 use selectors::SelectorIndex;
@@ -156,11 +156,12 @@ impl EndpointSlices {
             .filter(|pod| selector.matches(&pod.meta().labels));
         let slices = self.slices.snapshot();
         // Their names begin with the service's: there may be many slices, and few are this service's.
-        let prefix = format!("{}-", key.name);
+        let wanted = format!("{}-", key.name);
+        let prefix = generated_prefix(&wanted);
         let existing: Vec<Arc<EndpointSlice>> = slices
             .objects
-            .range(ObjectKey::new(&key.namespace, &prefix)..)
-            .take_while(|(found, _)| found.namespace == key.namespace && found.name.starts_with(&prefix))
+            .range(ObjectKey::new(&key.namespace, prefix)..)
+            .take_while(|(found, _)| found.namespace == key.namespace && found.name.starts_with(prefix))
             .map(|(_, slice)| slice)
             .filter(|slice| {
                 let labels = &slice.meta().labels;

@@ -369,11 +369,15 @@ fn begin<T: Registered>(object: &mut T) -> Result<bool, RegistryError> {
 fn generate_name(prefix: &str) -> String {
     let mut random = rand::rng();
     let suffix = (0..SUFFIX_LENGTH).map(|_| char::from(SUFFIX[random.random_range(0..SUFFIX.len())]));
-    prefix
-        .chars()
-        .take(GENERATED_LENGTH - SUFFIX_LENGTH)
-        .chain(suffix)
-        .collect()
+    generated_prefix(prefix).chars().chain(suffix).collect()
+}
+
+/// What every name that is generated from `prefix` begins with: a long one is cut.
+pub(crate) fn generated_prefix(prefix: &str) -> &str {
+    match prefix.char_indices().nth(GENERATED_LENGTH - SUFFIX_LENGTH) {
+        Some((end, _)) => &prefix[..end],
+        None => prefix,
+    }
 }
 
 /// The object to write: one half of `given`, everything else of `old`.

@@ -2,11 +2,15 @@
 
 use orlop_proto::{
     Resource as _,
-    core::v1::{Namespace, Node, Service},
+    core::v1::{Namespace, Node, Service, ServicePort, ServiceSpec},
+    discovery::v1::EndpointSlice,
     meta::v1::OwnerReference,
 };
 
-use super::{key, world::World};
+use super::{
+    key,
+    world::{World, labels},
+};
 use crate::{cache::ObjectKey, registry::DeleteOptions};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -52,4 +56,34 @@ async fn a_node_that_names_a_pod_as_its_owner_stays() {
         })
         .await;
     world.registry.get::<Node>(&ObjectKey::new("", "n1")).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_with_the_longest_name_has_one_slice() {
+    let world = World::start().await;
+    for name in ["s".repeat(63), "after".to_owned()] {
+        let mut service = Service {
+            spec: Some(ServiceSpec {
+                selector: labels("web"),
+                ports: vec![ServicePort {
+                    port: 80,
+                    ..ServicePort::default()
+                }],
+                ..ServiceSpec::default()
+            }),
+            ..Service::default()
+        };
+        service.meta_mut().name = name;
+        service.meta_mut().namespace = "default".into();
+        world.registry.create(service).await.unwrap();
+    }
+    let slices = |world: &World, service: &str| {
+        let all = world.cache().reader::<EndpointSlice>().snapshot();
+        all.objects.keys().filter(|key| key.name.starts_with(service)).count()
+    };
+    world.until("both have one", |world| slices(world, "after") == 1).await;
+    world.until("both have one", |world| slices(world, "sss") > 0).await;
+    // Whoever does not find what he has made makes another at every look.
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    assert_eq!(slices(&world, "sss"), 1);
 }
