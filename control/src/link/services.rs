@@ -16,7 +16,7 @@ use orlop_proto::{
 };
 use prost::Message;
 
-use crate::cache::ObjectKey;
+use crate::{cache::ObjectKey, model::endpoint_address};
 
 /// The label by which a slice names its service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -204,16 +204,10 @@ fn state(endpoint: &Endpoint) -> Option<BackendState> {
     }
 }
 
-/// An address that traffic can be sent to. Slices may be written by users: loopback, link-local and the like would lead a
-/// client to what only the node itself may reach.
+/// An address that traffic can be sent to. Slices may have been written before validation refused what leads a client to what only
+/// the node itself may reach.
 fn address(endpoint: &Endpoint) -> Option<Ipv4Addr> {
-    let address: Ipv4Addr = endpoint.addresses.first()?.parse().ok()?;
-    let refused = address.is_loopback()
-        || address.is_link_local()
-        || address.is_multicast()
-        || address.is_unspecified()
-        || address.is_broadcast();
-    (!refused).then_some(address)
+    endpoint_address(endpoint.addresses.first()?).ok()
 }
 
 fn service_of(slice: &EndpointSlice) -> Option<ObjectKey> {

@@ -64,7 +64,11 @@ fn endpoint(errors: &mut Errors, path: &Path<'_>, endpoint: &Endpoint) {
     let addresses = path.child("addresses");
     match endpoint.addresses.as_slice() {
         [] => errors.required(&addresses, "must contain at least 1 address"),
-        [address] => self::address(errors, &addresses.index(0), address),
+        [address] => {
+            if let Err(detail) = endpoint_address(address) {
+                errors.invalid(&addresses.index(0), address, detail);
+            }
+        }
         more => errors.too_many(&addresses, more.len(), 1),
     }
     if !endpoint.hostname.is_empty() {
@@ -75,25 +79,27 @@ fn endpoint(errors: &mut Errors, path: &Path<'_>, endpoint: &Endpoint) {
     }
 }
 
-/// An address that traffic for a service may be sent to: none that means the sender's own machine or its wire.
-fn address(errors: &mut Errors, path: &Path<'_>, text: &str) {
+/// Whether traffic for a service may be sent to an address: to none that means the sender's own machine or its wire.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn endpoint_address(text: &str) -> Result<Ipv4Addr, &'static str> {
     let Ok(address) = text.parse::<Ipv4Addr>() else {
-        return errors.invalid(path, &text, "must be a valid IPv4 address");
+        return Err("must be a valid IPv4 address");
     };
-    let detail = if address.is_unspecified() {
-        "may not be unspecified (0.0.0.0)"
+    if address.is_unspecified() {
+        Err("may not be unspecified (0.0.0.0)")
     } else if address.is_loopback() {
-        "may not be in the loopback range (127.0.0.0/8, ::1/128)"
+        Err("may not be in the loopback range (127.0.0.0/8, ::1/128)")
     } else if address.is_link_local() {
-        "may not be in the link-local range (169.254.0.0/16, fe80::/10)"
+        Err("may not be in the link-local range (169.254.0.0/16, fe80::/10)")
     } else if address.is_multicast() {
-        "may not be in the multicast range (224.0.0.0/4)"
+        Err("may not be in the multicast range (224.0.0.0/4)")
     } else if address.octets()[0] == 0 || address.octets()[0] >= 240 {
-        "may not be in a reserved range (0.0.0.0/8, 240.0.0.0/4)"
+        Err("may not be in a reserved range (0.0.0.0/8, 240.0.0.0/4)")
     } else {
-        return;
-    };
-    errors.invalid(path, &text, detail);
+        Ok(address)
+    }
 }
 
 fn ports(errors: &mut Errors, path: &Path<'_>, ports: &[EndpointPort]) {

@@ -12,7 +12,7 @@ use orlop_proto::{
     meta::v1::{ObjectMeta, OwnerReference},
 };
 
-use crate::controllers::pods;
+use crate::{controllers::pods, model::endpoint_address};
 
 /// Endpoints in a slice at most (Kubernetes' default).
 pub const SLICE_MAX: usize = 100;
@@ -48,14 +48,8 @@ pub fn matters(old: &Pod, new: &Pod) -> bool {
             crate::scheduler::is_terminal(pod),
         )
     };
-    let ip = |pod: &Pod| {
-        pod.status
-            .as_ref()
-            .map(|status| status.pod_ip.clone())
-            .unwrap_or_default()
-    };
     view(old) != view(new)
-        || ip(old) != ip(new)
+        || address(old) != address(new)
         || old.meta().labels != new.meta().labels
         || pods::node_name(old) != pods::node_name(new)
 }
@@ -245,9 +239,19 @@ fn slice(service: &Service, draft: &Draft) -> EndpointSlice {
     slice
 }
 
+/// The address that traffic for a pod is sent to: its first that a slice may have. Its node has told it: what is none must not
+/// keep the others out of the slice.
+fn address(pod: &Pod) -> Option<&str> {
+    let status = pod.status.as_ref()?;
+    let others = status.pod_ips.iter().map(|ip| ip.ip.as_str());
+    std::iter::once(status.pod_ip.as_str())
+        .chain(others)
+        .find(|text| endpoint_address(text).is_ok())
+}
+
 /// The endpoint that a pod is; `None` when it has no address or has ended.
 fn endpoint(service: &Service, pod: &Pod) -> Option<Endpoint> {
-    let status = pod.status.as_ref().filter(|status| !status.pod_ip.is_empty())?;
+    let address = address(pod)?;
     if crate::scheduler::is_terminal(pod) || pods::node_name(pod).is_empty() {
         return None;
     }
@@ -258,7 +262,7 @@ fn endpoint(service: &Service, pod: &Pod) -> Option<Endpoint> {
     let serving = published || pods::is_ready(pod);
     let terminating = pod.is_deleting();
     Some(Endpoint {
-        addresses: vec![status.pod_ip.clone()],
+        addresses: vec![address.to_owned()],
         conditions: Some(EndpointConditions {
             ready: Some(published || (serving && !terminating)),
             serving: Some(serving),

@@ -3,7 +3,7 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-use orlop_proto::core::v1::{Container, ContainerPort, PodCondition, PodSpec, PodStatus, ServiceSpec};
+use orlop_proto::core::v1::{Container, ContainerPort, PodCondition, PodIp, PodSpec, PodStatus, ServiceSpec};
 use proptest::prelude::*;
 
 use super::*;
@@ -140,6 +140,31 @@ fn conditions_follow_the_pod() {
         .map(|port| (port.name.as_deref().unwrap(), port.port.unwrap()))
         .collect();
     assert_eq!(ports, [("http", 8080), ("metrics", 9090)]);
+}
+
+#[test]
+fn an_address_that_no_slice_may_have_is_left_out() {
+    let with = |index: usize, ips: &[&str]| {
+        let mut pod = Pod::clone(&pod(index, Some(80), true));
+        let status = pod.status.get_or_insert_default();
+        status.pod_ip = ips[0].into();
+        status.pod_ips = ips.iter().map(|ip| PodIp { ip: (*ip).into() }).collect();
+        Arc::new(pod)
+    };
+    let pods = [
+        with(1, &["10.244.0.1"]),
+        with(2, &["127.0.0.1"]),
+        with(3, &["fd00::3", "10.244.0.3"]),
+        with(4, &["fd00::4"]),
+    ];
+    let mut slices = Vec::new();
+    settle(&pods, &mut slices);
+    let found: BTreeSet<&str> = slices[0]
+        .endpoints
+        .iter()
+        .map(|endpoint| endpoint.addresses[0].as_str())
+        .collect();
+    assert_eq!(found, ["10.244.0.1", "10.244.0.3"].into());
 }
 
 #[test]
