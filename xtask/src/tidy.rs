@@ -23,7 +23,7 @@ pub fn tidy(check: bool) -> Result<()> {
         .arg("doc")
         .args(workspace)
         .args(["--no-deps", "--quiet"])
-        .env("RUSTDOCFLAGS", "-D warnings"))?;
+        .env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links"))?;
     if output(Command::new("cargo-deny").arg("--version")).is_some() {
         run(cargo().args(["deny", "check", "bans", "licenses", "sources"]))?;
     } else {

@@ -11,7 +11,7 @@ use crate::{Frontend, FrontendKey, Slot, SlotState};
 /// How often a lookup is tried before it is given up.
 pub const ATTEMPTS: u32 = 3;
 
-/// Steps of the binary search in [`find`]: enough for a service with 65 535 ready backends.
+/// Steps of the binary search in `find`: enough for a service with 65 535 ready backends.
 pub const SEARCH_STEPS: u32 = 17;
 
 /// The maps as a program, or a test, sees them.
