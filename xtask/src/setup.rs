@@ -28,6 +28,7 @@ const PACKAGES: &[&str] = &[
     "bpftool",
     "curl",
     "procps",
+    "jq",
     "tcpdump",
 ];
 
