@@ -66,10 +66,10 @@ pub(super) async fn apply(
         .input
         .ok_or_else(|| errors::invalid("manifest", "an object or a manifest is required"))?;
     service.catch_up().await?;
-    let cache = service.cache().clone();
+    let registry = service.registry.clone();
     let checked = tokio::task::spawn_blocking(move || {
         let (given, what) = parse(input)?;
-        check(&cache, given, &namespace).map_err(|fields| errors::bad_request(what, &fields))
+        check(&registry, given, &namespace).map_err(|fields| errors::bad_request(what, &fields))
     });
     let items = checked.await.map_err(|error| Status::internal(error.to_string()))??;
     let registry = service.registry.clone();
@@ -154,7 +154,7 @@ fn in_document(document: usize, message: &str) -> String {
 }
 
 /// All objects with their keys, or all that is wrong with any of them.
-fn check(cache: &Cache, given: Vec<Given>, namespace: &str) -> Result<Vec<Item>, Vec<FieldError>> {
+fn check(registry: &Registry, given: Vec<Given>, namespace: &str) -> Result<Vec<Item>, Vec<FieldError>> {
     let several = given.len() > 1;
     let mut items = Vec::with_capacity(given.len());
     let mut wrong = Vec::new();
@@ -175,8 +175,8 @@ fn check(cache: &Cache, given: Vec<Given>, namespace: &str) -> Result<Vec<Item>,
                     &format!("{key} is in the input twice"),
                 )]);
             }
-            let live = cached(cache, &kind, &key);
-            build(&kind, &given, live.as_ref()).and_then(|object| valid(&object, live.as_ref()))?;
+            let live = cached(registry.cache(), &kind, &key);
+            build(&kind, &given, live.as_ref()).and_then(|object| valid(registry, &object, live.as_ref()))?;
             Ok(key)
         });
         match outcome {
@@ -277,11 +277,15 @@ fn of_json(error: JsonError) -> FieldError {
     }
 }
 
-fn valid(object: &Object, live: Option<&Object>) -> Result<(), Vec<FieldError>> {
+fn valid(registry: &Registry, object: &Object, live: Option<&Object>) -> Result<(), Vec<FieldError>> {
     let mut object = object.clone();
     model::default_object(&mut object);
     let found = match live {
-        None => model::validate_create(&object),
+        None => {
+            let mut found = model::validate_create(&object);
+            found.extend(registry.check_given_address(&object));
+            found
+        }
         Some(live) => model::validate_update(&object, live),
     };
     if found.is_empty() {

@@ -6,7 +6,11 @@
 use std::{collections::HashSet, net::Ipv4Addr};
 
 use ipnet::Ipv4Net;
-use orlop_proto::core::v1::{Node, Service};
+use orlop_proto::{
+    Resource as _,
+    api::v1::{Object, object},
+    core::v1::{Node, Service},
+};
 use rand::Rng as _;
 
 use super::{
@@ -46,6 +50,12 @@ pub(super) fn pod_cidr_key(range: &str) -> Key {
     Key::internal(POD_CIDRS, &range.replace('/', "-"))
 }
 
+/// The range of a claim; `None` of what is none, or of IPv6.
+fn range_of(claim: &Key) -> Option<Ipv4Net> {
+    let range = claim.as_str().strip_prefix(POD_CIDRS)?.strip_prefix('/')?;
+    range.replace('-', "/").parse().ok()
+}
+
 /// What to tell who asked for what another has.
 pub(super) fn taken(claim: &Key) -> Vec<FieldError> {
     if claim.as_str().starts_with(CLUSTER_IPS) {
@@ -81,17 +91,11 @@ impl Registry {
 
     async fn free_pod_cidr(&self) -> Result<Ipv4Net, RegistryError> {
         let listing = self.store.list(&format!("{POD_CIDRS}/")).await?;
-        let ranges = listing.records.iter().filter_map(|record| {
-            record
-                .key
-                .as_str()
-                .split('/')
-                .nth(1)?
-                .replace('-', "/")
-                .parse::<Ipv4Net>()
-                .ok()
-        });
-        let mut taken: Vec<Ipv4Net> = ranges.collect();
+        let mut taken: Vec<Ipv4Net> = listing
+            .records
+            .iter()
+            .filter_map(|record| range_of(&record.key))
+            .collect();
         taken.sort_unstable();
         let exact: HashSet<Ipv4Net> = taken.iter().copied().collect();
         let prefix = self.config.pod_cidr_prefix;
@@ -142,6 +146,41 @@ impl Registry {
                 .map_err(|message| invalid::<Service>(&key, vec![field("spec.clusterIP", message)]))?;
         }
         Ok(Chosen::Given)
+    }
+
+    /// What is wrong with the address that a new service asks for, as far as it can be told without asking who has it. Of other
+    /// kinds nothing.
+    pub fn check_given_address(&self, object: &Object) -> Vec<FieldError> {
+        let Some(object::Body::Service(service)) = &object.body else {
+            return Vec::new();
+        };
+        let address = service.spec.as_ref().map_or("", |spec| spec.cluster_ip.as_str());
+        let is_kubernetes = service.namespace() == "default" && service.name() == "kubernetes";
+        match self.check_cluster_ip(address, is_kubernetes) {
+            Ok(()) => Vec::new(),
+            Err(message) => vec![field("spec.clusterIP", message)],
+        }
+    }
+
+    /// What is wrong with a range that a node is given: another node's must not overlap it. That two have the very same is found
+    /// by their claims.
+    pub(super) async fn check_pod_cidrs<T: Registered>(&self, object: &T) -> Result<Vec<FieldError>, RegistryError> {
+        let prefix = format!("{POD_CIDRS}/");
+        let given: Vec<Ipv4Net> = object.claims().iter().filter_map(range_of).collect();
+        if given.is_empty() {
+            return Ok(Vec::new());
+        }
+        let text = format!("nodes/{}", ObjectKey::of(object));
+        let others = self.store.list(&prefix).await?.records;
+        let others = others.iter().filter(|record| *record.value != *text.as_bytes());
+        let overlaps = |one: &Ipv4Net, other: &Ipv4Net| one != other && (one.contains(other) || other.contains(one));
+        let mut found = others.filter_map(|record| {
+            let other = range_of(&record.key)?;
+            let own = given.iter().find(|own| overlaps(own, &other))?;
+            let holder = String::from_utf8_lossy(&record.value);
+            Some(field("spec.podCIDRs", format!("{own} overlaps {other} of {holder}")))
+        });
+        Ok(found.next().into_iter().collect())
     }
 
     fn check_cluster_ip(&self, text: &str, is_kubernetes: bool) -> Result<(), String> {

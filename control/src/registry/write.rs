@@ -129,6 +129,9 @@ impl Registry {
                 }
                 other => other?,
             };
+            if fields.is_empty() {
+                fields = self.check_pod_cidrs(&new).await?;
+            }
             if !fields.is_empty() {
                 return Err(invalid::<T>(&key, fields));
             }
@@ -212,6 +215,12 @@ impl Registry {
                 return Err(conflict::<T>(&key, message));
             }
             let new = merged(&old, given.clone(), part)?;
+            if new.claims() != old.claims() {
+                let fields = self.check_pod_cidrs(&new).await?;
+                if !fields.is_empty() {
+                    return Err(invalid::<T>(&key, fields));
+                }
+            }
             if let Some(stored) = self.put(&old, new).await? {
                 return Ok(stored);
             }

@@ -172,3 +172,21 @@ async fn ten_thousand_objects_pass() {
     assert!(failed.is_none(), "{failed:?}");
     control.stop().await;
 }
+
+#[tokio::test]
+async fn an_address_outside_of_the_range_stops_the_whole_manifest() {
+    let control = Control::start().await;
+    let mut client = ObjectsClient::new(control.admin().await);
+    let manifest = MANIFEST.replace("selector: {app: web}\n  ports", "clusterIP: 192.0.2.1\n  ports");
+    assert_ne!(manifest, MANIFEST);
+    let refused = apply(&mut client, &manifest).await.expect_err("out of the range");
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert_eq!(fields(&refused), ["spec.clusterIP"]);
+    let request = ListRequest {
+        resource: "namespaces".to_owned(),
+        field_selector: "metadata.name=shop".to_owned(),
+        ..ListRequest::default()
+    };
+    let found = client.list(request).await.expect("lists").into_inner();
+    assert!(found.items.is_empty(), "nothing was written");
+}

@@ -132,3 +132,28 @@ async fn concurrent_nodes_never_share_a_range_and_it_is_freed() {
     let taken_over = world.registry.assign_pod_cidr("n4").await.unwrap();
     assert_eq!(taken_over.spec.unwrap().pod_cidr, gone.spec.unwrap().pod_cidr);
 }
+
+#[tokio::test]
+async fn a_range_that_overlaps_anothers_is_refused() {
+    let world = world().await;
+    let node = |name: &str, range: &str| {
+        let mut node = Node::default();
+        node.meta_mut().name = name.to_owned();
+        node.spec.get_or_insert_default().pod_cidr = range.to_owned();
+        node
+    };
+    let overlap = |result: Result<Node, RegistryError>| {
+        let text = result.unwrap_err().to_string();
+        assert!(
+            text.contains("spec.podCIDRs: ") && text.contains("of nodes/wide"),
+            "{text}"
+        );
+    };
+    let wide = world.registry.create(node("wide", "10.244.2.0/23")).await.unwrap();
+    overlap(world.registry.create(node("in", "10.244.3.0/24")).await);
+    overlap(world.registry.create(node("around", "10.244.0.0/20")).await);
+    world.registry.create(node("beside", "10.244.4.0/24")).await.unwrap();
+    world.registry.create(node("later", "")).await.unwrap();
+    overlap(world.registry.update(node("later", "10.244.2.0/24")).await);
+    world.registry.update(wide).await.unwrap();
+}
