@@ -4,6 +4,7 @@
 //! into one object with a count (as client-go's correlator does), limits how much one object may say, and writes.
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, VecDeque},
     hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::{
@@ -53,9 +54,11 @@ pub struct Recorder {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Identity {
     object: (String, String, String, String),
+    field_path: String,
     component: &'static str,
+    host: String,
     warning: bool,
-    reason: &'static str,
+    reason: Cow<'static, str>,
     message: String,
 }
 
@@ -63,7 +66,9 @@ struct Identity {
 struct Note {
     identity: Identity,
     reference: ObjectReference,
-    at: prost_types::Timestamp,
+    count: i32,
+    first: prost_types::Timestamp,
+    last: prost_types::Timestamp,
 }
 
 impl Recorder {
@@ -121,30 +126,61 @@ impl Recorder {
             resource_version: meta.resource_version.clone(),
             field_path: String::new(),
         };
-        let object = (
-            reference.kind.clone(),
-            meta.namespace.clone(),
-            meta.name.clone(),
-            meta.uid.clone(),
-        );
-        let identity = Identity {
-            object,
-            component: self.component,
-            warning,
-            reason,
-            message,
+        let at = time::now_seconds();
+        let note = Note {
+            identity: identity(self.component, &reference, "", warning, Cow::Borrowed(reason), message),
+            reference,
+            count: 1,
+            first: at,
+            last: at,
         };
-        if self
-            .sender
-            .try_send(Note {
-                identity,
-                reference,
-                at: time::now_seconds(),
-            })
-            .is_err()
-        {
+        self.send(note);
+    }
+
+    /// Takes over what another component said of an object, perhaps several times; who calls has checked and shortened it.
+    pub fn event(&self, event: Event) {
+        let reference = event.involved_object.unwrap_or_default();
+        let host = event.source.unwrap_or_default().host;
+        let warning = event.r#type == "Warning";
+        let now = time::now_seconds();
+        let reason = Cow::Owned(event.reason);
+        self.send(Note {
+            identity: identity(self.component, &reference, &host, warning, reason, event.message),
+            reference,
+            count: event.count.max(1),
+            first: event.first_timestamp.unwrap_or(now),
+            last: event.last_timestamp.unwrap_or(now),
+        });
+    }
+
+    fn send(&self, note: Note) {
+        if self.sender.try_send(note).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
+    }
+}
+
+fn identity(
+    component: &'static str,
+    about: &ObjectReference,
+    host: &str,
+    warning: bool,
+    reason: Cow<'static, str>,
+    message: String,
+) -> Identity {
+    Identity {
+        object: (
+            about.kind.clone(),
+            about.namespace.clone(),
+            about.name.clone(),
+            about.uid.clone(),
+        ),
+        field_path: about.field_path.clone(),
+        component,
+        host: host.to_owned(),
+        warning,
+        reason,
+        message,
     }
 }
 
@@ -160,13 +196,6 @@ struct Writer {
 struct Budget {
     tokens: f64,
     at: Instant,
-}
-
-/// Equal notes that were gathered.
-struct Folded {
-    note: Note,
-    count: i32,
-    last: prost_types::Timestamp,
 }
 
 impl Writer {
@@ -192,27 +221,23 @@ impl Writer {
     }
 
     async fn write(&mut self, batch: Vec<Note>) {
-        let mut folded: Vec<Folded> = Vec::new();
+        let mut folded: Vec<Note> = Vec::new();
         let mut positions: HashMap<Identity, usize> = HashMap::new();
         for note in batch {
             if let Some(position) = positions.get(&note.identity) {
-                folded[*position].count = folded[*position].count.saturating_add(1);
-                folded[*position].last = note.at;
+                folded[*position].count = folded[*position].count.saturating_add(note.count);
+                folded[*position].last = note.last;
             } else if self.allowed(&note.identity.object) {
                 positions.insert(note.identity.clone(), folded.len());
-                folded.push(Folded {
-                    count: 1,
-                    last: note.at,
-                    note,
-                });
+                folded.push(note);
             }
         }
         let registry = &self.registry;
         let known = &self.known;
         let written: Vec<(Identity, Result<ObjectKey, RegistryError>)> = stream::iter(folded)
-            .map(|folded| async move {
-                let key = known.get(&folded.note.identity).cloned();
-                (folded.note.identity.clone(), write_one(registry, key, folded).await)
+            .map(|note| async move {
+                let key = known.get(&note.identity).cloned();
+                (note.identity.clone(), write_one(registry, key, note).await)
             })
             .buffer_unordered(WRITES)
             .collect()
@@ -222,7 +247,7 @@ impl Writer {
                 Ok(key) => self.remember(identity, key),
                 // A namespace that is going or gone takes no events.
                 Err(RegistryError::NotFound { .. } | RegistryError::Precondition(_)) => {}
-                Err(error) => tracing::debug!(%error, reason = identity.reason, "event could not be written"),
+                Err(error) => tracing::debug!(%error, reason = &*identity.reason, "event could not be written"),
             }
         }
     }
@@ -263,7 +288,7 @@ impl Writer {
     }
 }
 
-async fn write_one(registry: &Registry, known: Option<ObjectKey>, folded: Folded) -> Result<ObjectKey, RegistryError> {
+async fn write_one(registry: &Registry, known: Option<ObjectKey>, folded: Note) -> Result<ObjectKey, RegistryError> {
     if let Some(key) = known {
         let counted = registry
             .modify(&key, |event: &mut Event| {
@@ -282,14 +307,16 @@ async fn write_one(registry: &Registry, known: Option<ObjectKey>, folded: Folded
     Ok(ObjectKey::of(&event))
 }
 
-fn new_event(folded: Folded) -> Event {
+fn new_event(note: Note) -> Event {
     let Note {
         identity,
         reference,
-        at,
-    } = folded.note;
+        count,
+        first,
+        last,
+    } = note;
     let mut hasher = DefaultHasher::new();
-    (&identity, at.seconds, rand::random::<u32>()).hash(&mut hasher);
+    (&identity, first.seconds, rand::random::<u32>()).hash(&mut hasher);
     // Events of cluster-wide objects live in "default", as in Kubernetes.
     let namespace = if reference.namespace.is_empty() {
         "default".to_owned()
@@ -304,17 +331,18 @@ fn new_event(folded: Folded) -> Event {
             ..ObjectMeta::default()
         }),
         involved_object: Some(reference),
-        reason: identity.reason.to_owned(),
+        reason: identity.reason.into_owned(),
         message: identity.message,
         source: Some(EventSource {
             component: identity.component.to_owned(),
-            host: String::new(),
+            host: identity.host.clone(),
         }),
-        first_timestamp: Some(at),
-        last_timestamp: Some(folded.last),
-        count: folded.count,
+        first_timestamp: Some(first),
+        last_timestamp: Some(last),
+        count,
         r#type: if identity.warning { "Warning" } else { "Normal" }.to_owned(),
         reporting_component: identity.component.to_owned(),
+        reporting_instance: identity.host,
         ..Event::default()
     }
 }

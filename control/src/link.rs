@@ -25,7 +25,7 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{metrics::NodeMetricsStore, registry::Registry};
+use crate::{events::Recorder, metrics::NodeMetricsStore, registry::Registry};
 
 pub use codec::NodeLinkService;
 pub use services::{ServiceIndex, build_record};
@@ -113,6 +113,8 @@ struct Inner {
     config: LinkConfig,
     hub: hub::HubHandle,
     counters: Arc<LinkCounters>,
+    /// Writes the nodes' events: its own, so that they do not crowd out control's.
+    recorder: Recorder,
     stop: CancellationToken,
 }
 
@@ -120,6 +122,7 @@ impl Link {
     /// Starts to follow the registry's cache. Until `stop`, which ends all sessions too.
     pub fn start(registry: Registry, metrics: NodeMetricsStore, config: LinkConfig, stop: CancellationToken) -> Self {
         let counters = Arc::new(LinkCounters::default());
+        let recorder = Recorder::start(registry.clone(), stop.clone()).from_component("orlop-node");
         let hub = hub::start(registry.cache().clone(), Arc::clone(&counters), stop.clone());
         Self {
             inner: Arc::new(Inner {
@@ -128,6 +131,7 @@ impl Link {
                 config,
                 hub,
                 counters,
+                recorder,
                 stop,
             }),
         }

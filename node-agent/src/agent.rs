@@ -6,6 +6,10 @@ use std::{
     time::Duration,
 };
 
+use orlop_proto::{
+    core::v1::{Event, ObjectReference},
+    time,
+};
 use tokio::{sync::mpsc, time::sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -136,12 +140,14 @@ pub async fn run_parts(
     tasks.spawn(applier.run(stop.clone()));
 
     let (updates, mut pods) = mpsc::channel(256);
+    let (events, mut told) = mpsc::channel(256);
     let inputs = Inputs {
         desired,
         runtime: Arc::clone(&runtime),
         network: Arc::clone(&network),
         dataplane: Arc::clone(&dataplane),
         updates,
+        events,
         settings: reconciler,
     };
     tasks.spawn(reconciler::run(inputs, stop.clone()));
@@ -150,6 +156,15 @@ pub async fn run_parts(
         // Ends with the reconciler, which holds the other side.
         while let Some(update) = pods.recv().await {
             queue.pod(update);
+        }
+    });
+
+    let queue = reports.clone();
+    queue.event(starting(&config.node_name));
+    tasks.spawn(async move {
+        // Ends with the reconciler, too.
+        while let Some(event) = told.recv().await {
+            queue.event(event);
         }
     });
 
@@ -215,6 +230,25 @@ pub fn metric_paths(config: &Config) -> metrics::Paths {
         log_dir: config.log_dir.clone(),
         data_dir: config.data_dir.clone(),
         cgroup_parent: format!("/orlop/{}", config.instance()),
+    }
+}
+
+/// The event of an agent's start.
+fn starting(node_name: &str) -> Event {
+    let now = time::now_seconds();
+    Event {
+        involved_object: Some(ObjectReference {
+            kind: "Node".to_owned(),
+            name: node_name.to_owned(),
+            ..ObjectReference::default()
+        }),
+        r#type: "Normal".to_owned(),
+        reason: "Starting".to_owned(),
+        message: "Starting orlop-node.".to_owned(),
+        count: 1,
+        first_timestamp: Some(now),
+        last_timestamp: Some(now),
+        ..Event::default()
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 use jiff::Timestamp;
 use orlop_proto::{
     Resource as _,
-    core::v1::{Pod, PodStatus},
+    core::v1::{Event, Pod, PodStatus},
 };
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -24,8 +24,10 @@ use crate::{
     runtime::{Observed, ObservedPod, PodId, Runtime},
 };
 
+mod events;
 mod execute;
 
+use events::Events;
 use execute::{Done, Executor, Failed};
 
 /// So many pods are started at once; the others wait for their turn.
@@ -47,6 +49,8 @@ pub struct Inputs {
     pub dataplane: Arc<dyn Dataplane>,
     /// Where statuses go. For each pod the latest wins; an update is sent again only when it differs.
     pub updates: mpsc::Sender<PodUpdate>,
+    /// Where events about pods go; what finds no room is dropped.
+    pub events: mpsc::Sender<Event>,
     /// Times and addresses.
     pub settings: Settings,
 }
@@ -124,6 +128,7 @@ pub async fn run(inputs: Inputs, stop: CancellationToken) {
         network: inputs.network.clone(),
         dataplane: inputs.dataplane.clone(),
         starts: Arc::new(Semaphore::new(PARALLEL_STARTS)),
+        events: Events(inputs.events.clone()),
     };
     let reconciler = Reconciler {
         inputs,
@@ -326,6 +331,7 @@ impl Reconciler {
         }
         match self.inputs.updates.try_send(update.clone()) {
             Ok(()) => {
+                self.executor.events.back_offs(pod, previous, &update.status);
                 self.reported.insert(update.uid.clone(), update);
                 true
             }
@@ -341,6 +347,12 @@ impl Reconciler {
         }
         for action in &plan.actions {
             tracing::debug!(pod = plan.id.uid, name = plan.id.name, ?action, "doing");
+            if let Action::Terminate { id } | Action::Kill { id } = action
+                && !self.progress.stops.contains_key(id)
+                && let Some(container) = found.and_then(|found| found.containers.iter().find(|other| other.id == *id))
+            {
+                self.executor.events.killing(&plan.id, &container.name);
+            }
             match action {
                 Action::Terminate { id } => {
                     self.progress.stops.entry(id.clone()).or_insert(Stop {

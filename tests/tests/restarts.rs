@@ -3,7 +3,10 @@
 use std::{collections::BTreeMap, fs, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use orlop_proto::{Resource, core::v1::Pod};
+use orlop_proto::{
+    Resource,
+    core::v1::{Event, Pod},
+};
 use orlop_tests::{
     lab::{Lab, Options, output, pod_is_ready},
     layout::StoreEngine,
@@ -198,6 +201,9 @@ fn killed_containers_restart_and_deleted_pods_are_replaced() -> Result<()> {
     );
     ensure!(restarted.uid() == victim.uid(), "the pod itself stays");
     lab.wait_for_answers(&client, &["get", &address, "80", "30"], &pods)?;
+    lab.wait("both starts are told of", Duration::from_secs(30), || {
+        Ok((told(&lab, victim, "Started")? == 2).then_some(()))
+    })?;
 
     lab.client.delete("pods", "default", pods[1].name(), None)?;
     let replaced = lab.wait("another pod takes its place", Duration::from_secs(60), || {
@@ -206,7 +212,28 @@ fn killed_containers_restart_and_deleted_pods_are_replaced() -> Result<()> {
         Ok((settled && now.iter().all(|pod| pod.uid() != pods[1].uid())).then_some(now))
     })?;
     lab.wait_for_answers(&client, &["get", &address, "80", "30"], &replaced)?;
+    ensure!(
+        told(&lab, &pods[1], "Killing")? >= 1,
+        "nobody was told that a pod's container was stopped"
+    );
     lab.finish()
+}
+
+/// How often this was told of a pod.
+fn told(lab: &Lab, pod: &Pod, reason: &str) -> Result<i32> {
+    let events: Vec<Event> = lab.client.list(pod.namespace(), "")?;
+    let of_it = |event: &&Event| {
+        event
+            .involved_object
+            .as_ref()
+            .is_some_and(|about| about.uid == pod.uid())
+    };
+    Ok(events
+        .iter()
+        .filter(|event| event.reason == reason)
+        .filter(of_it)
+        .map(|event| event.count)
+        .sum())
 }
 
 #[test]

@@ -8,9 +8,7 @@ use std::{
 use orlop_proto::{
     Resource,
     core::v1::{Event, EventSource, Node, ObjectReference, Pod},
-    meta::v1::ObjectMeta,
 };
-use rand::Rng;
 use tokio::time::Instant;
 
 use super::{Inner, hub::node_of, reports::now};
@@ -19,8 +17,12 @@ use crate::cache::Reader;
 /// A node may report this many events at once, and one more every [`REFILL`].
 const BURST: u32 = 50;
 const REFILL: Duration = Duration::from_secs(1);
-/// A message is cut off here.
+/// A message is cut off here, in bytes.
 const MESSAGE: usize = 1024;
+/// A reason ends here, in bytes.
+const REASON: usize = 128;
+/// A path to a field ends here.
+const FIELD_PATH: usize = 256;
 
 /// Writes one node's events: best effort.
 pub(super) struct EventWriter {
@@ -46,83 +48,70 @@ impl EventWriter {
         }
     }
 
-    /// Checks the event and writes it in the background.
+    /// Checks the event and hands it to the recorder, which folds equal ones and writes in the background.
     pub fn write(&mut self, event: Event) {
         if !self.take() {
             tracing::debug!(node = &*self.node, "too many events; dropped");
             return;
         }
         let Some(about) = self.own(event.involved_object.unwrap_or_default()) else {
-            self.inner.counters.refused.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(
-                node = &*self.node,
-                "event about an object that is not this node's refused"
-            );
             return;
         };
-        let event = Event {
-            metadata: Some(self.metadata(&about)),
-            reason: event.reason.chars().take(128).collect(),
-            message: event.message.chars().take(MESSAGE).collect(),
-            r#type: if event.r#type == "Warning" { "Warning" } else { "Normal" }.to_owned(),
+        self.inner.recorder.event(Event {
+            reason: cut(&event.reason, REASON),
+            message: cut(&event.message, MESSAGE),
             source: Some(EventSource {
-                component: "orlop-node".to_owned(),
+                component: String::new(),
                 host: self.node.to_string(),
             }),
-            first_timestamp: event.first_timestamp.or(Some(now())),
-            last_timestamp: event.last_timestamp.or(Some(now())),
-            count: event.count.max(1),
-            reporting_component: "orlop-node".to_owned(),
-            reporting_instance: self.node.to_string(),
             involved_object: Some(about),
+            r#type: event.r#type,
+            count: event.count,
+            first_timestamp: past(event.first_timestamp),
+            last_timestamp: past(event.last_timestamp),
             ..Event::default()
-        };
-        let registry = self.inner.registry.clone();
-        let node = Arc::clone(&self.node);
-        tokio::spawn(async move {
-            if let Err(error) = registry.create(event).await {
-                tracing::warn!(node = &*node, %error, "event not written");
-            }
         });
     }
 
     /// The object that it is about, in our words, if it is the node itself or a pod that is bound to it.
     fn own(&self, about: ObjectReference) -> Option<ObjectReference> {
-        match about.kind.as_str() {
-            "Node" if about.name == *self.node => {
-                let node = self.nodes.get("", &self.node)?;
-                Some(ObjectReference {
-                    uid: node.uid().to_owned(),
-                    api_version: "v1".to_owned(),
-                    ..about
-                })
-            }
+        let uid = match about.kind.as_str() {
+            // A node's first event may come before the cache has the node.
+            "Node" if about.name == *self.node && about.namespace.is_empty() => self
+                .nodes
+                .get("", &self.node)
+                .map_or(String::new(), |node| node.uid().to_owned()),
             "Pod" => {
+                // The pod may have gone meanwhile.
                 let pod = self.pods.get(&about.namespace, &about.name)?;
-                let own = node_of(&pod) == &*self.node && (about.uid.is_empty() || about.uid == pod.uid());
-                own.then(|| ObjectReference {
-                    uid: pod.uid().to_owned(),
-                    api_version: "v1".to_owned(),
-                    ..about
-                })
+                if node_of(&pod) != &*self.node {
+                    return self.refuse();
+                }
+                if pod.uid() != about.uid {
+                    return None;
+                }
+                about.uid
             }
-            _ => None,
-        }
+            _ => return self.refuse(),
+        };
+        Some(ObjectReference {
+            api_version: "v1".to_owned(),
+            kind: about.kind,
+            namespace: about.namespace,
+            name: about.name,
+            uid,
+            field_path: cut(&about.field_path, FIELD_PATH),
+            resource_version: String::new(),
+        })
     }
 
-    fn metadata(&self, about: &ObjectReference) -> ObjectMeta {
-        let namespace = if about.namespace.is_empty() {
-            "default"
-        } else {
-            &about.namespace
-        };
-        let suffix: u64 = rand::rng().random();
-        ObjectMeta {
-            // Names end at 253 characters; the suffix takes 17.
-            name: format!("{}.{suffix:016x}", about.name.chars().take(230).collect::<String>()),
-            namespace: namespace.to_owned(),
-            ..ObjectMeta::default()
-        }
+    fn refuse(&self) -> Option<ObjectReference> {
+        self.inner.counters.refused.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(
+            node = &*self.node,
+            "event about an object that is not this node's refused"
+        );
+        None
     }
 
     fn take(&mut self) -> bool {
@@ -137,5 +126,26 @@ impl EventWriter {
         let allowed = self.allowance > 0;
         self.allowance = self.allowance.saturating_sub(1);
         allowed
+    }
+}
+
+/// A time that is over: events expire by it.
+fn past(time: Option<prost_types::Timestamp>) -> Option<prost_types::Timestamp> {
+    time.filter(|time| time.seconds <= now().seconds)
+}
+
+/// At most so many bytes, in whole characters.
+fn cut(text: &str, most: usize) -> String {
+    text[..text.floor_char_boundary(most)].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_too_long_is_cut_between_characters() {
+        assert_eq!(cut("short", 5), "short");
+        assert_eq!(cut("a\u{e4}\u{e4}", 4), "a\u{e4}");
     }
 }

@@ -92,9 +92,14 @@ impl Reports {
         self.shared.changed.notify_one();
     }
 
-    /// Queues an event: best effort.
+    /// Queues an event: best effort. One that waits already is counted up.
     pub fn event(&self, event: Event) {
         let mut queue = self.queue();
+        if let Some(waiting) = queue.events.iter_mut().find(|waiting| is_same(waiting, &event)) {
+            waiting.count = waiting.count.saturating_add(event.count);
+            waiting.last_timestamp = event.last_timestamp;
+            return;
+        }
         if queue.events.len() == EVENTS {
             queue.events.pop_front();
         }
@@ -182,6 +187,14 @@ impl Reports {
         // The queue is consistent between any two statements that can panic.
         self.shared.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether they say the same of the same object.
+fn is_same(one: &Event, other: &Event) -> bool {
+    one.reason == other.reason
+        && one.message == other.message
+        && one.r#type == other.r#type
+        && one.involved_object == other.involved_object
 }
 
 fn next_node(queue: &mut Queue) -> Option<Message> {
@@ -304,9 +317,42 @@ mod tests {
     #[test]
     fn events_are_bounded() {
         let reports = Reports::default();
-        for _ in 0..EVENTS + 10 {
-            reports.event(Event::default());
+        for number in 0..EVENTS + 10 {
+            let message = number.to_string();
+            reports.event(Event {
+                message,
+                ..Event::default()
+            });
         }
         assert_eq!(drain(&reports).len(), EVENTS);
+    }
+
+    #[test]
+    fn equal_events_that_wait_are_one() {
+        let reports = Reports::default();
+        let event = |seconds| Event {
+            reason: "BackOff".into(),
+            count: 1,
+            first_timestamp: Some(prost_types::Timestamp { seconds, nanos: 0 }),
+            last_timestamp: Some(prost_types::Timestamp { seconds, nanos: 0 }),
+            ..Event::default()
+        };
+        reports.event(event(1));
+        reports.event(event(2));
+        reports.event(Event {
+            message: "other".into(),
+            ..event(3)
+        });
+        let messages: Vec<NodeMessage> = std::iter::from_fn(|| reports.next()).collect();
+        assert_eq!(messages.len(), 2);
+        let folded = Event {
+            last_timestamp: event(2).last_timestamp,
+            count: 2,
+            ..event(1)
+        };
+        assert_eq!(
+            messages[0].message,
+            Some(Message::Event(link::EventReport { event: Some(folded) }))
+        );
     }
 }

@@ -5,6 +5,7 @@ use std::{path::PathBuf, sync::Arc};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use super::events::Events;
 use crate::{
     dataplane::{Dataplane, PodInterface},
     network::{Network, NetworkStatus, PodNetwork},
@@ -20,6 +21,8 @@ pub struct Executor {
     pub dataplane: Arc<dyn Dataplane>,
     /// Limits how many pods are started at once.
     pub starts: Arc<Semaphore>,
+    /// Tells people what happens.
+    pub events: Events,
 }
 
 /// What a worker did.
@@ -70,9 +73,12 @@ impl Done {
 }
 
 impl Failed {
+    /// The reason of what was not done because the pod is to go.
+    pub const UNWANTED: &str = "PodDeleted";
+
     fn unwanted() -> Self {
         Self {
-            reason: "PodDeleted".to_owned(),
+            reason: Self::UNWANTED.to_owned(),
             message: "the pod is to go".to_owned(),
         }
     }
@@ -131,6 +137,10 @@ impl Executor {
                     message,
                     "an action failed"
                 );
+                if subject == Subject::Removal {
+                    let message = format!("error killing pod: {message}");
+                    self.events.say(&pod, None, "Warning", "FailedKillPod", message);
+                }
             }
             done.results.push((subject, result));
             if failed && stops {
@@ -150,8 +160,18 @@ impl Executor {
     ) -> Result<(), Failed> {
         match action {
             Action::CreateSandbox { attempt, hostname } => {
+                if attempt > 0 {
+                    let message = "Pod sandbox changed, it will be killed and re-created.".to_owned();
+                    self.events.say(pod, None, "Normal", "SandboxChanged", message);
+                }
                 let _turn = self.turn().await;
-                let id = self.create_sandbox(pod, attempt, hostname).await?;
+                let id = self
+                    .create_sandbox(pod, attempt, hostname)
+                    .await
+                    .inspect_err(|failed| {
+                        let message = format!("Failed to create pod sandbox: {}", failed.message);
+                        self.events.say(pod, None, "Warning", "FailedCreatePodSandBox", message);
+                    })?;
                 done.attached.push(id);
                 Ok(())
             }
@@ -163,7 +183,15 @@ impl Executor {
                 done.attached.push(sandbox_id);
                 Ok(())
             }
-            Action::StartContainer(start) => self.start_container(pod, *start, unwanted).await,
+            Action::StartContainer(start) => {
+                let (name, image) = (start.name.clone(), start.image.reference.clone());
+                let started = self.start_container(pod, *start, unwanted).await;
+                match &started {
+                    Ok(()) => self.events.started(pod, &name),
+                    Err(failed) => self.events.not_started(pod, &name, &image, failed),
+                }
+                started
+            }
             Action::Terminate { id } => Ok(self.runtime.signal(&id, libc::SIGTERM).await?),
             Action::Kill { id } => Ok(self.runtime.signal(&id, libc::SIGKILL).await?),
             Action::RemoveContainer { id } => Ok(self.runtime.remove_container(pod, &id).await?),
@@ -288,6 +316,7 @@ impl Executor {
             () = unwanted.cancelled() => return Err(Failed::unwanted()),
             image = self.runtime.ensure_image(&start.image) => image?,
         };
+        self.events.pulled(pod, &start.name, &start.image.reference);
         // Only now: who waits for an image holds up nobody.
         let _turn = self.turn().await;
         let spec = ContainerSpec {

@@ -253,6 +253,7 @@ struct Loop {
     fake: Arc<Fake>,
     desired: watch::Sender<Arc<Desired>>,
     updates: mpsc::Receiver<PodUpdate>,
+    events: mpsc::Receiver<Event>,
     latest: BTreeMap<String, PodUpdate>,
     stop: CancellationToken,
 }
@@ -265,6 +266,7 @@ impl Loop {
             ..Desired::default()
         }));
         let (sender, updates) = mpsc::channel(4);
+        let (say, events) = mpsc::channel(256);
         let stop = CancellationToken::new();
         let inputs = Inputs {
             desired: receive,
@@ -272,6 +274,7 @@ impl Loop {
             network: fake.clone(),
             dataplane: fake.clone(),
             updates: sender,
+            events: say,
             settings: Settings {
                 backoff_initial: Duration::from_millis(20),
                 ..Settings::default()
@@ -282,6 +285,7 @@ impl Loop {
             fake,
             desired,
             updates,
+            events,
             latest: BTreeMap::new(),
             stop,
         }
@@ -378,6 +382,23 @@ async fn a_failed_start_is_rolled_back_and_tried_again_and_a_deleted_pod_is_gone
     reconciler.until("it is gone", |updates| updates["p"].gone).await;
     assert!(reconciler.fake.networks.lock().unwrap().is_empty());
     assert!(reconciler.fake.observed.lock().unwrap().pods.is_empty());
+    let told: Vec<String> = std::iter::from_fn(|| reconciler.events.try_recv().ok())
+        .map(|event| {
+            assert_eq!(event.involved_object.unwrap().uid, "p");
+            event.reason
+        })
+        .collect();
+    assert_eq!(
+        told,
+        [
+            "FailedCreatePodSandBox",
+            "FailedCreatePodSandBox",
+            "Pulled",
+            "Created",
+            "Started",
+            "Killing"
+        ]
+    );
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! Control in this process, and agents over simulated nodes.
 
-use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use orlop_control::{
     config::Config as ControlConfig,
@@ -19,6 +19,7 @@ use orlop_proto::{
     Resource,
     api::v1::{ApplyRequest, DeleteRequest, ListRequest, apply_request::Input, objects_client::ObjectsClient},
     cluster::v1::{CreateTokenRequest, join_client::JoinClient},
+    core::v1::Event,
 };
 use tempfile::TempDir;
 use tokio::{net::TcpListener, task::JoinHandle, time::Instant};
@@ -140,8 +141,23 @@ impl Cluster {
 
     /// All objects of a kind, in user namespaces and others.
     pub async fn list<T: Resource>(&self, resource: &str) -> Vec<T> {
+        self.select(resource, "").await
+    }
+
+    /// What was told of an object: reasons, with how often.
+    pub async fn told(&self, kind: &str, name: &str) -> BTreeMap<String, i32> {
+        let selector = format!("involvedObject.kind={kind},involvedObject.name={name}");
+        let mut told = BTreeMap::new();
+        for event in self.select::<Event>("events", &selector).await {
+            *told.entry(event.reason).or_default() += event.count;
+        }
+        told
+    }
+
+    async fn select<T: Resource>(&self, resource: &str, field_selector: &str) -> Vec<T> {
         let request = ListRequest {
             resource: resource.into(),
+            field_selector: field_selector.into(),
             ..Default::default()
         };
         let list = ObjectsClient::new(self.admin().await.unwrap())

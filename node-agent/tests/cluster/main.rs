@@ -9,7 +9,7 @@ use harness::{Cluster, SimulatedNode, eventually};
 use orlop_node::{identity::IdentityError, link::Dial};
 use orlop_proto::{
     Resource,
-    core::v1::{Node, NodeStatus, Pod, PodStatus},
+    core::v1::{Event, Node, NodeStatus, ObjectReference, Pod, PodStatus},
     node::v1::{
         self as link, ControlMessage, NodeMessage, control_message::Message as FromControl,
         node_link_client::NodeLinkClient, node_message::Message as ToControl,
@@ -74,6 +74,14 @@ async fn pods_services_and_statuses_travel_and_survive_restarts() {
             && pods.iter().filter(|pod| is_ready(pod)).count() == 4
             && one.runtime.containers() + two.runtime.containers() == 4
             && [&one, &two].iter().all(|node| node.backends("web") == Some(4))
+    })
+    .await;
+    eventually("people are told what happened", async || {
+        let told = cluster.told("Pod", victim.name()).await;
+        ["Scheduled", "Pulled", "Created", "Started", "Killing"]
+            .iter()
+            .all(|reason| told.contains_key(*reason))
+            && cluster.told("Node", "n1").await.contains_key("Starting")
     })
     .await;
     one.stop().await;
@@ -179,6 +187,10 @@ async fn control_restarts(cluster: &mut Cluster, one: &SimulatedNode, two: &Simu
                 .is_some_and(|container| container.restart_count == 1 && container.ready)
         },
     )
+    .await;
+    eventually("both starts are told of", async || {
+        cluster.told("Pod", crashed.name()).await.get("Started") == Some(&2)
+    })
     .await;
     cluster.apply(&service("later")).await;
     eventually("the link carries again", async || {
@@ -389,6 +401,8 @@ async fn a_node_says_only_what_concerns_it() {
     let stored = cluster.list::<Pod>("pods").await.remove(0);
     assert_eq!(stored.status.unwrap_or_default().phase, "Running");
 
+    only_its_own_events(&cluster, &session, &other, &pod).await;
+
     // A second session of a node ends the first.
     let mut second = Session::open(&two, "n2", 1).await;
     assert_eq!(other.until(|_| None::<()>).await, Err(Code::Aborted));
@@ -399,6 +413,47 @@ async fn a_node_says_only_what_concerns_it() {
         .count();
     assert_eq!(pods, 1);
     cluster.stop().await;
+}
+
+/// Both nodes speak of a pod and of a node of the second: only the second's word is kept, and equal words are one object.
+async fn only_its_own_events(cluster: &Cluster, stranger: &Session, owner: &Session, pod: &Pod) {
+    let event = |kind: &str, name: &str, reason: &str| {
+        let about = ObjectReference {
+            kind: kind.into(),
+            namespace: if kind == "Pod" { "default".into() } else { String::new() },
+            name: name.into(),
+            uid: if kind == "Pod" { pod.uid().into() } else { String::new() },
+            ..Default::default()
+        };
+        let event = Event {
+            involved_object: Some(about),
+            reason: reason.into(),
+            count: 1,
+            ..Default::default()
+        };
+        ToControl::Event(link::EventReport { event: Some(event) })
+    };
+    for _ in 0..2 {
+        stranger.send(event("Pod", "p", "Forged")).await;
+        stranger.send(event("Node", "n2", "Forged")).await;
+        stranger.send(event("Secret", "s", "Forged")).await;
+    }
+    stranger.send(event("Node", "n1", "Starting")).await;
+    eventually("the stranger's events have been dealt with", async || {
+        cluster.told("Node", "n1").await.contains_key("Starting")
+    })
+    .await;
+    for _ in 0..3 {
+        owner.send(event("Pod", "p", "Started")).await;
+    }
+    eventually("the owner's events are counted up", async || {
+        cluster.told("Pod", "p").await.get("Started") == Some(&3)
+    })
+    .await;
+    let all: Vec<Event> = cluster.list("events").await;
+    assert!(all.iter().all(|event| event.reason != "Forged"), "{all:?}");
+    let started = all.iter().filter(|event| event.reason == "Started").count();
+    assert_eq!(started, 1, "equal events are one object: {all:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

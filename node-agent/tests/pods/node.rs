@@ -183,12 +183,15 @@ impl Node {
                 updates.lock().unwrap().push(update);
             }
         });
+        // Nobody listens: pods do not mind.
+        let (events, _) = mpsc::channel(1);
         let inputs = Inputs {
             desired: receive,
             runtime: runtime.clone(),
             network: network.clone(),
             dataplane: self.hooks.clone(),
             updates: sender,
+            events,
             settings: Settings {
                 host_addresses: vec!["127.0.0.1".parse().unwrap()],
                 backoff_initial: Duration::from_millis(500),
