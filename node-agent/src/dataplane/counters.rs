@@ -60,7 +60,9 @@ pub fn services(kernel: &Kernel, planner: &Planner) -> io::Result<HashMap<Servic
     for (key, entry) in planner.entries() {
         let Some(owner) = planner.owner_of(key) else { continue };
         let [connections, refused] = by_service.get(entry.service as usize).copied().unwrap_or_default();
-        let of_service = counters.entry(owner.clone()).or_default();
+        let of_service = counters
+            .entry((owner.namespace.clone(), owner.name.clone()))
+            .or_default();
         of_service.connections += connections;
         of_service.refused += refused;
         of_service

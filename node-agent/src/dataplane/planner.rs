@@ -8,7 +8,8 @@ pub mod records;
 pub mod space;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, btree_map},
+    hash::{BuildHasherDefault, Hasher},
     sync::Arc,
 };
 
@@ -96,14 +97,39 @@ struct Wanted {
     backends: Vec<([u8; 4], u16, SlotState)>,
 }
 
+type ByKey<T> = HashMap<FrontendKey, T, BuildHasherDefault<KeyHasher>>;
+
+/// Frontends' keys come from control, nobody picks them to collide: multiplying is enough, and a fraction of SipHash.
+#[derive(Default)]
+struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for chunk in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.write_u64(u64::from_ne_bytes(word));
+        }
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        self.0 = (self.0.rotate_left(26) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn finish(&self) -> u64 {
+        // The table takes buckets from the lower bits, where a product has mixed least.
+        self.0 ^ (self.0 >> 32)
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Planner {
     limits: Limits,
     services: BTreeMap<ServiceId, Arc<link::Service>>,
-    /// Who wants to be at a frontend; the first of them is.
-    claims: HashMap<FrontendKey, BTreeSet<ServiceId>>,
-    entries: HashMap<FrontendKey, Entry>,
+    /// Who wants to be at a frontend, by namespace and name; the first of them is.
+    claims: ByKey<Vec<Arc<link::Service>>>,
+    entries: ByKey<Entry>,
     ranges: Ranges,
     service_ids: Ids,
     backend_ids: Ids,
@@ -119,8 +145,8 @@ impl Planner {
         Self {
             limits,
             services: BTreeMap::new(),
-            claims: HashMap::new(),
-            entries: HashMap::new(),
+            claims: ByKey::default(),
+            entries: ByKey::default(),
             ranges: Ranges::new(1, limits.slots),
             service_ids: Ids::new(limits.frontends),
             backend_ids: Ids::new(limits.slots),
@@ -174,20 +200,16 @@ impl Planner {
 
     /// Plans the changes.
     pub fn apply(&mut self, changes: &ServiceChanges) -> Writes {
-        let mut touched = std::mem::take(&mut self.pending);
+        let mut touched: Vec<_> = std::mem::take(&mut self.pending).into_iter().collect();
         for service in &changes.removals {
             self.remove_service(service, &mut touched);
         }
-        if changes.complete {
-            let named: BTreeSet<_> = changes
-                .upserts
-                .iter()
-                .map(|service| (service.namespace.as_str(), service.name.as_str()))
-                .collect();
+        if changes.complete && !self.services.is_empty() {
+            let kept: BTreeSet<_> = changes.upserts.iter().map(|service| named(service)).collect();
             let gone: Vec<_> = self
                 .services
                 .keys()
-                .filter(|(namespace, name)| !named.contains(&(namespace.as_str(), name.as_str())))
+                .filter(|(namespace, name)| !kept.contains(&(namespace.as_str(), name.as_str())))
                 .cloned()
                 .collect();
             for service in &gone {
@@ -205,6 +227,8 @@ impl Planner {
                     .copied(),
             );
         }
+        touched.sort_unstable();
+        touched.dedup();
         let mut writes = Writes::default();
         // What goes first gives its room up for what comes, if not at once then after the grace period.
         let (staying, going): (Vec<_>, Vec<_>) = touched.into_iter().partition(|key| self.claims.contains_key(key));
@@ -237,9 +261,9 @@ impl Planner {
         self.entries.iter()
     }
 
-    /// Who serves at a frontend, with the port's name: `None` for an adopted entry that nothing has claimed yet.
+    /// Who serves at a frontend: `None` for an adopted entry that nothing has claimed yet.
     #[must_use]
-    pub fn owner_of(&self, key: &FrontendKey) -> Option<&ServiceId> {
+    pub fn owner_of(&self, key: &FrontendKey) -> Option<&Arc<link::Service>> {
         self.claims.get(key)?.first()
     }
 
@@ -271,44 +295,49 @@ impl Planner {
         self.backend_ids.is_free(id)
     }
 
-    fn remove_service(&mut self, id: &ServiceId, touched: &mut BTreeSet<FrontendKey>) {
-        let Some(service) = self.services.remove(id) else {
-            return;
-        };
-        for key in frontends_of(&service) {
+    fn remove_service(&mut self, id: &ServiceId, touched: &mut Vec<FrontendKey>) {
+        if let Some(service) = self.services.remove(id) {
+            self.unclaim(&service, touched);
+        }
+    }
+
+    fn unclaim(&mut self, service: &link::Service, touched: &mut Vec<FrontendKey>) {
+        for key in frontends_of(service) {
             if let Some(claimants) = self.claims.get_mut(&key) {
-                claimants.remove(id);
+                claimants.retain(|claimant| named(claimant) != named(service));
                 if claimants.is_empty() {
                     self.claims.remove(&key);
                 }
             }
-            touched.insert(key);
+            touched.push(key);
         }
     }
 
-    fn upsert_service(&mut self, service: &Arc<link::Service>, touched: &mut BTreeSet<FrontendKey>) {
+    fn upsert_service(&mut self, service: &Arc<link::Service>, touched: &mut Vec<FrontendKey>) {
         let id = (service.namespace.clone(), service.name.clone());
-        if self
-            .services
-            .get(&id)
-            .is_some_and(|known| Arc::ptr_eq(known, service) || known == service)
-        {
-            return;
+        match self.services.entry(id) {
+            btree_map::Entry::Vacant(place) => {
+                place.insert(Arc::clone(service));
+            }
+            btree_map::Entry::Occupied(known) if Arc::ptr_eq(known.get(), service) || known.get() == service => return,
+            btree_map::Entry::Occupied(mut known) => {
+                let old = known.insert(Arc::clone(service));
+                self.unclaim(&old, touched);
+            }
         }
-        self.remove_service(&id, touched);
         for key in frontends_of(service) {
-            self.claims.entry(key).or_default().insert(id.clone());
-            touched.insert(key);
+            // Nearly always there is one.
+            let claimants = self.claims.entry(key).or_insert_with(|| Vec::with_capacity(1));
+            if let Err(place) = claimants.binary_search_by(|claimant| named(claimant).cmp(&named(service))) {
+                claimants.insert(place, Arc::clone(service));
+            }
+            touched.push(key);
         }
-        self.services.insert(id, Arc::clone(service));
     }
 
     /// Brings one frontend to what its first claimant wants.
     fn settle(&mut self, key: FrontendKey, writes: &mut Writes) {
-        let wanted = self
-            .owner_of(&key)
-            .and_then(|id| self.services.get(id))
-            .map(|service| wanted(service, &key));
+        let wanted = self.owner_of(&key).map(|service| wanted(service, &key));
         match wanted {
             None => {
                 if let Some(entry) = self.entries.remove(&key) {
@@ -330,7 +359,7 @@ impl Planner {
 
     fn write(&mut self, key: FrontendKey, wanted: &Wanted, writes: &mut Writes) -> Result<(), &'static str> {
         let same_owner = self.entries.get(&key).filter(|entry| entry.owner == wanted.owner);
-        let known: HashMap<u64, u32> = same_owner
+        let known: BTreeMap<u64, u32> = same_owner
             .iter()
             .flat_map(|entry| entry.backends.iter())
             .map(|backend| (selection::order(backend.address, backend.port), backend.id))
@@ -385,6 +414,11 @@ impl Planner {
         }
         Ok(())
     }
+}
+
+/// A service's namespace and name.
+fn named(service: &link::Service) -> (&str, &str) {
+    (&service.namespace, &service.name)
 }
 
 /// Gives up an entry's range, and the ids that `kept` does not have.

@@ -19,13 +19,9 @@ pub fn write(kernel: &Kernel, arena: &super::arena::Arena, writes: &Writes) -> i
         arena.write(*base, slots);
     }
     let map = &kernel.map(abi::FRONTENDS).fd;
-    let keys: Vec<u8> = writes.frontends.iter().flat_map(|(key, _)| encode_key(key)).collect();
-    let values: Vec<u8> = writes
-        .frontends
-        .iter()
-        .flat_map(|(_, value)| encode_value(value))
-        .collect();
-    bpf::update_batch(map, &keys, &values, writes.frontends.len())?;
+    let keys: Vec<_> = writes.frontends.iter().map(|(key, _)| encode_key(key)).collect();
+    let values: Vec<_> = writes.frontends.iter().map(|(_, value)| encode_value(value)).collect();
+    bpf::update_batch(map, keys.as_flattened(), values.as_flattened(), keys.len())?;
     delete(kernel, &writes.deletions)
 }
 
@@ -35,8 +31,8 @@ pub fn write(kernel: &Kernel, arena: &super::arena::Arena, writes: &Writes) -> i
 /// The kernel's.
 pub fn delete(kernel: &Kernel, keys: &[FrontendKey]) -> io::Result<()> {
     let map = &kernel.map(abi::FRONTENDS).fd;
-    let encoded: Vec<u8> = keys.iter().flat_map(encode_key).collect();
-    match bpf::delete_batch(map, &encoded, keys.len()) {
+    let encoded: Vec<_> = keys.iter().map(encode_key).collect();
+    match bpf::delete_batch(map, encoded.as_flattened(), keys.len()) {
         // Somebody was there with bpftool: one by one.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             keys.iter().try_for_each(|key| bpf::delete(map, &encode_key(key)))

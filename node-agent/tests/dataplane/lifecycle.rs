@@ -395,15 +395,15 @@ fn costs() {
             service.uid = format!("u{index}");
             service.addresses = vec![vec![10, 96 + b, c, d].into()];
             service.ports.truncate(if index == 1 { 2 } else { 1 });
-            let backends =
-                (1..=10_u8).flat_map(|last| [10, 244, 1, if index == 1 { 1 } else { last }, 0x1f, 0x90, 1, 0]);
+            let backends = (1..=if index > 10_000 { 1 } else { 10_u8 })
+                .flat_map(|last| [10, 244, 1, if index == 1 { 1 } else { last }, 0x1f, 0x90, 1, 0]);
             let backends: Vec<_> = backends.collect();
             for port in &mut service.ports {
                 port.backends_v4 = backends.clone().into();
             }
             Arc::new(service)
         };
-        for count in [10, 10_000] {
+        for count in [10, 10_000, 100_000] {
             let all: Vec<_> = (1..=count).map(of).collect();
             let start = Instant::now();
             whole(&dataplane, &all);
@@ -424,7 +424,7 @@ fn costs() {
                 let mut slices: Vec<_> = (0..40)
                     .map(|_| {
                         let before = ["connect4", "sock_release"].map(statistics);
-                        (0..200).for_each(|_| connect());
+                        (0..100).for_each(|_| connect());
                         let after = ["connect4", "sock_release"].map(statistics);
                         [0, 1].map(|at| (after[at].0 - before[at].0) / (after[at].1 - before[at].1))
                     })
@@ -441,15 +441,15 @@ fn costs() {
             let start = Instant::now();
             dataplane.read_counters_now().expect("counters");
             println!("{count} services: counters read in {:?}", start.elapsed());
+            let status = fs::read_to_string("/proc/self/status").expect("status");
+            println!(
+                "{}",
+                status
+                    .lines()
+                    .filter(|line| line.starts_with("Rss") || line.starts_with("VmHWM"))
+                    .collect::<String>()
+            );
         }
-        let status = fs::read_to_string("/proc/self/status").expect("status");
-        println!(
-            "{}",
-            status
-                .lines()
-                .filter(|line| line.starts_with("VmRSS") || line.starts_with("VmHWM"))
-                .collect::<String>()
-        );
         drop(dataplane);
         let start = Instant::now();
         let dataplane = EbpfDataplane::start(config).expect("start the dataplane");
