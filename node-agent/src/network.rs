@@ -11,7 +11,8 @@ use async_trait::async_trait;
 use imbl::OrdMap;
 use orlop_proto::node::v1 as link;
 
-pub use node_network::{CniNetwork, Settings};
+pub use node_network::CniNetwork;
+pub use settings::Settings;
 
 mod attachments;
 mod conflist;
@@ -22,6 +23,7 @@ mod own_conflist;
 mod plugin;
 mod result;
 mod routes;
+mod settings;
 
 /// The network side of a node.
 #[async_trait]

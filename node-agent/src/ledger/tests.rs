@@ -1,0 +1,173 @@
+//! The ledger on a real file system: what is written is read again, and what is damaged is put aside.
+
+use orlop_proto::meta::v1::ObjectMeta;
+use proptest::prelude::*;
+
+use super::*;
+
+fn pod(uid: &str) -> Arc<Pod> {
+    let metadata = ObjectMeta {
+        uid: uid.into(),
+        name: format!("pod-{uid}"),
+        namespace: "default".into(),
+        ..Default::default()
+    };
+    Arc::new(Pod {
+        metadata: Some(metadata),
+        ..Default::default()
+    })
+}
+
+fn service(name: &str) -> Arc<link::Service> {
+    Arc::new(link::Service {
+        namespace: "default".into(),
+        name: name.into(),
+        ..Default::default()
+    })
+}
+
+fn filled(dir: &Path) -> Desired {
+    let (mut ledger, _, damage) = Ledger::open(dir).unwrap();
+    assert!(damage.is_empty());
+    let generation = ledger.begin_session().unwrap();
+    ledger.write_pods(generation, &[pod("a"), pod("b")], &[]).unwrap();
+    let mut desired = Desired {
+        complete: true,
+        ..Desired::default()
+    };
+    desired.ranges = Some(Arc::new(link::Welcome {
+        pod_cidrs: vec!["10.244.1.0/24".into()],
+        ..Default::default()
+    }));
+    desired.routes.insert(
+        "n2".into(),
+        Arc::new(link::Route {
+            node_name: "n2".into(),
+            ..Default::default()
+        }),
+    );
+    desired
+        .services
+        .insert(("default".into(), "web".into()), service("web"));
+    ledger.write_node_state(generation, &desired).unwrap();
+    ledger
+        .services_writer(generation)
+        .unwrap()
+        .write(&desired.services)
+        .unwrap();
+    desired.pods = [("a".to_owned(), pod("a")), ("b".to_owned(), pod("b"))]
+        .into_iter()
+        .collect();
+    desired
+}
+
+#[test]
+fn what_was_written_is_there_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let written = filled(dir.path());
+    let (mut ledger, read, damage) = Ledger::open(dir.path()).unwrap();
+    assert!(damage.is_empty());
+    assert!(read.complete);
+    assert_eq!(read.pods, written.pods);
+    assert_eq!(read.services, written.services);
+    assert_eq!(read_services(dir.path()).unwrap(), [service("web")]);
+    assert_eq!(read.routes, written.routes);
+    assert_eq!(read.ranges, written.ranges);
+    let generation = ledger.begin_session().unwrap();
+    assert_eq!(generation, Generation(2));
+    ledger
+        .write_pods(generation, &[], &["a".into(), "never-there".into()])
+        .unwrap();
+    let (_, read, _) = Ledger::open(dir.path()).unwrap();
+    assert_eq!(read.pods.keys().collect::<Vec<_>>(), ["b"]);
+}
+
+#[test]
+fn an_older_session_cannot_write() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut ledger, _, _) = Ledger::open(dir.path()).unwrap();
+    let old = ledger.begin_session().unwrap();
+    let new = ledger.begin_session().unwrap();
+    ledger.write_pods(new, &[pod("a")], &[]).unwrap();
+    assert!(matches!(
+        ledger.write_pods(old, &[], &["a".into()]),
+        Err(LedgerError::Stale { .. })
+    ));
+    assert!(matches!(
+        ledger.write_node_state(old, &Desired::default()),
+        Err(LedgerError::Stale { .. })
+    ));
+    assert!(ledger.services_writer(old).is_err());
+    let (mut ledger, read, _) = Ledger::open(dir.path()).unwrap();
+    assert_eq!(read.pods.len(), 1);
+    assert!(ledger.begin_session().unwrap() > new);
+}
+
+#[test]
+fn a_damaged_file_is_put_aside_and_the_rest_stays() {
+    for (file, garbage) in [
+        ("pods/a", &b"garbage"[..]),
+        ("services", b""),
+        ("node", b"orlopldg\0\0\0\x09"),
+        ("pods/a", b"\0"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        filled(dir.path());
+        let path = dir.path().join("ledger").join(file);
+        fs::write(&path, garbage).unwrap();
+        let (_, read, damage) = Ledger::open(dir.path()).unwrap();
+        assert_eq!(damage.len(), 1, "{file}");
+        assert_eq!(damage[0].path, path);
+        assert!(!path.exists());
+        assert!(
+            !read.complete,
+            "{file}: nothing may be swept on the word of a damaged ledger"
+        );
+        assert!(read.pods.contains_key("b"));
+        assert_eq!(list(&dir.path().join("ledger/damaged")).unwrap().len(), 1);
+        let (_, read, damage) = Ledger::open(dir.path()).unwrap();
+        assert!(damage.is_empty());
+        assert!(!read.complete, "{file}: nor at the next start");
+    }
+}
+
+#[test]
+fn a_crash_before_the_rename_leaves_the_old_state() {
+    let dir = tempfile::tempdir().unwrap();
+    filled(dir.path());
+    write_temporary(&dir.path().join("ledger/pods/c"), &pod("c").encode_to_vec()).unwrap();
+    fs::write(dir.path().join("ledger/pods/a.tmp"), b"half").unwrap();
+    let (_, read, damage) = Ledger::open(dir.path()).unwrap();
+    assert!(damage.is_empty());
+    assert_eq!(read.pods.len(), 2);
+    assert_eq!(files(dir.path()).len(), 2);
+}
+
+#[test]
+fn hostile_uids_write_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut ledger, _, _) = Ledger::open(dir.path()).unwrap();
+    let generation = ledger.begin_session().unwrap();
+    for uid in ["", "..", "../x", "a/b", "a\0", "a.tmp", &"x".repeat(129)] {
+        assert!(
+            matches!(
+                ledger.write_pods(generation, &[pod(uid)], &[]),
+                Err(LedgerError::BadUid(_))
+            ),
+            "{uid:?}"
+        );
+    }
+    assert!(files(dir.path()).is_empty());
+}
+
+proptest! {
+    #[test]
+    fn any_flipped_byte_is_noticed(at in 0usize..4096, bit in 0u8..8) {
+        let body = pod("a").encode_to_vec();
+        let mut bytes = frame(&body).to_vec();
+        bytes.extend_from_slice(&body);
+        let at = at % bytes.len();
+        bytes[at] ^= 1 << bit;
+        prop_assert!(unframe(&bytes).is_err());
+    }
+}
