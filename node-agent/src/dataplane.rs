@@ -133,6 +133,9 @@ pub trait Dataplane: Send + Sync + 'static {
     /// Reads all counters.
     async fn read_counters(&self) -> Result<Counters, DataplaneError>;
 
+    /// Whether any service is in force, be it from an earlier life of the agent.
+    fn serves(&self) -> bool;
+
     /// `Ok` when programs are loaded and attached, otherwise what is wrong, in words for the node's Ready condition.
     fn health(&self) -> Result<(), String>;
 }

@@ -1,7 +1,8 @@
 //! The ledger: what the node was last told, on disk, so that it goes on without control and after a reboot.
 //!
 //! Layout under `DATA_DIR/ledger`: `node` (ranges, routes, the generation, whether a snapshot was ever complete),
-//! `pods/UID` (one pod each, synced before it is acted on) and `services` (all of them, written behind the maps). Every
+//! `pods/UID` (one pod each, synced before it is acted on) and `services` (all of them, written behind the maps; as long as it
+//! lacks what the maps have, `services.behind` is there). Every
 //! file is written to a temporary name, synced and renamed; the folder is synced after that. A file is framed with a magic, a format version
 //! and a SHA-256 of its body: one that does not match is moved to `damaged/` and reported, and everything else goes on.
 //!
@@ -218,6 +219,18 @@ impl Ledger {
         })
     }
 
+    /// Notes that the maps are about to get what the services' file lacks; the file's next write ends that. Not synced: it
+    /// matters to an agent that finds the maps of its former life, and a reboot leaves no maps.
+    pub fn note_services_behind(&self) -> Result<(), LedgerError> {
+        let path = behind(&self.dir.join("services"));
+        fs::write(&path, []).map_err(|source| LedgerError::Io { path, source })
+    }
+
+    /// Whether the maps got services that the file lacks.
+    pub fn services_are_behind(&self) -> bool {
+        behind(&self.dir.join("services")).exists()
+    }
+
     fn write_node(&mut self, node: NodeFile) -> Result<(), LedgerError> {
         write_file(&self.dir.join("node"), &node.encode_to_vec())?;
         self.node = node;
@@ -265,8 +278,17 @@ impl ServicesWriter {
         for service in services.values() {
             prost::encoding::message::encode(1, &**service, &mut body);
         }
-        write_file(&self.path, &body)
+        write_file(&self.path, &body)?;
+        let path = behind(&self.path);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(LedgerError::Io { path, source }),
+            _ => Ok(()),
+        }
     }
+}
+
+fn behind(services: &Path) -> PathBuf {
+    services.with_extension("behind")
 }
 
 /// Whether a pod with this uid can be kept: it becomes a file's name.

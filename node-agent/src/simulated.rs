@@ -443,6 +443,10 @@ impl Dataplane for SimulatedDataplane {
         Ok(Counters::default())
     }
 
+    fn serves(&self) -> bool {
+        !lock(&self.services).is_empty()
+    }
+
     fn health(&self) -> Result<(), String> {
         Ok(())
     }

@@ -300,6 +300,10 @@ impl Dataplane for EbpfDataplane {
         self.blocking(Self::read_counters_now).await
     }
 
+    fn serves(&self) -> bool {
+        self.inner.lock().planner.entries().next().is_some()
+    }
+
     fn health(&self) -> Result<(), String> {
         verify::health(&self.inner.kernel)
     }

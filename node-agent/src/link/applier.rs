@@ -107,8 +107,9 @@ impl Applier {
         let applier = Self {
             inputs,
             applied,
-            // What an earlier life was told goes into the maps before control is reached.
-            resync: desired.complete,
+            // What an earlier life was told goes into the maps before control is reached; unless they have it, and more than
+            // the ledger: that would lead connections to backends that are gone.
+            resync: desired.complete && !(ledger.services_are_behind() && dataplane.serves()),
             desired,
             publish,
             ledger: Arc::new(Mutex::new(ledger)),
@@ -203,7 +204,13 @@ impl Applier {
             self.resync = true;
         }
         if !upserts.is_empty() || !removals.is_empty() || complete {
-            self.services_dirty.get_or_insert_with(|| Instant::now() + WRITE_BEHIND);
+            if self.services_dirty.is_none() {
+                self.services_dirty = Some(Instant::now() + WRITE_BEHIND);
+                let ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Err(error) = ledger.note_services_behind() {
+                    tracing::warn!(error = %Chain(&error), "the ledger's services count as current, and are not");
+                }
+            }
             self.publish_quietly();
         }
         let changes = if self.resync {
@@ -328,6 +335,9 @@ impl Applier {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
 
 /// An error with all that caused it.
 pub(crate) struct Chain<'a>(pub &'a (dyn std::error::Error + 'static));

@@ -244,6 +244,9 @@ impl Dataplane for Fake {
     async fn read_counters(&self) -> Result<Counters, DataplaneError> {
         Ok(Counters::default())
     }
+    fn serves(&self) -> bool {
+        false
+    }
     fn health(&self) -> Result<(), String> {
         Ok(())
     }

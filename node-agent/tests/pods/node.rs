@@ -80,6 +80,9 @@ impl Dataplane for Hooks {
     async fn read_counters(&self) -> Result<Counters, DataplaneError> {
         Ok(Counters::default())
     }
+    fn serves(&self) -> bool {
+        false
+    }
     fn health(&self) -> Result<(), String> {
         Ok(())
     }

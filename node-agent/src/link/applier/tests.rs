@@ -1,0 +1,104 @@
+//! What a restarted agent does with the services that its ledger and the maps hold.
+
+use std::path::Path;
+
+use super::*;
+use crate::simulated::{SimulatedDataplane, SimulatedNetwork};
+
+/// An agent's life until it is killed.
+struct Life {
+    handle: ApplierHandle,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Life {
+    fn begin(dir: &Path, dataplane: &Arc<SimulatedDataplane>) -> Self {
+        let (ledger, desired, _) = Ledger::open(dir).unwrap();
+        let network = Arc::new(SimulatedNetwork::default());
+        let (applier, handle, _desired) = Applier::new(ledger, desired, dataplane.clone(), network);
+        let task = tokio::spawn(applier.run(CancellationToken::new()));
+        Self { handle, task }
+    }
+
+    async fn session(&self) {
+        let welcome = link::Welcome {
+            pod_cidrs: vec!["10.244.0.0/24".to_owned()],
+            ..Default::default()
+        };
+        self.handle.welcome(1, welcome).await;
+    }
+
+    async fn update(&self, version: u64, service: link::Service) {
+        let change = link::Change {
+            change: Some(link::change::Change::Service(service)),
+        };
+        let update = link::Update {
+            version,
+            changes: vec![change],
+            snapshot_end: version == 1,
+        };
+        self.handle.update(1, update).await;
+        let mut applied = self.handle.applied();
+        applied.wait_for(|applied| applied.version == version).await.unwrap();
+    }
+
+    async fn kill(self) {
+        self.task.abort();
+        assert!(self.task.await.unwrap_err().is_cancelled());
+    }
+}
+
+fn web(uid: &str) -> link::Service {
+    link::Service {
+        namespace: "default".into(),
+        name: "web".into(),
+        uid: uid.into(),
+        ..Default::default()
+    }
+}
+
+fn in_force(dataplane: &SimulatedDataplane) -> Vec<String> {
+    dataplane
+        .services()
+        .values()
+        .map(|service| service.uid.clone())
+        .collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn maps_that_are_newer_than_the_ledger_are_not_taken_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataplane = Arc::new(SimulatedDataplane::default());
+    let life = Life::begin(dir.path(), &dataplane);
+    life.session().await;
+    life.update(1, web("old")).await;
+    // Until the ledger has it.
+    while crate::ledger::read_services(dir.path()).unwrap().is_empty() {
+        tokio::time::sleep(WRITE_BEHIND).await;
+    }
+    life.update(2, web("new")).await;
+    life.kill().await;
+    assert_eq!(crate::ledger::read_services(dir.path()).unwrap()[0].uid, "old");
+
+    // Control does not answer.
+    let life = Life::begin(dir.path(), &dataplane);
+    tokio::time::sleep(WRITE_BEHIND).await;
+    assert_eq!(in_force(&dataplane), ["new"]);
+    life.kill().await;
+
+    // After a reboot there are no maps, and the ledger is the best there is.
+    let dataplane = Arc::new(SimulatedDataplane::default());
+    let life = Life::begin(dir.path(), &dataplane);
+    tokio::time::sleep(WRITE_BEHIND).await;
+    assert_eq!(in_force(&dataplane), ["old"]);
+
+    // Control answers: the ledger catches up, and counts again.
+    life.session().await;
+    life.update(1, web("newest")).await;
+    let (ledger, ..) = Ledger::open(dir.path()).unwrap();
+    while ledger.services_are_behind() {
+        tokio::time::sleep(WRITE_BEHIND).await;
+    }
+    assert_eq!(crate::ledger::read_services(dir.path()).unwrap()[0].uid, "newest");
+    life.kill().await;
+}
