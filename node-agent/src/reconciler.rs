@@ -261,8 +261,9 @@ impl Reconciler {
 
     async fn observe(&mut self) -> Result<Observed, ObserveError> {
         let mut observed = self.inputs.runtime.observe().await?;
-        if !self.cleared {
-            // Nothing is under way yet: a network without a sandbox is one whose making was cut off.
+        // While nothing is under way a network without a sandbox is one whose making was cut off. After a failure, and so a
+        // second try, this is not so by itself: a worker may be between its ADD and its sandbox.
+        if !self.cleared && self.busy.is_empty() {
             let valid = sandbox_ids(&observed);
             match self.inputs.network.gc(&valid).await {
                 Ok(()) => self.cleared = true,

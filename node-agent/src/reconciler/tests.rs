@@ -35,6 +35,10 @@ struct Fake {
     most: AtomicUsize,
     /// ADDs that fail before one succeeds.
     failing_adds: AtomicUsize,
+    /// GCs that fail before one succeeds.
+    failing_gcs: AtomicUsize,
+    /// How long a sandbox takes, beside the usual.
+    slow_sandbox: Duration,
 }
 
 impl Fake {
@@ -93,7 +97,7 @@ impl Runtime for Fake {
     }
     async fn create_sandbox(&self, spec: &SandboxSpec) -> Result<(), RuntimeError> {
         let _guard = self.enter(&spec.pod.uid);
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        tokio::time::sleep(Duration::from_millis(5) + self.slow_sandbox).await;
         let state = ProcessState::Running {
             pid: 1,
             started_at: Timestamp::now(),
@@ -180,11 +184,7 @@ impl Network for Fake {
         Ok(())
     }
     async fn add(&self, pod: &PodNetwork) -> Result<NetworkStatus, NetworkError> {
-        if self
-            .failing_adds
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
-            .is_ok()
-        {
+        if take_one(&self.failing_adds) {
             return Err(NetworkError::NotConfigured("not yet".to_owned()));
         }
         self.networks
@@ -215,6 +215,9 @@ impl Network for Fake {
         Ok(networks.values().map(attachment).collect())
     }
     async fn gc(&self, valid: &BTreeSet<String>) -> Result<(), NetworkError> {
+        if take_one(&self.failing_gcs) {
+            return Err(NetworkError::NotConfigured("not yet".to_owned()));
+        }
         self.networks.lock().unwrap().retain(|id, _| valid.contains(id));
         Ok(())
     }
@@ -250,6 +253,13 @@ impl Dataplane for Fake {
     fn health(&self) -> Result<(), String> {
         Ok(())
     }
+}
+
+/// Whether there was one.
+fn take_one(count: &AtomicUsize) -> bool {
+    count
+        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
+        .is_ok()
 }
 
 struct Loop {
@@ -431,4 +441,42 @@ async fn a_deleted_pod_does_not_wait_for_its_image() {
     });
     reconciler.until("it is gone", |updates| updates["p"].gone).await;
     assert!(reconciler.fake.observed.lock().unwrap().pods.is_empty());
+}
+
+#[tokio::test]
+async fn clearing_that_is_tried_again_spares_a_network_whose_sandbox_is_being_made() {
+    let fake = Fake {
+        failing_gcs: AtomicUsize::new(1),
+        slow_sandbox: Duration::from_millis(200),
+        ..Fake::default()
+    };
+    let left = PodNetwork {
+        namespace: String::new(),
+        name: String::new(),
+        uid: "left".to_owned(),
+        sandbox_id: "left".to_owned(),
+        netns: PathBuf::new(),
+    };
+    fake.networks.lock().unwrap().insert("left".to_owned(), left);
+    let mut reconciler = Loop::start(fake);
+    reconciler.want("p", "i", |_| {});
+    for _ in 0..50 {
+        // As containerd's events would.
+        reconciler.fake.changed.notify_one();
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    reconciler.until("it runs", |updates| runs(updates, "p")).await;
+    let fake = reconciler.fake.clone();
+    let sandboxes = sandbox_ids(&fake.observed.lock().unwrap());
+    let networks: BTreeSet<String> = fake.networks.lock().unwrap().keys().cloned().collect();
+    assert!(sandboxes.is_subset(&networks), "{sandboxes:?} of {networks:?}");
+    assert_eq!(sandboxes.len(), 1);
+    for _ in 0..100 {
+        if !fake.networks.lock().unwrap().contains_key("left") {
+            return;
+        }
+        fake.changed.notify_one();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("what an earlier life left is cleared in the end");
 }
