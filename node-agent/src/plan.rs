@@ -45,7 +45,7 @@ pub enum Action {
     },
     /// Image, container, task.
     StartContainer(Box<StartContainer>),
-    /// Asks a container to end (SIGTERM).
+    /// Asks a container to end (its image's StopSignal, or SIGTERM).
     Terminate {
         /// Which container.
         id: String,

@@ -18,6 +18,7 @@ pub mod image_source;
 mod pause_image;
 pub mod reference;
 mod spec;
+mod stop_signal;
 
 /// The containers of this node. All calls are idempotent and have their own deadline; those for different pods run at once.
 #[async_trait]
@@ -41,6 +42,12 @@ pub trait Runtime: Send + Sync + 'static {
 
     /// Sends a signal to the container's (or sandbox's) first process; a container that does not run any more is a success.
     async fn signal(&self, id: &str, signal: i32) -> Result<(), RuntimeError>;
+
+    /// Asks a container's first process to end: with its image's StopSignal, or SIGTERM. One that does not run any more is a
+    /// success.
+    async fn terminate(&self, id: &str) -> Result<(), RuntimeError> {
+        self.signal(id, libc::SIGTERM).await
+    }
 
     /// Removes a container: kills what runs of it, deletes task, record, snapshot, cgroup and log.
     async fn remove_container(&self, pod: &PodId, id: &str) -> Result<(), RuntimeError>;

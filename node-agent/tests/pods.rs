@@ -151,6 +151,27 @@ fn a_dead_sandbox_is_replaced_and_deletion_keeps_its_grace() {
 }
 
 #[test]
+fn a_container_is_asked_to_end_by_its_images_stop_signal() {
+    on_stage("a_container_is_asked_to_end_by_its_images_stop_signal", async |stage| {
+        let mut node = Node::start(stage).await;
+        for (name, image, wanted) in [
+            ("term", "fixture:1", (0, "Completed")),
+            ("kill", "fixture:kill", (137, "Error")),
+        ] {
+            node.want(&pod(name, &[("main", &["sleep"], image)]));
+            node.until(name, "is ready", |status| condition(status, "Ready") == "True")
+                .await;
+            node.delete(name, 30).await;
+            let status = node.status(name);
+            let ended = status.container_statuses[0].state.clone().unwrap().terminated.unwrap();
+            assert_eq!((ended.exit_code, ended.reason.as_str()), wanted, "{name}");
+        }
+        node.until_empty().await;
+        node.assert_nothing_left();
+    });
+}
+
+#[test]
 fn a_killed_shim_costs_its_own_pod_alone() {
     on_stage("a_killed_shim_costs_its_own_pod_alone", async |stage| {
         let mut node = Node::start(stage).await;

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use super::events::Events;
@@ -164,7 +164,7 @@ impl Executor {
                     let message = "Pod sandbox changed, it will be killed and re-created.".to_owned();
                     self.events.say(pod, None, "Normal", "SandboxChanged", message);
                 }
-                let _turn = self.turn().await;
+                let _turn = self.turn(unwanted).await?;
                 let id = self
                     .create_sandbox(pod, attempt, hostname)
                     .await
@@ -192,7 +192,7 @@ impl Executor {
                 }
                 started
             }
-            Action::Terminate { id } => Ok(self.runtime.signal(&id, libc::SIGTERM).await?),
+            Action::Terminate { id } => Ok(self.runtime.terminate(&id).await?),
             Action::Kill { id } => Ok(self.runtime.signal(&id, libc::SIGKILL).await?),
             Action::RemoveContainer { id } => Ok(self.runtime.remove_container(pod, &id).await?),
             Action::RemoveSandbox { id } => {
@@ -210,10 +210,14 @@ impl Executor {
         }
     }
 
-    /// The right to start something.
-    async fn turn(&self) -> Option<tokio::sync::OwnedSemaphorePermit> {
-        // The semaphore is never closed.
-        self.starts.clone().acquire_owned().await.ok()
+    /// The right to start something, as long as it is wanted.
+    async fn turn(&self, unwanted: &CancellationToken) -> Result<Option<OwnedSemaphorePermit>, Failed> {
+        tokio::select! {
+            biased;
+            () = unwanted.cancelled() => Err(Failed::unwanted()),
+            // The semaphore is never closed.
+            turn = self.starts.clone().acquire_owned() => Ok(turn.ok()),
+        }
     }
 
     async fn create_sandbox(&self, pod: &PodId, attempt: u32, hostname: String) -> Result<String, Failed> {
@@ -318,7 +322,7 @@ impl Executor {
         };
         self.events.pulled(pod, &start.name, &start.image.reference);
         // Only now: who waits for an image holds up nobody.
-        let _turn = self.turn().await;
+        let _turn = self.turn(unwanted).await?;
         let spec = ContainerSpec {
             pod: pod.clone(),
             sandbox_id: start.sandbox_id,

@@ -163,6 +163,10 @@ impl Runtime for Containerd {
         self.kill_task(id, signal.unsigned_abs()).await
     }
 
+    async fn terminate(&self, id: &str) -> Result<(), RuntimeError> {
+        self.terminate_task(id).await
+    }
+
     async fn remove_container(&self, pod: &PodId, id: &str) -> Result<(), RuntimeError> {
         self.delete_container(pod, id).await
     }

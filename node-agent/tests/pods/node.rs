@@ -584,17 +584,23 @@ fn write_image(stage: &Stage, dir: &std::path::Path) {
     };
     let program = fs::read(&stage.fixture).unwrap();
     let layer = tar_of(&[("fixture", &program, 0o755)]);
-    let config = serde_json::json!({
-        "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }, "os": "linux",
-        "config": {"Entrypoint": ["/fixture"], "Cmd": ["sleep"]},
-        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", hex::encode(sha2::Sha256::digest(&layer)))]},
-    })
+    let config = |stop_signal: &str| {
+        serde_json::json!({
+            "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }, "os": "linux",
+            "config": {"Entrypoint": ["/fixture"], "Cmd": ["sleep"], "StopSignal": stop_signal},
+            "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", hex::encode(sha2::Sha256::digest(&layer)))]},
+        })
+        .to_string()
+    };
+    let manifest = serde_json::json!([
+        {"Config": "c.json", "RepoTags": ["fixture:1"], "Layers": ["l.tar"]},
+        {"Config": "kill.json", "RepoTags": ["fixture:kill"], "Layers": ["l.tar"]},
+    ])
     .to_string();
-    let manifest =
-        serde_json::json!([{"Config": "c.json", "RepoTags": ["fixture:1"], "Layers": ["l.tar"]}]).to_string();
     let archive = tar_of(&[
         ("l.tar", &layer, 0o644),
-        ("c.json", config.as_bytes(), 0o644),
+        ("c.json", config("").as_bytes(), 0o644),
+        ("kill.json", config("SIGKILL").as_bytes(), 0o644),
         ("manifest.json", manifest.as_bytes(), 0o644),
     ]);
     fs::create_dir_all(dir).unwrap();

@@ -19,7 +19,7 @@ use super::{
     sandbox::lease_id,
     tasks::{labels as label_map, runtime},
 };
-use crate::runtime::{ContainerSpec, Image, PodId, RuntimeError, spec};
+use crate::runtime::{ContainerSpec, Image, PodId, RuntimeError, spec, stop_signal};
 
 /// What containerd is told of a new container.
 pub(super) struct NewContainer<'a> {
@@ -179,13 +179,27 @@ impl Containerd {
         Ok(())
     }
 
-    /// See [`crate::runtime::Runtime::remove_container`].
-    pub(super) async fn delete_container(&self, pod: &PodId, id: &str) -> Result<(), RuntimeError> {
+    /// See [`crate::runtime::Runtime::terminate`].
+    pub(super) async fn terminate_task(&self, id: &str) -> Result<(), RuntimeError> {
+        let Some(known) = self.container(id).await? else {
+            return Ok(());
+        };
+        let named = known.labels.get(labels::STOP_SIGNAL).map_or("", String::as_str);
+        self.kill_task(id, stop_signal::number(named)).await
+    }
+
+    /// containerd's record of a container.
+    async fn container(&self, id: &str) -> Result<Option<Container>, RuntimeError> {
         let request = self.client.request(GetContainerRequest { id: id.to_owned() });
         let mut containers = self.client.containers();
         let call = containers.get(request);
         let known = self.client.call("looking for the container", call).await.found()?;
-        let known = known.and_then(|answer| answer.container);
+        Ok(known.and_then(|answer| answer.container))
+    }
+
+    /// See [`crate::runtime::Runtime::remove_container`].
+    pub(super) async fn delete_container(&self, pod: &PodId, id: &str) -> Result<(), RuntimeError> {
+        let known = self.container(id).await?;
         if known.is_some() {
             self.end_task(id).await?;
             let request = self.client.request(DeleteContainerRequest { id: id.to_owned() });
@@ -257,6 +271,10 @@ fn container_labels(container: &ContainerSpec) -> HashMap<String, String> {
     ]);
     if let Some(backoff) = container.backoff_ms {
         all.insert(labels::BACKOFF.to_owned(), backoff.to_string());
+    }
+    let stop_signal = &container.image.config.stop_signal;
+    if !stop_signal.is_empty() && stop_signal.len() <= labels::MAX_VALUE {
+        all.insert(labels::STOP_SIGNAL.to_owned(), stop_signal.clone());
     }
     all
 }

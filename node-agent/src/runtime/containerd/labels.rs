@@ -24,6 +24,8 @@ pub const HOST_INTERFACE: &str = "orlop.dev/host-interface";
 pub const BACKOFF: &str = "orlop.dev/backoff-ms";
 /// The pod's terminationGracePeriodSeconds.
 pub const GRACE: &str = "orlop.dev/grace-seconds";
+/// The image's StopSignal, where it names one.
+pub const STOP_SIGNAL: &str = "orlop.dev/stop-signal";
 /// The image as the pod names it.
 pub const IMAGE: &str = "orlop.dev/image";
 /// The image's digest for the status.

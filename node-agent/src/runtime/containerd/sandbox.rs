@@ -77,8 +77,8 @@ impl Containerd {
             .call("deleting the pod's lease", self.client.leases().delete(request))
             .await
             .found()?;
-        self.cgroups
-            .remove(&format!("{}/{}", self.options.cgroup_parent, pod.uid))?;
+        self.remove_cgroup(format!("{}/{}", self.options.cgroup_parent, pod.uid))
+            .await?;
         let dir = self.pod_dir(&pod.uid);
         files::unmount_shm(&dir).map_err(|source| RuntimeError::Io {
             doing: format!("unmounting in {}", dir.display()),
