@@ -2,10 +2,12 @@
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
-    sync::Arc,
+    panic::AssertUnwindSafe,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
+use futures::FutureExt as _;
 use orlop_proto::{
     core::v1::{Event, ObjectReference},
     time,
@@ -55,6 +57,9 @@ pub enum AgentError {
     #[error("no node_address is configured, and none is found")]
     NoAddress,
     /// A part ended in a panic.
+    #[error("the agent's {0} ended in a panic")]
+    Part(&'static str),
+    /// The dataplane's start ended in a panic.
     #[error("a part of the agent failed: {0}")]
     Task(#[from] tokio::task::JoinError),
 }
@@ -135,9 +140,10 @@ pub async fn run_parts(
     );
     let reports = Reports::default();
     let latest = Latest::default();
-    let tasks = TaskTracker::new();
+    let tasks = Tasks::new(&stop);
+    let stop = tasks.stop.clone();
     let (applier, handle, desired) = Applier::new(ledger, desired, Arc::clone(&dataplane), Arc::clone(&network));
-    tasks.spawn(applier.run(stop.clone()));
+    tasks.spawn("applier", applier.run(stop.clone()));
 
     let (updates, mut pods) = mpsc::channel(256);
     let (events, mut told) = mpsc::channel(256);
@@ -150,9 +156,9 @@ pub async fn run_parts(
         events,
         settings: reconciler,
     };
-    tasks.spawn(reconciler::run(inputs, stop.clone()));
+    tasks.spawn("reconciler", reconciler::run(inputs, stop.clone()));
     let queue = reports.clone();
-    tasks.spawn(async move {
+    tasks.spawn("pod updates", async move {
         // Ends with the reconciler, which holds the other side.
         while let Some(update) = pods.recv().await {
             queue.pod(update);
@@ -161,7 +167,7 @@ pub async fn run_parts(
 
     let queue = reports.clone();
     queue.event(starting(&config.node_name));
-    tasks.spawn(async move {
+    tasks.spawn("events", async move {
         // Ends with the reconciler, too.
         while let Some(event) = told.recv().await {
             queue.event(event);
@@ -173,13 +179,8 @@ pub async fn run_parts(
         network: Arc::clone(&network),
         dataplane: Arc::clone(&dataplane),
     };
-    tasks.spawn(node_status::run(
-        config.clone(),
-        address,
-        sources,
-        reports.clone(),
-        stop.clone(),
-    ));
+    let status = node_status::run(config.clone(), address, sources, reports.clone(), stop.clone());
+    tasks.spawn("node status", status);
     let sources = metrics::Sources {
         node_name: config.node_name.clone(),
         runtime,
@@ -187,9 +188,12 @@ pub async fn run_parts(
         reader,
         interval: Duration::from_secs(config.metrics_interval_seconds),
     };
-    tasks.spawn(metrics::run(sources, latest.clone(), reports.clone(), stop.clone()));
+    tasks.spawn(
+        "metrics",
+        metrics::run(sources, latest.clone(), reports.clone(), stop.clone()),
+    );
     let (socket, ending) = (config.metrics_socket.clone(), stop.clone());
-    tasks.spawn(async move {
+    tasks.spawn("metrics page", async move {
         if let Err(error) = metrics::serve(&socket, latest, ending).await {
             tracing::error!(%error, socket = %socket.display(), "metrics are not served");
         }
@@ -197,7 +201,7 @@ pub async fn run_parts(
 
     let hello = hello(&config);
     let ending = stop.clone();
-    tasks.spawn(async move {
+    tasks.spawn("link", async move {
         tokio::select! {
             () = joined => link::run(dial, hello, handle, reports, ending).await,
             () = ending.cancelled() => {}
@@ -206,12 +210,45 @@ pub async fn run_parts(
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         tracing::debug!(%error, "no service manager was told");
     }
-    stop.cancelled().await;
-    tasks.close();
-    if tokio::time::timeout(DRAIN, tasks.wait()).await.is_err() {
-        tracing::warn!(tasks = tasks.len(), "parts cut off at the end");
+    tasks.end().await
+}
+
+/// The parts of a running agent. One that panics ends them all: half an agent would look alive, and the service manager
+/// starts a whole one.
+struct Tasks {
+    tracker: TaskTracker,
+    stop: CancellationToken,
+    failed: Arc<OnceLock<&'static str>>,
+}
+
+impl Tasks {
+    fn new(stop: &CancellationToken) -> Self {
+        Self {
+            tracker: TaskTracker::new(),
+            stop: stop.child_token(),
+            failed: Arc::default(),
+        }
     }
-    Ok(())
+
+    fn spawn(&self, part: &'static str, work: impl Future<Output = ()> + Send + 'static) {
+        let (stop, failed) = (self.stop.clone(), Arc::clone(&self.failed));
+        self.tracker.spawn(async move {
+            if AssertUnwindSafe(work).catch_unwind().await.is_err() {
+                failed.get_or_init(|| part);
+                stop.cancel();
+            }
+        });
+    }
+
+    /// Waits until they are to stop, and until they have.
+    async fn end(self) -> Result<(), AgentError> {
+        self.stop.cancelled().await;
+        self.tracker.close();
+        if tokio::time::timeout(DRAIN, self.tracker.wait()).await.is_err() {
+            tracing::warn!(tasks = self.tracker.len(), "parts cut off at the end");
+        }
+        self.failed.get().map_or(Ok(()), |part| Err(AgentError::Part(part)))
+    }
 }
 
 /// The dataplane's part of the configuration.
@@ -333,5 +370,18 @@ mod tests {
         assert_eq!(authority("https://control.example:7000/"), "control.example:7000");
         assert_eq!(authority("https://control.example"), "control.example:6443");
         assert_eq!(authority("https://[2001:db8::1]:7000"), "[2001:db8::1]:7000");
+    }
+
+    #[tokio::test]
+    async fn a_part_that_panics_ends_the_agent_with_an_error() {
+        let outer = CancellationToken::new();
+        let tasks = Tasks::new(&outer);
+        let stop = tasks.stop.clone();
+        tasks.spawn("other", async move { stop.cancelled().await });
+        tasks.spawn("bad", async { panic!("as a bug would") });
+        assert!(matches!(tasks.end().await, Err(AgentError::Part("bad"))));
+        let tasks = Tasks::new(&outer);
+        outer.cancel();
+        assert!(tasks.end().await.is_ok());
     }
 }
