@@ -332,12 +332,28 @@ struct ElementAttributes {
 /// # Errors
 /// The kernel's.
 pub fn update(map: impl AsFd, key: &[u8], value: &[u8]) -> io::Result<()> {
+    write(map, key, value, 0)
+}
+
+/// The same, only where there is none; `false` when there was.
+///
+/// # Errors
+/// The kernel's.
+pub fn add(map: impl AsFd, key: &[u8], value: &[u8]) -> io::Result<bool> {
+    const NOEXIST: u64 = 1;
+    match write(map, key, value, NOEXIST) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        other => other.map(|()| true),
+    }
+}
+
+fn write(map: impl AsFd, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
     let mut attributes = ElementAttributes {
         map: raw(map.as_fd()),
         reserved: 0,
         key: key.as_ptr() as u64,
         value: value.as_ptr() as u64,
-        flags: 0,
+        flags,
     };
     bpf(command::MAP_UPDATE_ELEM, &mut attributes).map(drop)
 }

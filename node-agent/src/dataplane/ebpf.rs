@@ -167,7 +167,8 @@ impl EbpfDataplane {
         let map = inner.kernel.map(abi::TRAFFIC);
         if state.pods.get(&pod.pod_uid) != Some(&index) {
             let zeros = vec![0; bpf::value_bytes(&map.info).map_err(|error| failed("count CPUs", error))?];
-            bpf::update(&map.fd, &index.to_ne_bytes(), &zeros)
+            // What is there is this pod's, from an earlier life that left no link: counters go with a pod's interface.
+            bpf::add(&map.fd, &index.to_ne_bytes(), &zeros)
                 .map_err(|error| failed(format!("make counters for {name}"), error))?;
         }
         for (program, hook) in interface_programs() {
@@ -364,7 +365,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Which pods' interfaces have links from before; counters that belong to none are deleted.
+    /// Which pods' interfaces have links from before; counters are deleted when their interface is gone. (Without tcx there
+    /// are no links to tell whose they are: the pod's next attaching takes them.)
     fn adopt_pods(&self) -> Result<(), DataplaneError> {
         let mut state = self.lock();
         for (name, path) in kernel::pod_links(&self.kernel.pins) {
@@ -378,10 +380,9 @@ impl Inner {
         }
         let map = self.kernel.map(abi::TRAFFIC);
         let known = counters::traffic(map).map_err(|error| failed("read counters of traffic", error))?;
-        for index in known
-            .keys()
-            .filter(|index| !state.pods.values().any(|of_pod| of_pod == *index))
-        {
+        for index in known.keys().filter(|index| {
+            !state.pods.values().any(|of_pod| of_pod == *index) && nix::net::if_::if_indextoname(**index).is_err()
+        }) {
             bpf::delete(&map.fd, &index.to_ne_bytes()).map_err(|error| failed("delete counters", error))?;
         }
         Ok(())

@@ -251,7 +251,17 @@ fn traffic_is_counted_without_tcx_too() {
             "{after:?}"
         );
         assert!(after.rx_bytes >= before.rx_bytes + 10 * 1042, "{after:?}");
+
+        drop(dataplane);
+        let dataplane = started(stage);
+        dataplane
+            .attach_pod_with(&interface, Attachment::Clsact)
+            .expect("attach after a restart");
+        let adopted = dataplane.read_counters_now().expect("counters").network_by_pod["uid"];
+        assert!(adopted.rx_bytes >= after.rx_bytes, "{adopted:?} after {after:?}");
+
         dataplane.detach_pod_now("uid").expect("detach");
+        assert_eq!(dataplane.read_counters_now().expect("counters").network_by_pod.len(), 0);
         let filters = Command::new("tc")
             .args(["filter", "show", "dev", "host0", "egress"])
             .output()
