@@ -28,7 +28,12 @@ const OWN_CONDITIONS: &[&str] = &[
 
 /// The pod's status now. `previous` is what was last reported, or, in the agent's first plan, what control has.
 pub fn pod_status(context: Context<'_>, pod: &Pod, found: Option<&ObservedPod>, previous: &PodStatus) -> PodStatus {
-    let ended = outcome(pod, found);
+    let ended = match previous.phase.as_str() {
+        // Final: what is observed while the pod is taken down says less and less of it.
+        "Succeeded" => Some("Succeeded"),
+        "Failed" => Some("Failed"),
+        _ => outcome(pod, found),
+    };
     let sandbox = found.and_then(live::running);
     let containers: &[Container] = pod.spec.as_ref().map_or(&[], |spec| &spec.containers);
     // An ended or deleted pod, whose containers are being removed, keeps what was last said of them.
@@ -207,7 +212,7 @@ fn container_status(of: &Of<'_>) -> ContainerStatus {
         return before.clone();
     }
     let last = match starts(1).map(|previous| (previous, &previous.state)) {
-        Some((previous, ProcessState::Exited(exit))) => Some(terminated(previous, exit)),
+        Some((previous, ProcessState::Exited(exit))) => Some(terminated(of, previous, exit)),
         _ => of
             .before
             .filter(|before| before.container_id == container_id(latest))
@@ -262,7 +267,7 @@ fn state_of(
     let spec = of.pod.spec.as_ref();
     let will_restart = !of.keeps && spec.is_some_and(|spec| restarts(&spec.restart_policy, exit.code));
     if !will_restart {
-        return (terminated(latest, exit), last);
+        return (terminated(of, latest, exit), last);
     }
     let (delay, due) = live::restart_at(of.context.settings, latest, exit, of.context.now);
     if due > of.context.now {
@@ -274,11 +279,11 @@ fn state_of(
             of.pod.namespace(),
             of.pod.uid()
         );
-        return (waiting("CrashLoopBackOff", message), Some(terminated(latest, exit)));
+        return (waiting("CrashLoopBackOff", message), Some(terminated(of, latest, exit)));
     }
     match failure(of) {
-        Some((reason, message)) => (waiting(&reason, message), Some(terminated(latest, exit))),
-        None => (terminated(latest, exit), last),
+        Some((reason, message)) => (waiting(&reason, message), Some(terminated(of, latest, exit))),
+        None => (terminated(of, latest, exit), last),
     }
 }
 
@@ -345,7 +350,18 @@ fn waiting(reason: &str, message: String) -> ContainerState {
     }
 }
 
-fn terminated(container: &ObservedContainer, exit: &Exit) -> ContainerState {
+/// How a container ended, as it was first told: when one is removed its task goes first, and with it what is known of the end.
+fn terminated(of: &Of<'_>, container: &ObservedContainer, exit: &Exit) -> ContainerState {
+    let states = of.before.iter().flat_map(|before| [&before.state, &before.last_state]);
+    let told = states
+        .filter_map(|state| state.as_ref()?.terminated.as_ref())
+        .find(|told| told.container_id == container_id(container));
+    if let Some(told) = told {
+        return ContainerState {
+            terminated: Some(told.clone()),
+            ..Default::default()
+        };
+    }
     let terminated = ContainerStateTerminated {
         exit_code: exit.code,
         signal: 0,
