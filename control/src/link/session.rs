@@ -44,6 +44,8 @@ const UPDATE_BYTES: usize = 256 << 10;
 const REPORTS: usize = 16;
 /// How long the cache may take to have what the store has.
 const CATCH_UP: Duration = Duration::from_secs(10);
+/// How long a node has for taking the reason why its session ended.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
 type Sender = mpsc::Sender<Result<Outgoing, Status>>;
 
@@ -71,7 +73,8 @@ pub(super) async fn begin(
         };
         inner.counters.sessions.fetch_sub(1, Ordering::Relaxed);
         tracing::info!(node = &*name, code = ?status.code(), reason = status.message(), "session ended");
-        let _gone = outgoing.try_send(Err(status));
+        // The one place may still be taken by a message; a node that reads nothing is not told.
+        let _told = timeout(LAST_WORD, outgoing.send(Err(status))).await;
     });
     Ok(ReceiverStream::new(stream))
 }
