@@ -16,10 +16,10 @@ use super::{
 };
 
 /// Pairs before the interval is looked at for the first time, and at most.
-const PAIRS: (usize, usize) = (24, 160);
+const PAIRS: (usize, usize) = (40, 400);
 /// An interval narrower than this is good enough.
 const WIDTH: f64 = 0.01;
-const SLICE_SECONDS: &str = "0.25";
+const SLICE_SECONDS: &str = "0.1";
 const PORT: &str = "9000";
 const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 
