@@ -33,7 +33,9 @@ pub struct Client {
 impl Client {
     /// Connects to a lab's control.
     pub fn connect(members: &Members) -> Result<Self> {
-        let runtime = Builder::new_current_thread()
+        // With a thread of its own, so that the connection answers control's pings between two calls.
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(1)
             .enable_all()
             .build()
             .context("starting a runtime")?;
