@@ -200,7 +200,12 @@ fn map(last: Option<&Value>, given: &Map<String, Value>, live: Option<&Value>) -
     for key in last.and_then(Value::as_object).into_iter().flat_map(Map::keys) {
         result.remove(key);
     }
-    result.extend(given.iter().map(|(key, value)| (key.clone(), value.clone())));
+    for (key, value) in given {
+        match value {
+            Value::Null => drop(result.remove(key)),
+            value => drop(result.insert(key.clone(), value.clone())),
+        }
+    }
     Value::Object(result)
 }
 

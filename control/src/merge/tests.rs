@@ -86,8 +86,15 @@ fn null_takes_out_what_others_wrote() {
     let mut live =
         service(json!({"publishNotReadyAddresses": true, "ports": [{"port": 80, "protocol": "TCP", "name": "a"}]}));
     live["metadata"]["resourceVersion"] = json!("7");
-    let given = service(json!({"publishNotReadyAddresses": null, "ports": [{"port": 80, "name": null}]}));
+    live["metadata"]["labels"] = json!({"old": "1", "other": "2"});
+    let mut given = service(json!({"publishNotReadyAddresses": null, "ports": [{"port": 80, "name": null}]}));
+    given["metadata"]["labels"] = json!({"old": null, "never": null, "new": "3"});
     let result = plain(apply(&SERVICE, &given, Some(&live)));
+    assert_eq!(result["metadata"]["labels"], json!({"other": "2", "new": "3"}));
+    assert_eq!(
+        plain(apply(&SERVICE, &given, None))["metadata"]["labels"],
+        json!({"new": "3"})
+    );
     assert_eq!(result["spec"], json!({"ports": [{"port": 80, "protocol": "TCP"}]}));
 }
 

@@ -120,7 +120,8 @@ impl Checker {
             }
             (Shape::List(_), _) => self.wrong(path, "a list", value),
             (Shape::Map, Value::Object(entries)) => {
-                for (key, value) in entries {
+                // An entry that is null is absent, as a field is.
+                for (key, value) in entries.iter().filter(|(_, value)| !value.is_null()) {
                     self.value(field.value, value, &format!("{path}[{}]", printable(key)));
                 }
             }
@@ -175,7 +176,7 @@ mod tests {
     #[test]
     fn all_errors_have_their_paths() {
         let pod = json!({
-            "metadata": {"name": 7, "labels": {"a.b/c": true}, "creationTimestamp": "yesterday"},
+            "metadata": {"name": 7, "labels": {"a.b/c": true, "absent": null}, "creationTimestamp": "yesterday"},
             "spec": {
                 "foo": 1,
                 "containers": [

@@ -61,7 +61,7 @@ pub(crate) mod always_message {
     }
 }
 
-/// Maps of strings; a key that comes twice is refused.
+/// Maps of strings; a key that comes twice is refused, an entry that is `null` is absent.
 pub(crate) mod map {
     use std::{collections::BTreeMap, fmt};
 
@@ -109,11 +109,13 @@ pub(crate) mod map {
 
         fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Unique<V>, A::Error> {
             let mut map = BTreeMap::new();
-            while let Some((key, value)) = access.next_entry::<String, V>()? {
+            while let Some((key, value)) = access.next_entry::<String, Option<V>>()? {
                 if map.contains_key(&key) {
                     return Err(A::Error::custom(format!("duplicate field `{key}`")));
                 }
-                map.insert(key, value.into());
+                if let Some(value) = value {
+                    map.insert(key, value.into());
+                }
             }
             Ok(Unique(map, std::marker::PhantomData))
         }
