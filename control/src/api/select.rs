@@ -2,13 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use orlop_proto::{
-    Resource, ResourceKind,
-    core::v1::{Event, Pod},
-};
+use orlop_proto::ResourceKind;
 use tonic::Status;
 
 use super::errors;
+use crate::{
+    kinds::{KindVisitor, visit_kind},
+    model::{
+        Model,
+        selector::{FieldSelector, SelectorError},
+    },
+    registry::Registered,
+};
 
 /// No selector is longer.
 const MAX_LENGTH: usize = 64 << 10;
@@ -18,7 +23,7 @@ const MAX_LENGTH: usize = 64 << 10;
 pub struct Selection {
     namespace: String,
     labels: Vec<LabelRule>,
-    fields: Vec<FieldRule>,
+    fields: FieldSelector,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,13 +41,6 @@ enum LabelTest {
     Absent,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct FieldRule {
-    field: &'static str,
-    equal: bool,
-    value: String,
-}
-
 impl Selection {
     /// From a request's texts.
     ///
@@ -56,7 +54,7 @@ impl Selection {
         });
         let fields = parse_fields(kind, fields).unwrap_or_else(|message| {
             wrong.push(errors::field("fieldSelector", &message));
-            Vec::new()
+            FieldSelector::default()
         });
         if !wrong.is_empty() {
             return Err(errors::bad_request("request", &wrong));
@@ -79,13 +77,10 @@ impl Selection {
     }
 
     /// Whether it lets the object through.
-    pub fn matches<T: Resource>(&self, object: &T) -> bool {
+    pub fn matches<T: Model>(&self, object: &T) -> bool {
         (self.namespace.is_empty() || object.namespace() == self.namespace)
             && self.labels.iter().all(|rule| rule.matches(&object.meta().labels))
-            && self
-                .fields
-                .iter()
-                .all(|rule| (field_of(object, rule.field) == rule.value) == rule.equal)
+            && self.fields.matches(object)
     }
 }
 
@@ -101,103 +96,17 @@ impl LabelRule {
     }
 }
 
-/// The fields that a kind can be selected by.
-fn fields_of(kind: &ResourceKind) -> Vec<&'static str> {
-    let mut fields = vec!["metadata.name"];
-    if kind.namespaced {
-        fields.push("metadata.namespace");
-    }
-    match kind.resource {
-        "pods" => fields.extend(["spec.nodeName", "spec.restartPolicy", "status.phase", "status.podIP"]),
-        "events" => fields.extend([
-            "involvedObject.kind",
-            "involvedObject.namespace",
-            "involvedObject.name",
-            "involvedObject.uid",
-            "reason",
-            "type",
-        ]),
-        _ => {}
-    }
-    fields
-}
-
-fn field_of<'a, T: Resource>(object: &'a T, field: &str) -> &'a str {
-    let any: &dyn std::any::Any = object;
-    match field {
-        "metadata.name" => object.name(),
-        "metadata.namespace" => object.namespace(),
-        _ => {
-            if let Some(pod) = any.downcast_ref::<Pod>() {
-                pod_field(pod, field)
-            } else if let Some(event) = any.downcast_ref::<Event>() {
-                event_field(event, field)
-            } else {
-                ""
-            }
+/// Which fields a kind can be selected by is the model's to say.
+fn parse_fields(kind: &ResourceKind, text: &str) -> Result<FieldSelector, String> {
+    struct Parse<'a>(&'a str);
+    impl KindVisitor for Parse<'_> {
+        type Output = Result<FieldSelector, SelectorError>;
+        fn visit<T: Registered>(self) -> Self::Output {
+            FieldSelector::parse::<T>(self.0)
         }
     }
-}
-
-fn pod_field<'a>(pod: &'a Pod, field: &str) -> &'a str {
-    let value = match field {
-        "spec.nodeName" => pod.spec.as_ref().map(|spec| spec.node_name.as_str()),
-        "spec.restartPolicy" => pod.spec.as_ref().map(|spec| spec.restart_policy.as_str()),
-        "status.phase" => pod.status.as_ref().map(|status| status.phase.as_str()),
-        "status.podIP" => pod.status.as_ref().map(|status| status.pod_ip.as_str()),
-        _ => None,
-    };
-    value.unwrap_or_default()
-}
-
-fn event_field<'a>(event: &'a Event, field: &str) -> &'a str {
-    let involved = event.involved_object.as_ref();
-    let value = match field {
-        "involvedObject.kind" => involved.map(|object| object.kind.as_str()),
-        "involvedObject.namespace" => involved.map(|object| object.namespace.as_str()),
-        "involvedObject.name" => involved.map(|object| object.name.as_str()),
-        "involvedObject.uid" => involved.map(|object| object.uid.as_str()),
-        "reason" => Some(event.reason.as_str()),
-        "type" => Some(event.r#type.as_str()),
-        _ => None,
-    };
-    value.unwrap_or_default()
-}
-
-fn parse_fields(kind: &ResourceKind, text: &str) -> Result<Vec<FieldRule>, String> {
-    if text.len() > MAX_LENGTH {
-        return Err("is too long".to_owned());
-    }
-    let known = fields_of(kind);
-    let terms = text.split(',').map(str::trim).filter(|term| !term.is_empty());
-    terms
-        .map(|term| {
-            let (name, equal, value) = if let Some((name, value)) = term.split_once("!=") {
-                (name, false, value)
-            } else if let Some((name, value)) = term.split_once("==").or_else(|| term.split_once('=')) {
-                (name, true, value)
-            } else {
-                return Err(format!("\"{}\" has no = or !=", shown(term)));
-            };
-            let field = known
-                .iter()
-                .copied()
-                .find(|field| *field == name.trim())
-                .ok_or_else(|| {
-                    format!(
-                        "{} cannot be selected by \"{}\", only by {}",
-                        kind.resource,
-                        shown(name),
-                        known.join(", ")
-                    )
-                })?;
-            Ok(FieldRule {
-                field,
-                equal,
-                value: value.trim().to_owned(),
-            })
-        })
-        .collect()
+    let parsed = visit_kind(kind, Parse(text)).unwrap_or_else(|| Ok(FieldSelector::default()));
+    parsed.map_err(|error| error.to_string())
 }
 
 fn parse_labels(text: &str) -> Result<Vec<LabelRule>, String> {
@@ -302,7 +211,8 @@ fn shown(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use orlop_proto::{
-        core::v1::{PodSpec, Service},
+        Resource as _,
+        core::v1::{Event, Pod, PodSpec, Service},
         meta::v1::ObjectMeta,
     };
 
@@ -376,6 +286,8 @@ mod tests {
             assert!(selection("", text).is_err(), "{text}");
         }
         assert!(Selection::parse(&Service::KIND, "", "", "spec.nodeName=x").is_err());
+        Selection::parse(&Service::KIND, "", "", "spec.clusterIP=10.96.0.1").expect("the model has it");
+        Selection::parse(&Event::KIND, "", "", "reportingComponent=x,source!=y").expect("the model has them");
     }
 
     #[test]
