@@ -204,13 +204,12 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// It is not TOML of this shape.
-    #[error("{path}: {source}")]
+    #[error("{path}: {reason}")]
     Parse {
         /// Which.
         path: PathBuf,
-        /// Where and why.
-        #[source]
-        source: Box<toml::de::Error>,
+        /// Where and why, in one line.
+        reason: String,
     },
     /// A value makes no sense.
     #[error("{field}: {reason}")]
@@ -232,9 +231,9 @@ impl Config {
             path: path.to_owned(),
             source,
         })?;
-        let config: Self = toml::from_str(&text).map_err(|source| ConfigError::Parse {
+        let config: Self = toml::from_str(&text).map_err(|error| ConfigError::Parse {
             path: path.to_owned(),
-            source: Box::new(source),
+            reason: in_one_line(&text, &error),
         })?;
         config.check()?;
         Ok(config)
@@ -303,6 +302,20 @@ impl Config {
     }
 }
 
+/// The place and the reason; TOML's own text draws a picture of several lines, which logs cannot show.
+fn in_one_line(text: &str, error: &toml::de::Error) -> String {
+    let reason = error.message().replace('\n', "; ");
+    let before = error.span().and_then(|span| text.get(..span.start));
+    match before {
+        Some(before) => {
+            let line = before.matches('\n').count() + 1;
+            let column = before.chars().rev().take_while(|character| *character != '\n').count() + 1;
+            format!("line {line}, column {column}: {reason}")
+        }
+        None => reason,
+    }
+}
+
 fn net(address: [u8; 4], prefix: u8) -> Ipv4Net {
     Ipv4Net::new_assert(Ipv4Addr::from(address), prefix)
 }
@@ -349,6 +362,21 @@ mod tests {
         config.check().expect("sound");
         assert_eq!(config.node.monitor_grace, Duration::from_secs(90));
         assert_eq!(config.store.engine, Engine::Etcd);
+    }
+
+    #[test]
+    fn an_error_says_where_and_why_once_and_in_one_line() {
+        let directory = tempfile::tempdir().expect("directory");
+        let path = directory.path().join("control.toml");
+        std::fs::write(&path, "pod_cidr_prefix = 24\n\n  listne = []\n").expect("writes");
+        let error = anyhow::Error::new(Config::load(&path).expect_err("unknown key")).context("configuration");
+        let text = format!("{error:#}");
+        assert!(!text.contains('\n'), "{text}");
+        assert!(
+            text.contains("control.toml: line 3, column 3: unknown field `listne`"),
+            "{text}"
+        );
+        assert_eq!(text.matches("listne").count(), 1, "{text}");
     }
 
     #[test]

@@ -39,8 +39,8 @@ enum Command {
 enum TokenCommand {
     /// Prints a new token.
     Create {
-        /// How long it is good for: "1h", "30m".
-        #[arg(long, default_value = "1h")]
+        /// How long it is good for: "1h", "30m"; a second at least.
+        #[arg(long, default_value = "1h", value_parser = lifetime)]
         ttl: jiff::SignedDuration,
         /// How many nodes may join with it; 0: no limit.
         #[arg(long, default_value_t = 0)]
@@ -51,6 +51,15 @@ enum TokenCommand {
         /// The token's second part.
         id: String,
     },
+}
+
+/// In whole seconds, as it travels: less than one would read as "not given".
+fn lifetime(text: &str) -> Result<jiff::SignedDuration, String> {
+    let lifetime: jiff::SignedDuration = text.parse().map_err(|error: jiff::Error| error.to_string())?;
+    if lifetime.as_secs() < 1 {
+        return Err("must be at least a second".to_owned());
+    }
+    Ok(lifetime)
 }
 
 fn main() -> ExitCode {
@@ -64,7 +73,7 @@ fn main() -> ExitCode {
     match start(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!(error = format!("{error:#}"), "orlop-control failed");
+            tracing::error!(error = %format_args!("{error:#}"), "orlop-control failed");
             ExitCode::FAILURE
         }
     }
@@ -175,5 +184,21 @@ fn log_to_stderr(json: bool) {
                     .with_writer(std::io::stderr),
             )
             .init();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_lives_a_second_at_least() {
+        let create = |ttl: &str| Arguments::try_parse_from(["orlop-control", "token", "create", "--ttl", ttl]);
+        for ttl in ["500ms", "0s", "999ms", "1s ago", "soon"] {
+            assert!(create(ttl).is_err(), "{ttl}");
+        }
+        for ttl in ["1s", "1500ms", "1h 30m"] {
+            assert!(create(ttl).is_ok(), "{ttl}");
+        }
     }
 }
