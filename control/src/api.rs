@@ -240,9 +240,18 @@ fn delete_options(request: &DeleteRequest) -> Result<DeleteOptions, Status> {
     if request.grace_period_seconds.is_some_and(|seconds| seconds < 0) {
         return Err(errors::invalid("gracePeriodSeconds", "must not be negative"));
     }
-    if !matches!(request.propagation_policy.as_str(), "" | "Background") {
-        return Err(errors::invalid("propagationPolicy", "only Background is supported"));
-    }
+    let propagation = match request.propagation_policy.as_str() {
+        "" => Propagation::Default,
+        "Background" => Propagation::Background,
+        "Foreground" => Propagation::Foreground,
+        "Orphan" => Propagation::Orphan,
+        _ => {
+            return Err(errors::invalid(
+                "propagationPolicy",
+                "must be Background, Foreground, Orphan or empty",
+            ));
+        }
+    };
     let given = request.preconditions.clone().unwrap_or_default();
     let some = |text: String| (!text.is_empty()).then_some(text);
     Ok(DeleteOptions {
@@ -251,6 +260,6 @@ fn delete_options(request: &DeleteRequest) -> Result<DeleteOptions, Status> {
             uid: some(given.uid),
             resource_version: some(given.resource_version),
         },
-        propagation: Propagation::Background,
+        propagation,
     })
 }

@@ -28,7 +28,7 @@ use crate::{
 };
 
 pub(crate) use codec::decode;
-pub use delete::{DeleteOptions, Preconditions, Propagation};
+pub use delete::{DeleteOptions, FOREGROUND, ORPHAN, Preconditions, Propagation};
 pub use error::{FieldError, RegistryError};
 pub use kinds::Registered;
 pub use pods::Binding;

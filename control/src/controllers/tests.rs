@@ -1,6 +1,7 @@
 //! The controllers and the scheduler over a real store. The nodes are played: they keep their leases, run their pods at once and confirm
 //! what is deleted.
 
+mod propagation;
 mod upkeep;
 mod world;
 

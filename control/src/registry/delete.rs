@@ -1,6 +1,6 @@
 //! What a deletion means.
 
-use orlop_proto::core::v1::Namespace;
+use orlop_proto::{core::v1::Namespace, meta::v1::ObjectMeta};
 use prost_types::Timestamp;
 
 use super::{
@@ -33,9 +33,41 @@ pub struct Preconditions {
 /// What happens to what an object owns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Propagation {
-    /// The garbage collector deletes it afterwards.
+    /// What the object's finalizers say; without one of them, background.
     #[default]
+    Default,
+    /// The garbage collector deletes it afterwards.
     Background,
+    /// The garbage collector deletes it first: the object stays, with [`FOREGROUND`], until what blocks its deletion is gone.
+    Foreground,
+    /// The garbage collector takes the references to the object out of it; the object stays, with [`ORPHAN`], until then.
+    Orphan,
+}
+
+/// The finalizer of an object that waits for what it owns to be deleted.
+pub const FOREGROUND: &str = "foregroundDeletion";
+/// The finalizer of an object that waits for what it owns to be released.
+pub const ORPHAN: &str = "orphan";
+
+impl Propagation {
+    /// The finalizers of an object that is deleted so.
+    fn finalizers(self, present: &[String]) -> Vec<String> {
+        let added = match self {
+            Self::Default => return present.to_vec(),
+            Self::Background => None,
+            Self::Foreground => Some(FOREGROUND),
+            Self::Orphan => Some(ORPHAN),
+        };
+        // One that stays keeps its place: asking for the same again changes nothing.
+        let stays = |finalizer: &&String| {
+            !matches!(finalizer.as_str(), FOREGROUND | ORPHAN) || Some(finalizer.as_str()) == added
+        };
+        let mut finalizers: Vec<String> = present.iter().filter(stays).cloned().collect();
+        if let Some(added) = added.filter(|added| !finalizers.iter().any(|present| present == added)) {
+            finalizers.push(added.to_owned());
+        }
+        finalizers
+    }
 }
 
 /// Namespaces that cannot be deleted, as in Kubernetes.
@@ -56,13 +88,16 @@ impl Registry {
             let old: T = self.read(key).await?;
             check(&old, key, &options.preconditions)?;
             let grace = old.grace(options.grace_period_seconds);
-            if grace == 0 && old.meta().finalizers.is_empty() && !old.is_held() {
+            let finalizers = options.propagation.finalizers(&old.meta().finalizers);
+            if grace == 0 && finalizers.is_empty() && !old.is_held() {
                 match self.remove(&old).await? {
                     Some(gone) => return Ok(gone),
                     None => continue,
                 }
             }
-            let Some(new) = marked(&old, grace) else { return Ok(old) };
+            let Some(new) = marked(&old, grace, finalizers) else {
+                return Ok(old);
+            };
             if let Some(stored) = self.put(&old, new).await? {
                 return Ok(stored);
             }
@@ -120,14 +155,20 @@ fn check<T: Registered>(object: &T, key: &ObjectKey, preconditions: &Preconditio
     Ok(())
 }
 
-/// The object with its deletion asked for; `None` when that changes nothing: a later deletion can only shorten the grace period.
-fn marked<T: Registered>(old: &T, grace: i64) -> Option<T> {
+/// The object with its deletion asked for; `None` when that changes nothing.
+fn marked<T: Registered>(old: &T, grace: i64, finalizers: Vec<String>) -> Option<T> {
     let mut new = old.clone();
     new.begin_deletion();
-    let meta = new.meta_mut();
+    new.meta_mut().finalizers = finalizers;
+    end_after(new.meta_mut(), grace);
+    (new != *old).then_some(new)
+}
+
+/// A later deletion can only shorten the grace period.
+fn end_after(meta: &mut ObjectMeta, grace: i64) {
     match (meta.deletion_timestamp, meta.deletion_grace_period_seconds) {
-        (Some(_), None | Some(0)) => return None,
-        (Some(_), Some(before)) if grace >= before => return None,
+        (Some(_), None | Some(0)) => return,
+        (Some(_), Some(before)) if grace >= before => return,
         (Some(end), Some(before)) => {
             let end = Timestamp {
                 seconds: end.seconds - before + grace,
@@ -144,5 +185,4 @@ fn marked<T: Registered>(old: &T, grace: i64) -> Option<T> {
         }
     }
     meta.deletion_grace_period_seconds = Some(grace);
-    Some(new)
 }

@@ -60,6 +60,26 @@ impl Registry {
             .await
     }
 
+    /// [`Registry::remove_finalizer`] for a kind by name.
+    pub async fn remove_object_finalizer(
+        &self,
+        kind: &ResourceKind,
+        key: &ObjectKey,
+        uid: &str,
+        finalizer: &str,
+    ) -> Result<(), RegistryError> {
+        struct Remove<'a>(&'a Registry, &'a ObjectKey, &'a str, &'a str);
+        impl<'a> KindVisitor for Remove<'a> {
+            type Output = BoxFuture<'a, Result<(), RegistryError>>;
+            fn visit<T: Registered>(self) -> Self::Output {
+                Box::pin(self.0.remove_finalizer::<T>(self.1, self.2, self.3))
+            }
+        }
+        visit_kind(kind, Remove(self, key, uid, finalizer))
+            .ok_or_else(|| unknown(kind.resource))?
+            .await
+    }
+
     async fn with_object(&self, object: Object, verb: Verb) -> Result<Object, RegistryError> {
         let kind = object_kind(&object).ok_or_else(|| unknown(""))?;
         let visitor = Run {

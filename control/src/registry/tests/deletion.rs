@@ -308,3 +308,53 @@ async fn many_pods_are_bound_together() {
         assert_eq!(bound.spec.unwrap().node_name, "n1");
     }
 }
+
+#[tokio::test]
+async fn the_propagation_policy_is_a_finalizer() {
+    type Set = orlop_proto::apps::v1::ReplicaSet;
+    let world = world().await;
+    let mut given = replica_set("rs", 1);
+    given.meta_mut().finalizers = vec!["orlop.dev/a".to_owned()];
+    let created = world.registry.create(given).await.unwrap();
+    let by = |propagation: Propagation| DeleteOptions {
+        propagation,
+        ..DeleteOptions::default()
+    };
+    let refused = DeleteOptions {
+        preconditions: Preconditions {
+            uid: Some("another".to_owned()),
+            resource_version: None,
+        },
+        ..by(Propagation::Foreground)
+    };
+    let error = world.registry.delete::<Set>(&key("rs"), refused).await.unwrap_err();
+    assert!(matches!(error, RegistryError::Precondition(_)), "{error}");
+    assert_eq!(world.registry.get::<Set>(&key("rs")).await.unwrap(), created);
+
+    let mut begun = None;
+    for (propagation, expected) in [
+        (Propagation::Foreground, vec!["orlop.dev/a", FOREGROUND]),
+        (Propagation::Default, vec!["orlop.dev/a", FOREGROUND]),
+        (Propagation::Orphan, vec!["orlop.dev/a", ORPHAN]),
+        (Propagation::Background, vec!["orlop.dev/a"]),
+    ] {
+        let deleted: Set = world.registry.delete(&key("rs"), by(propagation)).await.unwrap();
+        assert_eq!(deleted.meta().finalizers, expected, "{propagation:?}");
+        let revision = world.revision().await;
+        world.registry.delete::<Set>(&key("rs"), by(propagation)).await.unwrap();
+        assert_eq!(world.revision().await, revision, "the same again writes nothing");
+        let since = deleted.meta().deletion_timestamp;
+        assert!(since.is_some() && *begun.get_or_insert(since) == since);
+    }
+
+    // Without another finalizer, the change of mind ends it.
+    world.registry.create(pod("p")).await.unwrap();
+    let waits: Pod = world.registry.delete(&key("p"), by(Propagation::Orphan)).await.unwrap();
+    assert!(waits.is_deleting());
+    world
+        .registry
+        .delete::<Pod>(&key("p"), by(Propagation::Background))
+        .await
+        .unwrap();
+    assert!(world.registry.get::<Pod>(&key("p")).await.unwrap_err().is_not_found());
+}
