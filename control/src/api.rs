@@ -6,6 +6,7 @@ mod apply;
 mod describe;
 mod errors;
 mod list;
+mod patch;
 mod raw;
 mod select;
 mod watch;
@@ -17,8 +18,8 @@ use futures::StreamExt;
 use orlop_proto::{
     ResourceKind,
     api::v1::{
-        ApplyRequest, CreateRequest, DeleteRequest, GetRequest, ListRequest, Object, ObjectList, UpdateRequest,
-        WatchRequest, objects_server,
+        ApplyRequest, CreateRequest, DeleteRequest, GetRequest, ListRequest, Object, ObjectList, PatchRequest,
+        UpdateRequest, WatchRequest, objects_server,
     },
     object_kind,
 };
@@ -140,6 +141,18 @@ impl objects_server::Objects for ObjectsService {
             .map_err(|error| errors::of_registry(&error))?;
         audit("update status", &by.describe(), &kind, &object);
         Ok(Response::new(object))
+    }
+
+    async fn patch(&self, request: Request<PatchRequest>) -> Result<Response<Object>, Status> {
+        let by = caller(&request);
+        let request = request.into_inner();
+        let kind = kind_of(&request.resource)?;
+        let key = key_of(&kind, &request.namespace, &request.name)?;
+        let patched = patch::patch(&self.registry, &kind, &key, request).await?;
+        if patched.written {
+            audit(patched.verb, &by.describe(), &kind, &patched.object);
+        }
+        Ok(Response::new(patched.object))
     }
 
     type ApplyStream = Answers<orlop_proto::api::v1::ApplyResult>;

@@ -11,7 +11,6 @@ use futures::{StreamExt, stream};
 use orlop_proto::{
     ResourceKind,
     api::v1::{ApplyRequest, ApplyResult, Object, apply_request::Input},
-    json::{JsonError, JsonErrorKind},
     object_kind,
 };
 use serde_json::Value;
@@ -263,18 +262,7 @@ fn build(kind: &ResourceKind, given: &Value, live: Option<&Object>) -> Result<Ob
         .transpose()
         .map_err(|error| vec![errors::field("", &error.to_string())])?;
     let merged = merge::apply(kind, given, live.as_ref());
-    Object::from_value_as(*kind, &merged).map_err(|found| found.into_iter().map(of_json).collect())
-}
-
-fn of_json(error: JsonError) -> FieldError {
-    let message = match error.kind {
-        JsonErrorKind::Unknown => format!("unknown field {}", error.path),
-        JsonErrorKind::Wrong(message) => message,
-    };
-    FieldError {
-        field: error.path,
-        message,
-    }
+    Object::from_value_as(*kind, &merged).map_err(|found| found.into_iter().map(errors::of_json).collect())
 }
 
 fn valid(registry: &Registry, object: &Object, live: Option<&Object>) -> Result<(), Vec<FieldError>> {

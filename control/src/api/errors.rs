@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
+use orlop_proto::json::{JsonError, JsonErrorKind};
 use prost::Message;
 use prost_types::Any;
 use tonic::{Code, Status};
@@ -76,6 +77,18 @@ pub(super) fn field(path: &str, message: &str) -> FieldError {
 /// One wrong field of a request.
 pub(super) fn invalid(path: &str, message: &str) -> Status {
     bad_request("request", &[field(path, message)])
+}
+
+/// What is wrong with an object's JSON.
+pub(super) fn of_json(error: JsonError) -> FieldError {
+    let message = match error.kind {
+        JsonErrorKind::Unknown => format!("unknown field {}", error.path),
+        JsonErrorKind::Wrong(message) => message,
+    };
+    FieldError {
+        field: error.path,
+        message,
+    }
 }
 
 /// INVALID_ARGUMENT with all wrong fields; `what` is wrong.

@@ -144,6 +144,10 @@ mod tests {
                 [Access::Allowed, Access::Denied, Access::Denied, Access::Unauthenticated],
             ),
             (
+                "/orlop.api.v1.Objects/Patch",
+                [Access::Allowed, Access::Denied, Access::Denied, Access::Unauthenticated],
+            ),
+            (
                 "/orlop.node.v1.NodeLink/Session",
                 [Access::Denied, Access::Allowed, Access::Denied, Access::Unauthenticated],
             ),

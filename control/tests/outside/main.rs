@@ -5,5 +5,6 @@ mod harness;
 mod identity;
 mod join;
 mod objects;
+mod patch;
 mod requests;
 mod watch;
