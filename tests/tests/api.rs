@@ -4,7 +4,7 @@ use std::{
     io::Write,
     path::PathBuf,
     process::{Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -158,9 +158,57 @@ fn every_verb(admin: &Grpcurl) -> Result<()> {
     }}});
     admin.objects("UpdateStatus", &status)?;
     watch(admin, &updated)?;
-    admin.objects("Delete", &name)?;
+    patch(admin)?;
+    let mut delete = name.clone();
+    delete["propagationPolicy"] = json!("Foreground");
+    let going = admin.objects("Delete", &delete)?;
+    ensure!(
+        going["service"]["metadata"]["finalizers"] == json!(["foregroundDeletion"]),
+        "{going}"
+    );
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while admin.objects("Get", &name).is_ok() {
+        ensure!(
+            Instant::now() < deadline,
+            "a service that waits for its slices never goes"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let gone = admin.objects("Get", &name).err().context("it is still there")?;
     ensure!(format!("{gone:#}").contains("NotFound"), "{gone:#}");
+    Ok(())
+}
+
+fn patch(admin: &Grpcurl) -> Result<()> {
+    let patch = |kind: &str, patch: &Value| {
+        let mut request = json!({"resource": "services", "namespace": "default", "name": "shop"});
+        request[kind] = json!(patch.to_string());
+        admin.objects("Patch", &request)
+    };
+    let merge = json!({"metadata": {"labels": {"tier": null, "patched": "merge"}}});
+    let merged = patch("merge", &merge)?;
+    ensure!(
+        merged["service"]["metadata"]["labels"] == json!({"patched": "merge"}),
+        "{merged}"
+    );
+    ensure!(patch("merge", &merge)? == merged, "the same again writes nothing");
+    let operations = json!([
+        {"op": "test", "path": "/metadata/labels/patched", "value": "merge"},
+        {"op": "replace", "path": "/metadata/labels/patched", "value": "json"},
+    ]);
+    let patched = patch("json", &operations)?;
+    ensure!(
+        patched["service"]["metadata"]["labels"] == json!({"patched": "json"}),
+        "{patched}"
+    );
+    for (kind, wrong, expected) in [
+        ("json", operations, "FailedPrecondition"),
+        ("merge", json!({"metadata": {"resourceVersion": "1"}}), "Aborted"),
+        ("merge", json!({"spec": {"colour": "red"}}), "spec.colour"),
+    ] {
+        let refused = patch(kind, &wrong).err().context("a wrong patch was taken")?;
+        ensure!(format!("{refused:#}").contains(expected), "{expected}: {refused:#}");
+    }
     Ok(())
 }
 
