@@ -53,8 +53,9 @@ impl ObjectsService {
     }
 
     /// The service for the routes: [`Watch`](objects_server::Objects::watch) sends each event's one encoding to all watchers.
-    pub fn into_server(self, message_bytes: usize) -> RawObjects {
-        RawObjects::new(self, message_bytes)
+    /// Messages are bounded by `message_bytes`, those of Apply by `manifest_bytes`.
+    pub fn into_server(self, message_bytes: usize, manifest_bytes: usize) -> RawObjects {
+        RawObjects::new(self, message_bytes, manifest_bytes)
     }
 
     fn cache(&self) -> &Cache {

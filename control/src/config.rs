@@ -110,6 +110,9 @@ pub struct Limits {
     pub connections: usize,
     /// Of these, connections without a client certificate.
     pub anonymous_connections: usize,
+    /// A connection without a client certificate is ended after this long: joining takes a moment, and others need its place.
+    #[serde(deserialize_with = "duration")]
+    pub anonymous_lifetime: Duration,
     /// TLS handshakes at one time.
     pub handshakes: usize,
     /// How long a handshake, and the first bytes after it, may take.
@@ -125,6 +128,10 @@ pub struct Limits {
     pub manifest_bytes: usize,
     /// Apply calls at one time; more of them wait.
     pub concurrent_applies: usize,
+    /// How long a manifest may take to arrive and to be checked, and how long a client that does not read the results keeps
+    /// others waiting.
+    #[serde(deserialize_with = "duration")]
+    pub apply_timeout: Duration,
 }
 
 impl Default for Config {
@@ -180,6 +187,7 @@ impl Default for Limits {
         Self {
             connections: 20_000,
             anonymous_connections: 512,
+            anonymous_lifetime: Duration::from_secs(300),
             handshakes: 256,
             handshake_timeout: Duration::from_secs(10),
             streams_per_connection: 1024,
@@ -187,6 +195,7 @@ impl Default for Limits {
             message_bytes: 4 << 20,
             manifest_bytes: 64 << 20,
             concurrent_applies: 4,
+            apply_timeout: Duration::from_secs(120),
         }
     }
 }

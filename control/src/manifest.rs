@@ -135,7 +135,9 @@ fn documents(text: &str, limits: &Limits) -> Result<Vec<Value>, String> {
     }
     // Every node of JSON needs one of these, so this bounds the memory before anything is read.
     let marks = text.bytes().filter(|byte| matches!(byte, b',' | b'[' | b'{')).count();
-    if marks > limits.nodes.saturating_mul(2) {
+    // An object takes some hundred bytes, and YAML has at most one for every three of its nodes.
+    let objects = text.bytes().filter(|byte| *byte == b'{').count();
+    if marks > limits.nodes.saturating_mul(2) || objects > limits.nodes / 3 {
         return Err(format!("the manifest has more than {} values", limits.nodes));
     }
     let documents = if text.trim_start().starts_with('{') {

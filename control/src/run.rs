@@ -30,6 +30,8 @@ use crate::{
 
 /// Between attempts to write what every cluster has from the beginning.
 const RETRY: Duration = Duration::from_secs(1);
+/// Bytes of a message to the services that are open to all: joining, health, reflection.
+const OPEN_MESSAGE: usize = 64 << 10;
 /// How long the parts may take to end.
 const DRAIN: Duration = Duration::from_secs(3);
 
@@ -100,6 +102,7 @@ pub async fn run(config: Config, inherited: Vec<Listener>, shutdown: Cancellatio
         readiness.clone(),
         sources,
         config.limits.concurrent_applies,
+        config.limits.apply_timeout,
     );
     let server = Server::new(front, tls, config.limits.clone());
     parts.tasks.spawn(server.tls().keep_fresh(shutdown.clone()));
@@ -216,13 +219,13 @@ async fn services(
         link_config,
         parts.shutdown.clone(),
     );
-    let routes = Routes::new(objects.into_server(limits.manifest_bytes))
+    let routes = Routes::new(objects.into_server(limits.message_bytes, limits.manifest_bytes))
         .add_service(link.service())
         .add_service(metrics.service())
-        .add_service(JoinServer::new(join).max_decoding_message_size(limits.message_bytes))
-        .add_service(health_service)
-        .add_service(describe().build_v1()?)
-        .add_service(describe().build_v1alpha()?);
+        .add_service(JoinServer::new(join).max_decoding_message_size(OPEN_MESSAGE))
+        .add_service(health_service.max_decoding_message_size(OPEN_MESSAGE))
+        .add_service(describe().build_v1()?.max_decoding_message_size(OPEN_MESSAGE))
+        .add_service(describe().build_v1alpha()?.max_decoding_message_size(OPEN_MESSAGE));
     let sources: Vec<MetricsSource> = vec![
         Arc::new(move || metrics.prometheus()),
         Arc::new(move || link.prometheus()),

@@ -61,12 +61,20 @@ impl RawWatchEvent {
 pub struct RawObjects {
     service: ObjectsService,
     generated: ObjectsServer<ObjectsService>,
+    /// The same for Apply alone, whose messages may be larger than all others.
+    apply: ObjectsServer<ObjectsService>,
+    message_bytes: usize,
 }
 
 impl RawObjects {
-    pub(super) fn new(service: ObjectsService, message_bytes: usize) -> Self {
-        let generated = ObjectsServer::new(service.clone()).max_decoding_message_size(message_bytes);
-        Self { service, generated }
+    pub(super) fn new(service: ObjectsService, message_bytes: usize, manifest_bytes: usize) -> Self {
+        let generated = ObjectsServer::new(service.clone());
+        Self {
+            service,
+            apply: generated.clone().max_decoding_message_size(manifest_bytes),
+            generated: generated.max_decoding_message_size(message_bytes),
+            message_bytes,
+        }
     }
 }
 
@@ -84,13 +92,16 @@ impl Service<http::Request<Body>> for RawObjects {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        if request.uri().path() != "/orlop.api.v1.Objects/Watch" {
-            return self.generated.call(request);
+        match request.uri().path() {
+            "/orlop.api.v1.Objects/Watch" => {}
+            "/orlop.api.v1.Objects/Apply" => return self.apply.call(request),
+            _ => return self.generated.call(request),
         }
-        let service = self.service.clone();
+        let (service, limit) = (self.service.clone(), self.message_bytes);
         Box::pin(async move {
             let codec: ProstCodec<RawWatchEvent, WatchRequest> = ProstCodec::default();
-            Ok(Grpc::new(codec).server_streaming(Watch(service), request).await)
+            let mut grpc = Grpc::new(codec).apply_max_message_size_config(Some(limit), None);
+            Ok(grpc.server_streaming(Watch(service), request).await)
         })
     }
 }

@@ -24,6 +24,7 @@ use super::{Inner, hub::node_of, session::ensure_node};
 use crate::{
     cache::{ObjectKey, Reader},
     registry::RegistryError,
+    store::StoreError,
 };
 
 const RETRY_MIN: Duration = Duration::from_millis(100);
@@ -202,7 +203,7 @@ impl Retry {
         let (node, what) = (&*self.node, self.what);
         match result {
             Ok(()) => return true,
-            Err(error @ RegistryError::Invalid { .. }) => {
+            Err(error @ (RegistryError::Invalid { .. } | RegistryError::Store(StoreError::TooLarge(_)))) => {
                 tracing::warn!(node, what, %error, "report refused");
                 return true;
             }

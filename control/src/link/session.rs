@@ -135,6 +135,7 @@ async fn keep(inner: &Arc<Inner>, node: Arc<str>, mut incoming: Streaming<NodeMe
 
 /// Makes the node's object and range if they are missing, and takes the snapshot.
 async fn open(inner: &Inner, node: &Arc<str>, hello: &link::Hello) -> Result<(Opening, Node), Status> {
+    report_labels(inner, node, &hello.labels);
     let object = ensure_node(inner, node, &hello.labels).await.map_err(|error| {
         tracing::error!(node = &**node, %error, "the node's object or range cannot be written");
         match error {
@@ -154,6 +155,28 @@ async fn open(inner: &Inner, node: &Arc<str>, hello: &link::Hello) -> Result<(Op
         .ok_or_else(|| Status::unavailable("control stops"))
 }
 
+/// The labels that a node's own word is taken for.
+fn is_well_known(label: &str) -> bool {
+    matches!(
+        label,
+        "kubernetes.io/hostname" | "kubernetes.io/os" | "kubernetes.io/arch"
+    )
+}
+
+/// Pods are placed by labels: a node that could give them to itself could choose its pods.
+fn report_labels(inner: &Inner, node: &str, labels: &BTreeMap<String, String>) {
+    let Some(first) = labels.keys().find(|label| !is_well_known(label)) else {
+        return;
+    };
+    let first: String = first.chars().take(80).collect();
+    inner.counters.refused.fetch_add(1, Ordering::Relaxed);
+    tracing::warn!(
+        node,
+        label = first.escape_debug().to_string(),
+        "labels that a node gave itself refused"
+    );
+}
+
 /// The node's object, with a pod range.
 pub(super) async fn ensure_node(
     inner: &Inner,
@@ -164,15 +187,9 @@ pub(super) async fn ensure_node(
         Err(error) if error.is_not_found() => {}
         done => return done,
     }
-    let well_known = |label: &str| {
-        matches!(
-            label,
-            "kubernetes.io/hostname" | "kubernetes.io/os" | "kubernetes.io/arch"
-        )
-    };
     let mut node_labels: BTreeMap<String, String> = labels
         .iter()
-        .filter(|(label, _)| well_known(label))
+        .filter(|(label, _)| is_well_known(label))
         .map(|(label, value)| (label.clone(), value.clone()))
         .collect();
     // Pods are placed by this one: the name is the certificate's word, not the node's.

@@ -21,7 +21,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -37,6 +37,10 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// What HTTP/2 may have in flight to us on one stream and one connection.
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
+/// The same for those who have not said who they are, and how many requests they may have open.
+const ANONYMOUS_STREAM_WINDOW: u32 = 64 << 10;
+const ANONYMOUS_CONNECTION_WINDOW: u32 = 128 << 10;
+const ANONYMOUS_STREAMS: u32 = 16;
 /// What we buffer for a stream whose reader is slow.
 const SEND_BUFFER: usize = 256 << 10;
 /// After accept() failed for want of descriptors or memory.
@@ -166,17 +170,20 @@ impl Acceptor {
             stream,
             received: Arc::clone(&received),
         };
+        let is_anonymous = identity == Identity::Anonymous;
         let front = Arc::clone(&self.front);
         let service = service_fn(move |mut request| {
             request.extensions_mut().insert(identity.clone());
             request.extensions_mut().insert(PeerAddress(address));
             Arc::clone(&front).handle(request)
         });
-        let builder = self.builder(http2);
+        let builder = self.builder(http2, is_anonymous);
         let mut connection = pin!(builder.serve_connection(TokioIo::new(counted), service));
         let mut early = pin!(sleep(self.limits.handshake_timeout));
+        let mut lifetime = pin!(sleep(self.limits.anonymous_lifetime));
         let mut begun = false;
         let mut closing = false;
+        let mut expired = false;
         loop {
             // Cancel safety: the futures are pinned outside and polled again; nothing is lost.
             tokio::select! {
@@ -192,6 +199,15 @@ impl Acceptor {
                         return self.front.metrics().turn_away("silent");
                     }
                 }
+                // What is open may end; what does not end is cut off.
+                () = &mut lifetime, if is_anonymous => {
+                    if expired {
+                        return self.front.metrics().turn_away("anonymous for too long");
+                    }
+                    expired = true;
+                    connection.as_mut().graceful_shutdown();
+                    lifetime.as_mut().reset(Instant::now() + self.limits.handshake_timeout);
+                }
                 () = self.shutdown.cancelled(), if !closing => {
                     closing = true;
                     connection.as_mut().graceful_shutdown();
@@ -200,7 +216,13 @@ impl Acceptor {
         }
     }
 
-    fn builder(&self, http2: Option<bool>) -> auto::Builder<TokioExecutor> {
+    fn builder(&self, http2: Option<bool>, is_anonymous: bool) -> auto::Builder<TokioExecutor> {
+        let (stream_window, connection_window, streams) = if is_anonymous {
+            let streams = self.limits.streams_per_connection.min(ANONYMOUS_STREAMS);
+            (ANONYMOUS_STREAM_WINDOW, ANONYMOUS_CONNECTION_WINDOW, streams)
+        } else {
+            (STREAM_WINDOW, CONNECTION_WINDOW, self.limits.streams_per_connection)
+        };
         let mut builder = auto::Builder::new(TokioExecutor::new());
         builder
             .http1()
@@ -213,9 +235,9 @@ impl Acceptor {
             )
             .http2()
             .timer(TokioTimer::new())
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_concurrent_streams(self.limits.streams_per_connection)
+            .initial_stream_window_size(stream_window)
+            .initial_connection_window_size(connection_window)
+            .max_concurrent_streams(streams)
             .max_header_list_size(self.limits.header_bytes)
             .max_send_buf_size(SEND_BUFFER)
             .keep_alive_interval(PING_INTERVAL)

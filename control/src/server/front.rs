@@ -6,13 +6,18 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use http::{Method as HttpMethod, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use prometheus_client::{encoding::text::encode, registry::Registry};
-use tokio::sync::Semaphore;
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, sleep_until, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body, service::Routes};
 use tower::ServiceExt;
 
@@ -51,6 +56,7 @@ pub struct Front {
     registry: Registry,
     sources: Vec<MetricsSource>,
     applies: Arc<Semaphore>,
+    apply_timeout: Duration,
 }
 
 impl Front {
@@ -61,6 +67,7 @@ impl Front {
         readiness: Readiness,
         sources: Vec<MetricsSource>,
         concurrent_applies: usize,
+        apply_timeout: Duration,
     ) -> Self {
         let metrics = ServerMetrics::default();
         let mut registry = Registry::default();
@@ -74,6 +81,7 @@ impl Front {
             registry,
             sources,
             applies,
+            apply_timeout,
         }
     }
 
@@ -108,21 +116,38 @@ impl Front {
             );
             return Ok(status.into_http());
         }
-        // Large messages are taken in only when there is a place to work on them; until then HTTP/2 holds them back.
-        let place = if request.uri().path() == "/orlop.api.v1.Objects/Apply" {
-            Arc::clone(&self.applies).acquire_owned().await.ok()
-        } else {
-            None
+        if request.uri().path() == "/orlop.api.v1.Objects/Apply" {
+            return Ok(self.apply(request).await);
+        }
+        self.routes.clone().oneshot(request).await
+    }
+
+    /// Large messages are taken in only when there is a place to work on them; until then HTTP/2 holds them back. A client
+    /// that neither sends nor reads keeps its place only for a time.
+    async fn apply(&self, request: Request<Incoming>) -> Response<Body> {
+        let Ok(place) = Arc::clone(&self.applies).acquire_owned().await else {
+            return Status::unavailable("control stops").into_http();
         };
-        let Ok(response) = self.routes.clone().oneshot(request).await;
-        Ok(match place {
-            Some(place) => response.map(|body| {
-                Body::new(body.map_frame(move |frame| {
-                    let _held_until_the_body_ends = &place;
-                    frame
-                }))
-            }),
-            None => response,
+        let deadline = Instant::now() + self.apply_timeout;
+        let Ok(answer) = timeout_at(deadline, self.routes.clone().oneshot(request)).await else {
+            tracing::warn!("an Apply was given up: its manifest did not come in time");
+            return Status::deadline_exceeded("the manifest did not come in time").into_http();
+        };
+        let Ok(response) = answer;
+        let ended = CancellationToken::new();
+        let until_the_body_ends = ended.clone().drop_guard();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = ended.cancelled() => {}
+                () = sleep_until(deadline) => {}
+            }
+            drop(place);
+        });
+        response.map(|body| {
+            Body::new(body.map_frame(move |frame| {
+                let _held = &until_the_body_ends;
+                frame
+            }))
         })
     }
 

@@ -9,7 +9,7 @@ use orlop_control::{
     server::{Listener, Trust},
 };
 use rcgen::{CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{ClientConfig, RootCertStore, SignatureScheme, client::ResolvesClientCert, sign::CertifiedKey};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, pem::PemObject};
 use tempfile::TempDir;
 use tokio::{
@@ -34,6 +34,8 @@ pub struct Control {
 pub struct Pair {
     pub certificate: CertificateDer<'static>,
     pub key: Vec<u8>,
+    /// What is shown behind it.
+    pub issuers: Vec<CertificateDer<'static>>,
 }
 
 impl Control {
@@ -99,6 +101,7 @@ impl Control {
         Pair {
             certificate,
             key: key.serialize_der(),
+            issuers: Vec::new(),
         }
     }
 
@@ -151,6 +154,7 @@ pub fn sign(issuer: &Issuer<'_, KeyPair>, change: impl FnOnce(&mut CertificatePa
     Pair {
         certificate: certificate.into(),
         key: key.serialize_der(),
+        issuers: Vec::new(),
     }
 }
 
@@ -159,6 +163,20 @@ pub fn subject(name: &str, group: &str) -> DistinguishedName {
     subject.push(DnType::CommonName, name);
     subject.push(DnType::OrganizationName, group);
     subject
+}
+
+/// Shows a certificate without a look at whether the key is its key.
+#[derive(Debug)]
+struct Shown(Arc<CertifiedKey>);
+
+impl ResolvesClientCert for Shown {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.0))
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
 }
 
 fn endpoint() -> Endpoint {
@@ -181,9 +199,12 @@ async fn connect(
         None => builder.with_no_client_auth(),
         Some(pair) => {
             let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(pair.key.clone()));
-            builder
-                .with_client_auth_cert(vec![pair.certificate.clone()], key)
-                .map_err(std::io::Error::other)?
+            let key = rustls::crypto::ring::sign::any_supported_type(&key).map_err(std::io::Error::other)?;
+            let chain = std::iter::once(&pair.certificate)
+                .chain(&pair.issuers)
+                .cloned()
+                .collect();
+            builder.with_client_cert_resolver(Arc::new(Shown(Arc::new(CertifiedKey::new(chain, key)))))
         }
     };
     config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();

@@ -83,6 +83,7 @@ fn self_signed() -> Pair {
     Pair {
         certificate: certificate.into(),
         key: key.serialize_der(),
+        issuers: Vec::new(),
     }
 }
 

@@ -24,7 +24,7 @@ fn request(key: &KeyPair) -> Vec<u8> {
         .to_vec()
 }
 
-async fn token(control: &Control, uses: u32, ttl_seconds: i64) -> String {
+pub async fn token(control: &Control, uses: u32, ttl_seconds: i64) -> String {
     let mut client = JoinClient::new(control.unix().await);
     client
         .create_token(CreateTokenRequest { ttl_seconds, uses })
@@ -34,7 +34,7 @@ async fn token(control: &Control, uses: u32, ttl_seconds: i64) -> String {
         .token
 }
 
-async fn join(control: &Control, token: &str, name: &str, key: &KeyPair) -> Result<JoinResponse, Status> {
+pub async fn join(control: &Control, token: &str, name: &str, key: &KeyPair) -> Result<JoinResponse, Status> {
     let mut client = JoinClient::new(control.channel(None).await.expect("connects"));
     let message = JoinRequest {
         token: token.to_owned(),
@@ -44,7 +44,7 @@ async fn join(control: &Control, token: &str, name: &str, key: &KeyPair) -> Resu
     client.join(message).await.map(tonic::Response::into_inner)
 }
 
-async fn renew(control: &Control, pair: &Pair, key: &KeyPair) -> Result<JoinResponse, Status> {
+pub async fn renew(control: &Control, pair: &Pair, key: &KeyPair) -> Result<JoinResponse, Status> {
     let mut client = JoinClient::new(control.channel(Some(pair)).await.expect("connects"));
     let message = RenewRequest {
         certificate_request: request(key).into(),
@@ -52,10 +52,11 @@ async fn renew(control: &Control, pair: &Pair, key: &KeyPair) -> Result<JoinResp
     client.renew(message).await.map(tonic::Response::into_inner)
 }
 
-fn pair(response: &JoinResponse, key: &KeyPair) -> Pair {
+pub fn pair(response: &JoinResponse, key: &KeyPair) -> Pair {
     Pair {
         certificate: CertificateDer::from(response.certificate.to_vec()),
         key: key.serialize_der(),
+        issuers: Vec::new(),
     }
 }
 

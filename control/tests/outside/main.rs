@@ -2,9 +2,13 @@
 
 mod apply;
 mod harness;
+mod hostile_grpc;
+mod hostile_manifests;
+mod identities;
 mod identity;
 mod join;
 mod objects;
 mod patch;
 mod requests;
 mod watch;
+mod wire;
