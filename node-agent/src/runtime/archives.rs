@@ -34,6 +34,9 @@ const MAX_ENTRIES: usize = 100_000;
 const MAX_LAYERS: usize = 127;
 /// How deep indexes may lie in each other.
 const MAX_NESTING: usize = 4;
+/// No archive may name more images, nor more indexes: one that names itself many times would be read without end.
+const MAX_IMAGES: usize = 10_000;
+const MAX_INDEXES: usize = 256;
 
 /// The archives in some directories.
 pub struct Archives {
@@ -62,6 +65,31 @@ impl Archives {
             }),
         }
     }
+}
+
+/// Reads an archive of these bytes, and one whose index they are, with every image in them; for who checks it from outside.
+#[doc(hidden)]
+pub fn check(bytes: &[u8]) -> Result<(), ArchiveError> {
+    let mut with_index = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_ustar();
+    header.set_size(bytes.len() as u64);
+    header.set_mode(0o644);
+    with_index.append_data(&mut header, "index.json", bytes)?;
+    for content in [bytes, &with_index.into_inner()?] {
+        let file = std::env::temp_dir().join(format!("orlop-archive-{}.tar", std::process::id()));
+        fs::write(&file, content)?;
+        let outcome = Archive::read(&file).map(|archive| {
+            for image in &archive.images {
+                let _refused_or_found = archive.found(image);
+            }
+        });
+        fs::remove_file(&file)?;
+        // The bytes are an index, or an archive: hardly both.
+        if outcome.is_ok() {
+            return Ok(());
+        }
+    }
+    Ok(())
 }
 
 impl Shelf {
@@ -231,7 +259,9 @@ impl Archive {
         };
         archive.images = if archive.entries.contains_key("index.json") {
             let index: Index = archive.json("index.json")?;
-            archive.oci_images(index, &[], 0)?
+            let mut images = Vec::new();
+            archive.oci_images(index, &[], 0, &mut 0, &mut images)?;
+            images
         } else if archive.entries.contains_key("manifest.json") {
             let images: Vec<DockerImage> = archive.json("manifest.json")?;
             images.into_iter().map(docker_image).collect()
@@ -248,8 +278,9 @@ impl Archive {
         index: Index,
         inherited: &[Reference],
         depth: usize,
-    ) -> Result<Vec<ArchivedImage>, ArchiveError> {
-        let mut images = Vec::new();
+        indexes: &mut usize,
+        images: &mut Vec<ArchivedImage>,
+    ) -> Result<(), ArchiveError> {
         for descriptor in index.manifests {
             let mut names = names_of(&descriptor);
             names.extend_from_slice(inherited);
@@ -257,20 +288,27 @@ impl Archive {
                 if depth >= MAX_NESTING {
                     return Err(ArchiveError::Format("indexes lie too deep in each other".to_owned()));
                 }
+                *indexes += 1;
+                if *indexes > MAX_INDEXES {
+                    return Err(ArchiveError::Format(format!("more than {MAX_INDEXES} indexes")));
+                }
                 let inner: Index = self.json(&blob_name(&descriptor.digest)?)?;
-                images.extend(self.oci_images(inner, &names, depth + 1)?);
+                self.oci_images(inner, &names, depth + 1, indexes, images)?;
             } else if descriptor
                 .platform
                 .as_ref()
                 .is_none_or(super::image_source::Platform::is_ours)
             {
+                if images.len() >= MAX_IMAGES {
+                    return Err(ArchiveError::Format(format!("more than {MAX_IMAGES} images")));
+                }
                 images.push(ArchivedImage {
                     names,
                     content: Content::Oci { manifest: descriptor },
                 });
             }
         }
-        Ok(images)
+        Ok(())
     }
 
     fn find(&self, reference: &Reference) -> Option<&ArchivedImage> {

@@ -147,3 +147,25 @@ fn indexes_of_indexes_end() {
     .unwrap();
     assert!(matches!(Archive::read(&path), Err(ArchiveError::Format(_))));
 }
+
+#[test]
+fn an_index_that_names_itself_many_times_ends() {
+    let one = serde_json::json!({"mediaType": "application/vnd.oci.image.index.v1+json",
+        "digest": format!("sha256:{}", "1".repeat(64)), "size": 1});
+    let blob = format!("blobs/sha256/{}", "1".repeat(64));
+    let image = serde_json::json!({"mediaType": MANIFEST, "digest": format!("sha256:{}", "2".repeat(64)), "size": 1});
+    // Read as it asks for, these would be 10^16 indexes, and a million images.
+    let itself = serde_json::json!({"manifests": vec![one.clone(); 10_000]}).to_string();
+    let indexes = serde_json::json!({"manifests": vec![one; 200]}).to_string();
+    let images = serde_json::json!({"manifests": vec![image; 5_000]}).to_string();
+    for (index, inner) in [(&itself, &itself), (&indexes, &images)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.tar");
+        fs::write(
+            &path,
+            tar_of(&[("index.json", index.as_bytes()), (&blob, inner.as_bytes())]),
+        )
+        .unwrap();
+        assert!(matches!(Archive::read(&path), Err(ArchiveError::Format(_))));
+    }
+}
