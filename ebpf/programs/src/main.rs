@@ -12,6 +12,7 @@
 )]
 
 #[cfg(target_arch = "bpf")]
+mod address;
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod metrics;

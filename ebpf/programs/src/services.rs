@@ -6,7 +6,6 @@
 //! `getpeername` and `recvmsg` show the ClusterIP again, until it is closed.
 
 use aya_ebpf::{
-    bindings::bpf_sock_addr,
     helpers::generated::{bpf_get_socket_cookie, bpf_set_retval},
     macros::{cgroup_sock, cgroup_sock_addr},
     programs::{SockAddrContext, SockContext},
@@ -17,7 +16,10 @@ use orlop_ebpf_abi::{
     selection::{Selection, select},
 };
 
-use crate::maps::{Pinned, count_connection, count_refused, failures, place, sk_conn4_v1, sk_udp4_v1};
+use crate::{
+    address::{Address, V4, V6},
+    maps::{Pinned, count_connection, count_refused, failures, place, sk_conn4_v1, sk_udp4_v1},
+};
 
 const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
@@ -26,130 +28,42 @@ const ENOMEM: i32 = 12;
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
-    connect(&ctx, &V4 { raw: ctx.sock_addr })
+    connect(&ctx, &V4::new(&ctx))
 }
 
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
-    connect(&ctx, &V6 { raw: ctx.sock_addr })
+    connect(&ctx, &V6::new(&ctx))
 }
 
 #[cgroup_sock_addr(sendmsg4)]
 pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
-    send(&ctx, &V4 { raw: ctx.sock_addr })
+    send(&ctx, &V4::new(&ctx))
 }
 
 #[cgroup_sock_addr(sendmsg6)]
 pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
-    send(&ctx, &V6 { raw: ctx.sock_addr })
+    send(&ctx, &V6::new(&ctx))
 }
 
 #[cgroup_sock_addr(recvmsg4)]
 pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
-    receive(&ctx, &V4 { raw: ctx.sock_addr })
+    receive(&ctx, &V4::new(&ctx))
 }
 
 #[cgroup_sock_addr(recvmsg6)]
 pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
-    receive(&ctx, &V6 { raw: ctx.sock_addr })
+    receive(&ctx, &V6::new(&ctx))
 }
 
 #[cgroup_sock_addr(getpeername4)]
 pub fn getpeername4(ctx: SockAddrContext) -> i32 {
-    peer_name(&ctx, &V4 { raw: ctx.sock_addr })
+    peer_name(&ctx, &V4::new(&ctx))
 }
 
 #[cgroup_sock_addr(getpeername6)]
 pub fn getpeername6(ctx: SockAddrContext) -> i32 {
-    peer_name(&ctx, &V6 { raw: ctx.sock_addr })
-}
-
-/// The address in the hook's context.
-trait Address {
-    /// The IPv4 address, if it is one or maps one.
-    fn get(&self) -> Option<[u8; 4]>;
-    fn set(&self, address: [u8; 4]);
-    fn raw(&self) -> *mut bpf_sock_addr;
-
-    #[inline(always)]
-    fn port(&self) -> u16 {
-        // SAFETY: the hook's context. Volatile: the verifier wants whole words at their offsets. The port is in network
-        // order in the lower half.
-        let word = unsafe { (&raw const (*self.raw()).user_port).read_volatile() };
-        u16::from_be(word as u16)
-    }
-
-    #[inline(always)]
-    fn set_port(&self, port: u16) {
-        // SAFETY: as above.
-        unsafe { (&raw mut (*self.raw()).user_port).write_volatile(u32::from(port.to_be())) };
-    }
-
-    #[inline(always)]
-    fn protocol(&self) -> Option<Protocol> {
-        // SAFETY: as above.
-        Protocol::from_number(unsafe { (&raw const (*self.raw()).protocol).read_volatile() })
-    }
-}
-
-struct V4 {
-    raw: *mut bpf_sock_addr,
-}
-
-impl Address for V4 {
-    #[inline(always)]
-    fn get(&self) -> Option<[u8; 4]> {
-        // SAFETY: the hook's context.
-        Some(unsafe { (&raw const (*self.raw).user_ip4).read_volatile() }.to_ne_bytes())
-    }
-
-    #[inline(always)]
-    fn set(&self, address: [u8; 4]) {
-        // SAFETY: as above.
-        unsafe { (&raw mut (*self.raw).user_ip4).write_volatile(u32::from_ne_bytes(address)) };
-    }
-
-    #[inline(always)]
-    fn raw(&self) -> *mut bpf_sock_addr {
-        self.raw
-    }
-}
-
-struct V6 {
-    raw: *mut bpf_sock_addr,
-}
-
-impl Address for V6 {
-    #[inline(always)]
-    fn get(&self) -> Option<[u8; 4]> {
-        // SAFETY: the hook's context.
-        unsafe {
-            let words = (&raw const (*self.raw).user_ip6).cast::<u32>();
-            if words.read_volatile() != 0
-                || words.add(1).read_volatile() != 0
-                || words.add(2).read_volatile() != 0xffff_u32.to_be()
-            {
-                return None;
-            }
-            Some(words.add(3).read_volatile().to_ne_bytes())
-        }
-    }
-
-    #[inline(always)]
-    fn set(&self, address: [u8; 4]) {
-        // SAFETY: as above; the upper words stay those of a mapped address.
-        unsafe {
-            (&raw mut (*self.raw).user_ip6)
-                .cast::<u32>()
-                .add(3)
-                .write_volatile(u32::from_ne_bytes(address))
-        };
-    }
-
-    #[inline(always)]
-    fn raw(&self) -> *mut bpf_sock_addr {
-        self.raw
-    }
+    peer_name(&ctx, &V6::new(&ctx))
 }
 
 #[inline(always)]
