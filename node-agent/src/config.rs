@@ -55,6 +55,9 @@ pub struct Config {
     pub restart_backoff_ms: u64,
     /// The longest such wait, in milliseconds. Default 300000.
     pub restart_backoff_max_ms: u64,
+    /// With less than this part of the disk free, in percent, the node has DiskPressure and gets no new pods. Default 5; 0
+    /// switches it off.
+    pub disk_pressure_percent: u64,
     /// What is kept back for the system, by resource name (`cpu = "100m"`, `memory = "256Mi"`): allocatable is capacity less
     /// this.
     pub reserved: BTreeMap<String, String>,
@@ -91,6 +94,7 @@ impl Default for Config {
             max_pods: 110,
             restart_backoff_ms: 10_000,
             restart_backoff_max_ms: 300_000,
+            disk_pressure_percent: 5,
             reserved: BTreeMap::new(),
             dataplane: Sizes::default(),
         }
@@ -192,6 +196,9 @@ impl Config {
         }
         if self.metrics_interval_seconds == 0 {
             return invalid("metrics_interval_seconds", "must be at least 1");
+        }
+        if self.disk_pressure_percent > 100 {
+            return invalid("disk_pressure_percent", "is a part of the disk, 0 to 100");
         }
         for (key, path) in [
             ("data_dir", &self.data_dir),

@@ -24,8 +24,6 @@ const PERIOD_NOT_READY: Duration = Duration::from_millis(300);
 const REPEAT: Duration = Duration::from_secs(300);
 /// Less available memory than this is pressure (as the kubelet has it).
 const MEMORY_PRESSURE: u64 = 100 << 20;
-/// Less free space than this part of the disk is pressure, in percent.
-const DISK_PRESSURE_PERCENT: u64 = 5;
 /// More processes than this part of what the kernel takes is pressure, in percent.
 const PID_PRESSURE_PERCENT: u64 = 90;
 
@@ -137,7 +135,7 @@ pub fn status(config: &Config, address: IpAddr, machine: &Machine, health: &Heal
     NodeStatus {
         allocatable: allocatable.collect(),
         capacity,
-        conditions: conditions(machine, health),
+        conditions: conditions(config.disk_pressure_percent, machine, health),
         addresses: [
             ("InternalIP", address.to_string()),
             ("Hostname", config.node_name.clone()),
@@ -166,7 +164,7 @@ fn less(resource: &str, amount: &str, reserved: &str) -> String {
     }
 }
 
-fn conditions(machine: &Machine, health: &Health) -> Vec<NodeCondition> {
+fn conditions(disk_percent: u64, machine: &Machine, health: &Health) -> Vec<NodeCondition> {
     let problems: Vec<String> = [
         ("container runtime", health.runtime.as_ref().err()),
         ("network", health.network.as_ref().err()),
@@ -193,8 +191,8 @@ fn conditions(machine: &Machine, health: &Health) -> Vec<NodeCondition> {
         ),
         pressure(
             "DiskPressure",
-            machine.disk_free < machine.disk_total / 100 * DISK_PRESSURE_PERCENT,
-            ("DiskFull", "less than 5 % of the disk are free"),
+            machine.disk_free < machine.disk_total / 100 * disk_percent,
+            ("DiskFull", &format!("less than {disk_percent} % of the disk are free")),
             ("NoDiskPressure", "the disk has free space"),
         ),
         pressure(

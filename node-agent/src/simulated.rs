@@ -40,6 +40,7 @@ pub fn parts(name: &str, address: IpAddr, data_dir: &Path, dial: Arc<dyn Dial>) 
         data_dir: data_dir.to_owned(),
         run_dir: data_dir.join("run"),
         metrics_socket: data_dir.join("metrics.sock"),
+        disk_pressure_percent: 0,
         ..Config::default()
     };
     let paths = crate::agent::metric_paths(&config);

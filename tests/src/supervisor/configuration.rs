@@ -68,7 +68,8 @@ pub fn write_node(spec: &Spec, name: &str, address: Ipv4Addr, token: &str) -> Re
     let directory = spec.member_directory(name);
     fs::create_dir_all(directory.join("data")).context("making a node's folder")?;
     let text = format!(
-        "node_name = \"{name}\"\nnode_address = \"{address}\"\ndata_dir = {:?}\nlog_dir = {:?}\n\
+        "# Every node shares the machine's disk: how full that is is no concern here.\n\
+         disk_pressure_percent = 0\nnode_name = \"{name}\"\nnode_address = \"{address}\"\ndata_dir = {:?}\nlog_dir = {:?}\n\
          control = [\"https://{CONTROL_ADDRESS}:{API_PORT}\"]\njoin_token = \"{token}\"\nimage_dirs = [{:?}]\n\
          pause_binary = {:?}\nlogger_binary = {:?}\n{}\n",
         directory.join("data"),
