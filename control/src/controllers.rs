@@ -13,13 +13,15 @@ mod node_ranges;
 mod owner_gc;
 mod pod_gc;
 mod pods;
+mod pod_index;
 pub mod queue;
 pub mod replicas;
 pub mod runner;
 #[cfg(test)]
+mod selectors;
 mod tests;
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -96,15 +98,18 @@ pub fn spawn(
         start(Box::pin(replicas::run::<orlop_proto::apps::v1::ReplicaSet>(
             registry.clone(),
             recorder.from_component("replicaset-controller"),
+    let pods = Arc::new(pod_index::PodIndex::new(registry.cache().reader()));
             cancel.clone(),
         ))),
         start(Box::pin(replicas::run::<orlop_proto::core::v1::ReplicationController>(
             registry.clone(),
+            pods.clone(),
             recorder.from_component("replication-controller"),
             cancel.clone(),
         ))),
-        start(Box::pin(endpoint_slices::run(registry.clone(), cancel.clone()))),
+        start(Box::pin(endpoint_slices::run(registry.clone(), pods, cancel.clone()))),
         start(Box::pin(node_ranges::run(
+            pods.clone(),
             registry.clone(),
             recorder.from_component("node-ranges"),
             cancel.clone(),

@@ -113,6 +113,30 @@ impl<T: Resource> EventStream<T> {
         Ok(batch)
     }
 
+    /// All events that there are now, perhaps none, without waiting: after this everything that a snapshot shows has been handed out.
+    /// Only for streams that begin at a snapshot ([`super::Reader::events`]).
+    pub fn take_ready(&mut self) -> Result<Vec<Arc<Entry<T>>>, Lagged> {
+        debug_assert!(
+            self.backlog.is_none(),
+            "a stream from the past has to wait for the store"
+        );
+        let mut ready: Vec<_> = self.pending.drain(..).collect();
+        loop {
+            let progress = *self.shared.progress.borrow();
+            let entries = self
+                .index
+                .entries(&mut self.position, progress, BATCH)
+                .map_err(|_| Lagged {
+                    resume_after: self.delivered,
+                })?;
+            if entries.is_empty() {
+                self.delivered = self.position.revision;
+                return Ok(ready);
+            }
+            ready.extend(entries);
+        }
+    }
+
     /// Everything up to here has been handed out, and no event of it is still to come: what a bookmark says.
     pub fn revision(&mut self) -> Revision {
         if self.pending.is_empty() && self.backlog.is_none() {

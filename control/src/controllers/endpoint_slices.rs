@@ -1,7 +1,6 @@
 //! EndpointSlices: which pods stand behind a service.
 
 pub mod plan;
-mod selectors;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,8 +13,10 @@ use orlop_proto::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    pod_index::PodIndex,
     queue::WorkQueue,
     runner::{self, ControlError, Controller, Outcome, Seen},
+    selectors::SelectorIndex,
 };
 use crate::{
     cache::{Event, ObjectKey, Reader},
@@ -23,36 +24,37 @@ use crate::{
     registry::{DeleteOptions, Preconditions, Registry, generated_prefix},
 };
 use plan::{MANAGED_BY, MANAGER, SERVICE_NAME, SliceWrite};
-use selectors::SelectorIndex;
 
 /// Keys under work at once: many, so that their writes share the store's commits.
 const WORKERS: usize = 32;
 
 /// Runs the controller.
-pub async fn run(registry: Registry, cancel: CancellationToken) {
+pub async fn run(registry: Registry, pods: Arc<PodIndex>, cancel: CancellationToken) {
     let cache = registry.cache().clone();
     let queue: WorkQueue<ObjectKey> = WorkQueue::default();
     let services = cache.reader::<Service>();
     let controller = Arc::new(EndpointSlices {
         registry,
         services: services.clone(),
-        pods: cache.reader::<Pod>(),
+        pods,
         slices: cache.reader::<EndpointSlice>(),
     });
     let selectors = Mutex::new(SelectorIndex::default());
     let from_services = runner::follow(cache.reader::<Service>(), |seen: Seen<'_, Service>| {
         let mut selectors = selectors.lock().unwrap_or_else(PoisonError::into_inner);
+        let set = |selectors: &mut SelectorIndex, service: &Service| {
+            selectors.set(ObjectKey::of(service), selector(service));
+        };
         match &seen {
             Seen::All(snapshot) => {
-                *selectors = SelectorIndex::default();
-                snapshot.objects.values().for_each(|service| selectors.insert(service));
+                selectors.clear();
+                snapshot
+                    .objects
+                    .values()
+                    .for_each(|service| set(&mut selectors, service));
             }
-            Seen::Event(Event::Added(service)) => selectors.insert(service),
-            Seen::Event(Event::Modified { old, new }) => {
-                selectors.remove(old);
-                selectors.insert(new);
-            }
-            Seen::Event(Event::Deleted(service)) => selectors.remove(service),
+            Seen::Event(Event::Added(service) | Event::Modified { new: service, .. }) => set(&mut selectors, service),
+            Seen::Event(Event::Deleted(service)) => selectors.remove(&ObjectKey::of(&**service)),
         }
         drop(selectors);
         seen.objects().for_each(|service| queue.add(ObjectKey::of(&**service)));
@@ -89,10 +91,18 @@ fn queue_services(selectors: &Mutex<SelectorIndex>, queue: &WorkQueue<ObjectKey>
     selectors.of(pod).for_each(|service| queue.add(service.clone()));
 }
 
+/// What a service selects: nothing without a selector, its endpoints are the user's then.
+fn selector(service: &Service) -> Selector {
+    match &service.spec {
+        Some(spec) if !spec.selector.is_empty() => Selector::from_labels(&spec.selector),
+        _ => Selector::nothing(),
+    }
+}
+
 struct EndpointSlices {
     registry: Registry,
     services: Reader<Service>,
-    pods: Reader<Pod>,
+    pods: Arc<PodIndex>,
     slices: Reader<EndpointSlice>,
 }
 
@@ -143,17 +153,11 @@ impl EndpointSlices {
         let Some(service) = self.services.get(&key.namespace, &key.name) else {
             return Vec::new();
         };
-        let Some(spec) = &service.spec else { return Vec::new() };
-        // Without a selector the endpoints are the user's.
-        if spec.selector.is_empty() || service.is_deleting() {
+        let selector = selector(&service);
+        if selector.is_nothing() || service.is_deleting() {
             return Vec::new();
         }
-        let selector = Selector::from_labels(&spec.selector);
-        let pods = self.pods.snapshot();
-        let selected = pods
-            .in_namespace(&key.namespace)
-            .map(|(_, pod)| pod)
-            .filter(|pod| selector.matches(&pod.meta().labels));
+        let selected = self.pods.selected(&key.namespace, &selector);
         let slices = self.slices.snapshot();
         // Their names begin with the service's: there may be many slices, and few are this service's.
         let wanted = format!("{}-", key.name);
@@ -171,6 +175,6 @@ impl EndpointSlices {
             })
             .cloned()
             .collect();
-        plan::plan(&service, selected, &existing)
+        plan::plan(&service, selected.iter(), &existing)
     }
 }

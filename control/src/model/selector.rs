@@ -159,6 +159,21 @@ impl Selector {
         !self.nothing && self.requirements.is_empty()
     }
 
+    /// Whether it selects nothing by its nature.
+    pub fn is_nothing(&self) -> bool {
+        self.nothing
+    }
+
+    /// The labels that whatever is selected must have, with these values: what an index is asked for.
+    pub fn required_labels(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.requirements
+            .iter()
+            .filter_map(|one| match (one.operator, one.values.as_slice()) {
+                (Operator::In, [value]) => Some((one.key.as_str(), value.as_str())),
+                _ => None,
+            })
+    }
+
     fn push(&mut self, key: String, operator: Operator, values: Vec<String>) -> Result<(), SelectorError> {
         names::qualified_name(&key).map_err(|error| SelectorError(format!("key {key:?}: {error}")))?;
         let count_is_right = match operator {

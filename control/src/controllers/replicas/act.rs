@@ -1,6 +1,6 @@
 //! The acting part: writes what the plan says.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures::future::join_all;
@@ -13,6 +13,7 @@ use super::{
 use crate::{
     cache::{ObjectKey, Reader},
     controllers::{
+        pod_index::PodIndex,
         pods,
         runner::{ControlError, Controller, Outcome},
     },
@@ -28,7 +29,7 @@ pub(super) struct Replicas<O: ReplicaOwner> {
     pub(super) registry: Registry,
     pub(super) recorder: Recorder,
     pub(super) owners: Reader<O>,
-    pub(super) pods: Reader<Pod>,
+    pub(super) pods: Arc<PodIndex>,
 }
 
 #[async_trait]
@@ -41,8 +42,8 @@ impl<O: ReplicaOwner> Controller for Replicas<O> {
         let Some(owner) = self.owners.get(&key.namespace, &key.name) else {
             return Ok(outcome);
         };
-        let snapshot = self.pods.snapshot();
-        let namespace_pods = snapshot.in_namespace(&key.namespace).map(|(_, pod)| pod);
+        let selector = owner.selector().map_err(ControlError::Malformed)?;
+        let pods = self.pods.of_owner(&key.namespace, owner.uid(), &selector);
         let Plan {
             adopt,
             release,
@@ -50,8 +51,8 @@ impl<O: ReplicaOwner> Controller for Replicas<O> {
             delete,
             mut status,
             look_again,
-        } = plan::plan(&*owner, namespace_pods, time::now().seconds).map_err(ControlError::Malformed)?;
-        drop(snapshot);
+        } = plan::plan(&*owner, pods.iter(), time::now().seconds).map_err(ControlError::Malformed)?;
+        drop(pods);
         self.release(&owner, release, &mut outcome).await?;
         if !self.adopt(&owner, adopt, &mut outcome).await? {
             return Ok(outcome);
@@ -102,12 +103,7 @@ impl<O: ReplicaOwner> Controller for Replicas<O> {
 }
 
 impl<O: ReplicaOwner> Replicas<O> {
-    async fn release(
-        &self,
-        owner: &O,
-        release: Vec<std::sync::Arc<Pod>>,
-        outcome: &mut Outcome,
-    ) -> Result<(), ControlError> {
+    async fn release(&self, owner: &O, release: Vec<Arc<Pod>>, outcome: &mut Outcome) -> Result<(), ControlError> {
         for pod in release {
             let uid = pod.uid().to_owned();
             let written = self
@@ -126,12 +122,7 @@ impl<O: ReplicaOwner> Replicas<O> {
     }
 
     /// Says no when the owner turned out to be gone.
-    async fn adopt(
-        &self,
-        owner: &O,
-        adopt: Vec<std::sync::Arc<Pod>>,
-        outcome: &mut Outcome,
-    ) -> Result<bool, ControlError> {
+    async fn adopt(&self, owner: &O, adopt: Vec<Arc<Pod>>, outcome: &mut Outcome) -> Result<bool, ControlError> {
         if adopt.is_empty() {
             return Ok(true);
         }
@@ -192,12 +183,7 @@ impl<O: ReplicaOwner> Replicas<O> {
         Ok(())
     }
 
-    async fn delete(
-        &self,
-        owner: &O,
-        victims: Vec<std::sync::Arc<Pod>>,
-        outcome: &mut Outcome,
-    ) -> Result<(), ControlError> {
+    async fn delete(&self, owner: &O, victims: Vec<Arc<Pod>>, outcome: &mut Outcome) -> Result<(), ControlError> {
         let deletions = victims.iter().map(|pod| async move {
             let options = DeleteOptions {
                 preconditions: Preconditions {

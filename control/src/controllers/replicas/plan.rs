@@ -39,16 +39,16 @@ pub struct Plan {
     pub look_again: Option<Duration>,
 }
 
-/// Compares an owner with the pods of its namespace. `now` in seconds since the epoch.
+/// Compares an owner with the pods that concern it; others of its namespace do no harm. `now` in seconds since the epoch.
 pub fn plan<'a, O: ReplicaOwner>(
     owner: &O,
-    namespace_pods: impl Iterator<Item = &'a Arc<Pod>>,
+    candidates: impl Iterator<Item = &'a Arc<Pod>>,
     now: i64,
 ) -> Result<Plan, String> {
     let selector = owner.selector()?;
     let mut plan = Plan::default();
     let mut active: Vec<Arc<Pod>> = Vec::new();
-    for pod in namespace_pods {
+    for pod in candidates {
         let selected = selector.matches(&pod.meta().labels);
         match pods::controller(pod) {
             Some(reference) if reference.uid == owner.uid() => {
