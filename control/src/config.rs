@@ -11,6 +11,9 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 
 use crate::{link::LEASE_INTERVAL, registry::RegistryConfig};
 
+/// Nodes a second: more is no limit.
+const MAX_EVICTION_RATE: f64 = 1000.0;
+
 /// What `orlop-control --config FILE` reads. Durations are written as `"40s"`, `"5m"`, `"24h"`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -94,6 +97,9 @@ pub struct NodeConfig {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PkiConfig {
+    /// So many nodes a second, at most, begin to lose their pods; 0.1 is one in 10 s. While most of a large cluster is NotReady it is
+    /// a tenth of the default or this, whichever is less; while most of a small one is, no node does.
+    pub eviction_rate: f64,
     /// How long a node's certificate is good; the agent renews it long before.
     #[serde(deserialize_with = "duration")]
     pub node_certificate: Duration,
@@ -176,6 +182,7 @@ impl Default for PkiConfig {
     fn default() -> Self {
         let day = Duration::from_secs(24 * 3600);
         Self {
+            eviction_rate: 0.1,
             node_certificate: day * 90,
             own_certificates: day * 365,
         }
@@ -300,6 +307,9 @@ impl Config {
     pub fn registry(&self) -> RegistryConfig {
         RegistryConfig {
             service_cidr: self.service_cidr,
+        if !(self.node.eviction_rate > 0.0 && self.node.eviction_rate <= MAX_EVICTION_RATE) {
+            return invalid("node.eviction_rate", "must be more than 0 and at most 1000");
+        }
             pod_cidr: self.pod_cidr,
             pod_cidr_prefix: self.pod_cidr_prefix,
         }
@@ -407,3 +417,9 @@ mod tests {
         config.check().expect("asked for");
     }
 }
+            eviction_rate = 5.0
+        assert!((config.node.eviction_rate - 5.0).abs() < f64::EPSILON);
+            "[node]\neviction_rate = 0.0",
+            "[node]\neviction_rate = -1.0",
+            "[node]\neviction_rate = nan",
+            "[node]\neviction_rate = inf",

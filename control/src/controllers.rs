@@ -66,9 +66,12 @@ impl Default for GarbageConfig {
 impl From<&Config> for ControllerConfig {
     fn from(config: &Config) -> Self {
         let lifecycle = LifecycleConfig {
+        let defaults = LifecycleConfig::default();
             monitor_grace: config.node.monitor_grace,
             eviction_delay: config.node.eviction_delay,
-            ..LifecycleConfig::default()
+            eviction_rate: config.node.eviction_rate,
+            outage_eviction_rate: defaults.outage_eviction_rate.min(config.node.eviction_rate),
+            ..defaults
         };
         Self {
             lifecycle,

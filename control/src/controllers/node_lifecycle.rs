@@ -7,6 +7,7 @@ mod act;
 mod evict;
 mod monitor;
 mod plan;
+mod ready;
 
 use std::time::Duration;
 
@@ -55,9 +56,12 @@ impl Default for LifecycleConfig {
 pub async fn run(registry: Registry, recorder: Recorder, config: LifecycleConfig) {
     let mut ticks = tokio::time::interval(config.period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut lifecycle = act::Lifecycle::new(registry, recorder, config);
-    loop {
-        ticks.tick().await;
-        lifecycle.look(Instant::now()).await;
-    }
+    let mut lifecycle = act::Lifecycle::new(registry.clone(), recorder.clone(), config);
+    let looks = async {
+        loop {
+            ticks.tick().await;
+            lifecycle.look(Instant::now()).await;
+        }
+    };
+    tokio::join!(looks, ready::run(registry, recorder));
 }

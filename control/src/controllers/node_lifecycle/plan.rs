@@ -67,6 +67,18 @@ pub(super) fn evicts(node: &Node) -> bool {
         .any(|taint| taint.effect == NO_EXECUTE && Some(taint.key.as_str()) == wanted)
 }
 
+/// Whether we, and not the node, have said what condition Ready is.
+pub(super) fn is_unknown(node: &Node) -> bool {
+    ready_condition(node).is_some_and(|condition| condition.status == "Unknown")
+}
+
+/// Whether the node has a taint that says that it is not ready.
+pub(super) fn says_not_ready(node: &Node) -> bool {
+    taints(node)
+        .iter()
+        .any(|taint| [NOT_READY, UNREACHABLE].contains(&taint.key.as_str()))
+}
+
 /// The taint key that condition Ready asks for.
 fn ready_taint(node: &Node) -> Option<&'static str> {
     match ready_condition(node).map(|condition| condition.status.as_str()) {
@@ -156,7 +168,7 @@ impl Disruption {
     }
 }
 
-/// A token bucket of one token: how fast nodes may get the taint that evicts.
+/// A token bucket of one token, or of a second's: how fast nodes may get the taint that evicts.
 #[derive(Debug)]
 pub struct EvictionLimiter {
     tokens: f64,
@@ -183,7 +195,7 @@ impl EvictionLimiter {
         let passed = self.last.map_or(Duration::ZERO, |last| now.duration_since(last));
         self.last = Some(now);
         self.tokens = if rate > 0.0 {
-            (self.tokens + passed.as_secs_f64() * rate).min(1.0)
+            (self.tokens + passed.as_secs_f64() * rate).min(rate.max(1.0))
         } else {
             0.0
         };
@@ -194,7 +206,7 @@ impl EvictionLimiter {
         // Many small refills may sum up to a little less than a token.
         let may = self.tokens > 1.0 - 1e-6;
         if may {
-            self.tokens = 0.0;
+            self.tokens = (self.tokens - 1.0).max(0.0);
         }
         may
     }

@@ -1,8 +1,10 @@
 //! What comes back, and what is not collected.
 
+use std::time::Duration;
+
 use orlop_proto::{
     Resource as _,
-    core::v1::{Namespace, Node, Service, ServicePort, ServiceSpec},
+    core::v1::{Event, Namespace, Node, Service, ServicePort, ServiceSpec},
     discovery::v1::EndpointSlice,
     meta::v1::OwnerReference,
 };
@@ -86,4 +88,24 @@ async fn a_service_with_the_longest_name_has_one_slice() {
     // Whoever does not find what he has made makes another at every look.
     tokio::time::sleep(std::time::Duration::from_millis(500)).await;
     assert_eq!(slices(&world, "sss"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_ready_takes_pods_without_a_look_at_all() {
+    let mut config = World::config();
+    // One look at the beginning, before there is a node.
+    config.lifecycle.period = Duration::from_secs(3600);
+    let world = World::start_with(config).await;
+    // Waits until the node is ready and has no taint.
+    world.node("n1").await;
+    world
+        .until("people are told", |world| {
+            let events = world.cache().reader::<Event>().snapshot();
+            let about = |event: &Event| event.involved_object.as_ref().is_some_and(|object| object.name == "n1");
+            events
+                .objects
+                .values()
+                .any(|event| event.reason == "NodeReady" && about(event))
+        })
+        .await;
 }
