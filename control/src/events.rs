@@ -2,6 +2,9 @@
 //!
 //! A [`Recorder`] never waits and never fails its caller: notes go through a bounded channel to one task that folds equal ones
 //! into one object with a count (as client-go's correlator does), limits how much one object may say, and writes.
+//!
+//! What is said once for every pod has a queue and a task of its own, whose writes are few a second: the store's commits are for
+//! the pods themselves, and nobody waits behind such notes to be told of trouble.
 
 use std::{
     borrow::Cow,
@@ -35,6 +38,8 @@ const WAITING: usize = 8192;
 const GATHER: Duration = Duration::from_millis(200);
 /// Writes under way at once.
 const WRITES: usize = 32;
+/// Notes of the routine that are written after one gathering: some 500 a second.
+const ROUTINE_CHUNK: usize = 100;
 /// Different notes that are remembered, for counting them up.
 const REMEMBERED: usize = 4096;
 /// An object may say so much at once (client-go's figure) ...
@@ -46,6 +51,7 @@ const REFILL_SECONDS: f64 = 300.0;
 #[derive(Clone)]
 pub struct Recorder {
     sender: mpsc::Sender<Note>,
+    routine: mpsc::Sender<Note>,
     component: &'static str,
     dropped: Arc<AtomicU64>,
 }
@@ -72,20 +78,23 @@ struct Note {
 }
 
 impl Recorder {
-    /// Starts the task that writes. It ends when `cancel` says so or the last recorder is gone.
+    /// Starts the tasks that write. They end when `cancel` says so or the last recorder is gone.
     pub fn start(registry: Registry, cancel: CancellationToken) -> Self {
-        let (sender, receiver) = mpsc::channel(WAITING);
-        tokio::spawn(
-            Writer {
-                registry,
+        let writer = |chunk: usize| {
+            let (sender, receiver) = mpsc::channel(WAITING);
+            let writer = Writer {
+                registry: registry.clone(),
+                chunk,
                 known: HashMap::new(),
                 order: VecDeque::new(),
                 budgets: HashMap::new(),
-            }
-            .run(receiver, cancel),
-        );
+            };
+            tokio::spawn(writer.run(receiver, cancel.clone()));
+            sender
+        };
         Self {
-            sender,
+            sender: writer(WAITING),
+            routine: writer(ROUTINE_CHUNK),
             component: "orlop-control",
             dropped: Arc::default(),
         }
@@ -102,12 +111,17 @@ impl Recorder {
 
     /// Notes that something went as it should.
     pub fn normal<T: Resource>(&self, object: &T, reason: &'static str, message: impl Into<String>) {
-        self.note(object, false, reason, message.into());
+        self.send(self.note(object, false, reason, message.into()));
+    }
+
+    /// Notes what is said once for every pod when all goes well: it waits behind everything else, and is the first to be dropped.
+    pub fn routine<T: Resource>(&self, object: &T, reason: &'static str, message: impl Into<String>) {
+        self.send_routine(self.note(object, false, reason, message.into()));
     }
 
     /// Notes that something is wrong.
     pub fn warning<T: Resource>(&self, object: &T, reason: &'static str, message: impl Into<String>) {
-        self.note(object, true, reason, message.into());
+        self.send(self.note(object, true, reason, message.into()));
     }
 
     /// How many notes were dropped because too many waited.
@@ -115,7 +129,7 @@ impl Recorder {
         self.dropped.load(Ordering::Relaxed)
     }
 
-    fn note<T: Resource>(&self, object: &T, warning: bool, reason: &'static str, message: String) {
+    fn note<T: Resource>(&self, object: &T, warning: bool, reason: &'static str, message: String) -> Note {
         let meta = object.meta();
         let reference = ObjectReference {
             api_version: T::KIND.api_version.to_owned(),
@@ -127,14 +141,13 @@ impl Recorder {
             field_path: String::new(),
         };
         let at = time::now_seconds();
-        let note = Note {
+        Note {
             identity: identity(self.component, &reference, "", warning, Cow::Borrowed(reason), message),
             reference,
             count: 1,
             first: at,
             last: at,
-        };
-        self.send(note);
+        }
     }
 
     /// Takes over what another component said of an object, perhaps several times; who calls has checked and shortened it.
@@ -144,19 +157,31 @@ impl Recorder {
         let warning = event.r#type == "Warning";
         let now = time::now_seconds();
         let reason = Cow::Owned(event.reason);
-        self.send(Note {
+        let note = Note {
             identity: identity(self.component, &reference, &host, warning, reason, event.message),
             reference,
             count: event.count.max(1),
             first: event.first_timestamp.unwrap_or(now),
             last: event.last_timestamp.unwrap_or(now),
-        });
+        };
+        if warning {
+            self.send(note);
+        } else {
+            // A node says several things of each of its pods.
+            self.send_routine(note);
+        }
     }
 
     fn send(&self, note: Note) {
-        if self.sender.try_send(note).is_err() {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
-        }
+        self.count_dropped(self.sender.try_send(note).is_err());
+    }
+
+    fn send_routine(&self, note: Note) {
+        self.count_dropped(self.routine.try_send(note).is_err());
+    }
+
+    fn count_dropped(&self, is_dropped: bool) {
+        self.dropped.fetch_add(u64::from(is_dropped), Ordering::Relaxed);
     }
 }
 
@@ -186,6 +211,8 @@ fn identity(
 
 struct Writer {
     registry: Registry,
+    /// Notes that are taken at a time.
+    chunk: usize,
     /// The object that holds a note's count.
     known: HashMap<Identity, ObjectKey>,
     order: VecDeque<Identity>,
@@ -205,13 +232,13 @@ impl Writer {
             let received = tokio::select! {
                 () = cancel.cancelled() => return,
                 // Cancel-safe: what is not received stays in the channel.
-                received = receiver.recv_many(&mut batch, WAITING) => received,
+                received = receiver.recv_many(&mut batch, self.chunk) => received,
             };
             if received == 0 {
                 return;
             }
             tokio::time::sleep(GATHER).await;
-            while batch.len() < WAITING
+            while batch.len() < self.chunk
                 && let Ok(note) = receiver.try_recv()
             {
                 batch.push(note);
@@ -346,3 +373,6 @@ fn new_event(note: Note) -> Event {
         ..Event::default()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -248,7 +248,7 @@ impl Driver {
             match result {
                 Ok(pod) => {
                     let text = format!("Successfully assigned {} to {}", binding.pod, binding.node);
-                    self.recorder.normal(&pod, "Scheduled", text);
+                    self.recorder.routine(&pod, "Scheduled", text);
                 }
                 Err(error) => {
                     tracing::debug!(pod = %binding.pod, node = binding.node, %error, "binding failed");
