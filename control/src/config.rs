@@ -1,7 +1,7 @@
 //! `control.toml`: every key has a default, an unknown key is an error.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -9,8 +9,15 @@ use std::{
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
-use crate::{link::LEASE_INTERVAL, registry::RegistryConfig};
+use crate::{link::LEASE_INTERVAL, model::endpoint_address, registry::RegistryConfig};
 
+/// How pods call the API, apart from its address.
+const SERVICE_NAMES: [&str; 4] = [
+    "kubernetes",
+    "kubernetes.default",
+    "kubernetes.default.svc",
+    "kubernetes.default.svc.cluster.local",
+];
 /// Nodes a second: more is no limit.
 const MAX_EVICTION_RATE: f64 = 1000.0;
 
@@ -33,6 +40,12 @@ pub struct Config {
     /// Names and addresses that nodes and clients reach control by, for its certificate; `localhost`, `127.0.0.1` and `::1`
     /// are always in it. A change makes a new certificate at the next start.
     pub server_names: Vec<String>,
+    /// The IPv4 address that pods reach this control plane by, behind the service `default/kubernetes`. By default that of the first
+    /// TLS listener (or socket of `LISTEN_FDS`) that is not bound to loopback; for one that is bound to all addresses, that of the
+    /// interface with the default route. Without any of these the service has no endpoint here.
+    pub advertise_address: Option<Ipv4Addr>,
+    /// Its port; by default the listener's.
+    pub advertise_port: Option<u16>,
     /// Where objects are kept.
     pub store: StoreConfig,
     /// ClusterIPs are taken from here.
@@ -91,15 +104,15 @@ pub struct NodeConfig {
     /// Pods of a node that is NotReady for so long are replaced elsewhere.
     #[serde(deserialize_with = "duration")]
     pub eviction_delay: Duration,
+    /// So many nodes a second, at most, begin to lose their pods; 0.1 is one in 10 s. While most of a large cluster is NotReady it is
+    /// a tenth of the default or this, whichever is less; while most of a small one is, no node does.
+    pub eviction_rate: f64,
 }
 
 /// `[pki]`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PkiConfig {
-    /// So many nodes a second, at most, begin to lose their pods; 0.1 is one in 10 s. While most of a large cluster is NotReady it is
-    /// a tenth of the default or this, whichever is less; while most of a small one is, no node does.
-    pub eviction_rate: f64,
     /// How long a node's certificate is good; the agent renews it long before.
     #[serde(deserialize_with = "duration")]
     pub node_certificate: Duration,
@@ -149,6 +162,8 @@ impl Default for Config {
             insecure_listen: Vec::new(),
             insecure_listen_anywhere: false,
             server_names: Vec::new(),
+            advertise_address: None,
+            advertise_port: None,
             store: StoreConfig::default(),
             service_cidr: net([10, 96, 0, 0], 12),
             pod_cidr: net([10, 244, 0, 0], 16),
@@ -174,6 +189,7 @@ impl Default for NodeConfig {
             lease_duration: Duration::from_secs(40),
             monitor_grace: Duration::from_secs(16),
             eviction_delay: Duration::from_secs(20),
+            eviction_rate: 0.1,
         }
     }
 }
@@ -182,7 +198,6 @@ impl Default for PkiConfig {
     fn default() -> Self {
         let day = Duration::from_secs(24 * 3600);
         Self {
-            eviction_rate: 0.1,
             node_certificate: day * 90,
             own_certificates: day * 365,
         }
@@ -279,6 +294,17 @@ impl Config {
         if self.pod_cidr.contains(&self.service_cidr) || self.service_cidr.contains(&self.pod_cidr) {
             return invalid("service_cidr", "overlaps with pod_cidr");
         }
+        if let Some(address) = self.advertise_address {
+            if let Err(reason) = endpoint_address(&address.to_string()) {
+                return invalid("advertise_address", reason);
+            }
+            if self.service_cidr.contains(&address) || self.pod_cidr.contains(&address) {
+                return invalid("advertise_address", "lies in service_cidr or pod_cidr");
+            }
+        }
+        if self.advertise_port == Some(0) {
+            return invalid("advertise_port", "must not be 0");
+        }
         if self.pod_cidr_prefix < self.pod_cidr.prefix_len() || self.pod_cidr_prefix > 30 {
             return invalid("pod_cidr_prefix", "must lie between pod_cidr's prefix and 30");
         }
@@ -287,6 +313,9 @@ impl Config {
                 "node",
                 "monitor_grace and lease_duration must be longer than the 10 s between two renewals",
             );
+        }
+        if !(self.node.eviction_rate > 0.0 && self.node.eviction_rate <= MAX_EVICTION_RATE) {
+            return invalid("node.eviction_rate", "must be more than 0 and at most 1000");
         }
         if self.store.engine == Engine::Etcd && self.store.etcd.endpoints.is_empty() {
             return invalid("store.etcd.endpoints", "is empty");
@@ -307,12 +336,18 @@ impl Config {
     pub fn registry(&self) -> RegistryConfig {
         RegistryConfig {
             service_cidr: self.service_cidr,
-        if !(self.node.eviction_rate > 0.0 && self.node.eviction_rate <= MAX_EVICTION_RATE) {
-            return invalid("node.eviction_rate", "must be more than 0 and at most 1000");
-        }
             pod_cidr: self.pod_cidr,
             pod_cidr_prefix: self.pod_cidr_prefix,
         }
+    }
+
+    /// What the server's certificate is for: the configured names, and how pods call the API.
+    pub fn certificate_names(&self, advertised: Option<SocketAddrV4>) -> Vec<String> {
+        let mut names = self.server_names.clone();
+        names.extend(SERVICE_NAMES.map(str::to_owned));
+        names.extend(self.service_cidr.hosts().next().map(|address| address.to_string()));
+        names.extend(advertised.map(|address| address.ip().to_string()));
+        names
     }
 
     /// Where certificates and keys are.
@@ -375,11 +410,13 @@ mod tests {
             [node]
             lease_duration = "40s"
             monitor_grace = "1m 30s"
+            eviction_rate = 5.0
             "#,
         )
         .expect("parses");
         config.check().expect("sound");
         assert_eq!(config.node.monitor_grace, Duration::from_secs(90));
+        assert!((config.node.eviction_rate - 5.0).abs() < f64::EPSILON);
         assert_eq!(config.store.engine, Engine::Etcd);
     }
 
@@ -399,6 +436,21 @@ mod tests {
     }
 
     #[test]
+    fn pods_may_call_the_api_by_the_service() {
+        let config = Config::default();
+        let names = config.certificate_names(Some(SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 7), 1)));
+        for name in [
+            "kubernetes",
+            "kubernetes.default",
+            "kubernetes.default.svc",
+            "10.96.0.1",
+            "192.0.2.7",
+        ] {
+            assert!(names.iter().any(|one| one == name), "{name}");
+        }
+    }
+
+    #[test]
     fn refuses_what_cannot_work() {
         assert!(toml::from_str::<Config>("listne = []").is_err());
         assert!(toml::from_str::<Config>("[node]\nmonitor_grace = \"-3s\"").is_err());
@@ -408,6 +460,15 @@ mod tests {
             "pod_cidr = \"10.244.0.1/16\"",
             "pod_cidr_prefix = 8",
             "pod_cidr_prefix = 31",
+            "advertise_address = \"127.0.0.1\"",
+            "advertise_address = \"0.0.0.0\"",
+            "advertise_address = \"10.96.0.1\"",
+            "advertise_address = \"10.244.3.1\"",
+            "advertise_port = 0",
+            "[node]\neviction_rate = 0.0",
+            "[node]\neviction_rate = -1.0",
+            "[node]\neviction_rate = nan",
+            "[node]\neviction_rate = inf",
         ] {
             let config: Config = toml::from_str(text).expect("parses");
             assert!(config.check().is_err(), "{text}");
@@ -417,9 +478,3 @@ mod tests {
         config.check().expect("asked for");
     }
 }
-            eviction_rate = 5.0
-        assert!((config.node.eviction_rate - 5.0).abs() < f64::EPSILON);
-            "[node]\neviction_rate = 0.0",
-            "[node]\neviction_rate = -1.0",
-            "[node]\neviction_rate = nan",
-            "[node]\neviction_rate = inf",

@@ -4,6 +4,7 @@
 //! the cache with what should be (a pure `plan`), and writes the difference through the registry. After a write a key waits until the
 //! cache has it. Nothing here calls a node.
 
+pub mod api_endpoints;
 mod bootstrap;
 pub mod endpoint_slices;
 mod event_expiry;
@@ -12,13 +13,13 @@ pub mod node_lifecycle;
 mod node_ranges;
 mod owner_gc;
 mod pod_gc;
-mod pods;
 mod pod_index;
+mod pods;
 pub mod queue;
 pub mod replicas;
 pub mod runner;
-#[cfg(test)]
 mod selectors;
+#[cfg(test)]
 mod tests;
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -65,8 +66,8 @@ impl Default for GarbageConfig {
 
 impl From<&Config> for ControllerConfig {
     fn from(config: &Config) -> Self {
-        let lifecycle = LifecycleConfig {
         let defaults = LifecycleConfig::default();
+        let lifecycle = LifecycleConfig {
             monitor_grace: config.node.monitor_grace,
             eviction_delay: config.node.eviction_delay,
             eviction_rate: config.node.eviction_rate,
@@ -97,22 +98,22 @@ pub fn spawn(
             }
         })
     };
+    let pods = Arc::new(pod_index::PodIndex::new(registry.cache().reader()));
     vec![
         start(Box::pin(replicas::run::<orlop_proto::apps::v1::ReplicaSet>(
             registry.clone(),
             recorder.from_component("replicaset-controller"),
-    let pods = Arc::new(pod_index::PodIndex::new(registry.cache().reader()));
+            pods.clone(),
             cancel.clone(),
         ))),
         start(Box::pin(replicas::run::<orlop_proto::core::v1::ReplicationController>(
             registry.clone(),
-            pods.clone(),
             recorder.from_component("replication-controller"),
+            pods.clone(),
             cancel.clone(),
         ))),
         start(Box::pin(endpoint_slices::run(registry.clone(), pods, cancel.clone()))),
         start(Box::pin(node_ranges::run(
-            pods.clone(),
             registry.clone(),
             recorder.from_component("node-ranges"),
             cancel.clone(),

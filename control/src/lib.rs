@@ -1,5 +1,6 @@
 //! Orlop's control plane.
 
+pub mod advertise;
 pub mod api;
 pub mod cache;
 pub mod config;

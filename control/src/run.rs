@@ -10,10 +10,11 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
 use crate::{
+    advertise,
     api::{ObjectsService, error_details},
     cache::Cache,
     config::{Config, Engine},
-    controllers::{self, ControllerConfig},
+    controllers::{self, ControllerConfig, api_endpoints::ApiEndpointTimes},
     events::Recorder,
     link::{Link, LinkConfig},
     metrics::NodeMetricsStore,
@@ -73,9 +74,10 @@ pub async fn run(config: Config, inherited: Vec<Listener>, shutdown: Cancellatio
     std::fs::create_dir_all(&config.data_dir)?;
     let authority = Arc::new(Authority::open(&config.pki_dir(), &config.pki)?);
     authority.admin()?;
-    let tls = ServerTls::new(Arc::clone(&authority), &config.server_names)?;
     // Bound before the store is read: whoever connects early waits for the answer instead of being refused.
     let listeners = bind(&config, inherited).await?;
+    let advertised = advertise::endpoint(&config, &listeners);
+    let tls = ServerTls::new(Arc::clone(&authority), &config.certificate_names(advertised))?;
     let store = open_store(&config).await?;
     // Waits for as long as the store cannot be reached; whoever wants the end need not.
     let cache = tokio::select! {
@@ -107,6 +109,12 @@ pub async fn run(config: Config, inherited: Vec<Listener>, shutdown: Cancellatio
     let server = Server::new(front, tls, config.limits.clone());
     parts.tasks.spawn(server.tls().keep_fresh(shutdown.clone()));
     start_controllers(&parts);
+    parts.tasks.spawn(controllers::api_endpoints::run(
+        parts.registry.clone(),
+        advertised,
+        ApiEndpointTimes::default(),
+        shutdown.clone(),
+    ));
 
     readiness.set(true);
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {

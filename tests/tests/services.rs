@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use orlop_proto::{Resource, core::v1::Pod};
+use orlop_proto::{Resource, core::v1::{Node, Pod}};
 use orlop_tests::{
     lab::{Lab, Options, output},
     workload::{client, web},
@@ -171,6 +171,26 @@ fn traces(lab: &Lab, node: &str) -> Result<Vec<String>> {
     Ok(found)
 }
 
+/// `default/kubernetes` leads to control. Pods' addresses are not translated on their way out, so control must know the way back.
+fn the_api_answers_pods(lab: &Lab, client: &Pod) -> Result<()> {
+    for node in lab.client.list::<Node>("", "")? {
+        let range = node.spec.as_ref().map(|spec| spec.pod_cidr.clone()).unwrap_or_default();
+        let addresses = node.status.iter().flat_map(|status| &status.addresses);
+        let address = addresses
+            .into_iter()
+            .find(|one| one.r#type == "InternalIP")
+            .context("a node without an address")?;
+        let route = ["ip", "route", "replace", &range, "via", &address.address];
+        output(lab.on_node("control", &route)?)?;
+    }
+    let request = ["curl", "-ksS", "--max-time", "3", "https://10.96.0.1/healthz"];
+    lab.wait("the API answers behind its ClusterIP", Duration::from_secs(30), || {
+        let answer = output(lab.in_pod(client, &request)?);
+        Ok(answer.ok().filter(|text| text.trim() == "ok"))
+    })?;
+    Ok(())
+}
+
 #[test]
 fn one_node_one_pod_one_cluster_ip() -> Result<()> {
     let lab = Lab::start(
@@ -185,6 +205,7 @@ fn one_node_one_pod_one_cluster_ip() -> Result<()> {
     let client = lab.wait_for_pod("client")?;
     let address = lab.cluster_ip("web")?;
     lab.wait_for_answers(&client, &["get", &address, "80", "3"], &pods)?;
+    the_api_answers_pods(&lab, &client)?;
     ensure!(
         pods[0]
             .status

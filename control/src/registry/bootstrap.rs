@@ -52,7 +52,7 @@ impl Registry {
         }
     }
 
-    /// It has no selector, and nobody writes endpoints for it yet: its address is kept, connections to it are refused.
+    /// It has no selector: the control planes write its endpoints themselves.
     fn kubernetes_service(&self) -> Service {
         let labels = BTreeMap::from([
             ("component".to_owned(), "apiserver".to_owned()),
