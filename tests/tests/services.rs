@@ -3,7 +3,10 @@
 use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use orlop_proto::{Resource, core::v1::{Node, Pod}};
+use orlop_proto::{
+    Resource,
+    core::v1::{Node, Pod},
+};
 use orlop_tests::{
     lab::{Lab, Options, output},
     workload::{client, web},

@@ -1,6 +1,6 @@
 //! Reading, creating, replacing.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use orlop_proto::{Resource as _, core::v1::Namespace};
 use prost_types::Timestamp;
@@ -14,6 +14,17 @@ use crate::{
 
 /// How often a write begins anew when others wrote in between. Each failure means that somebody else succeeded.
 const ATTEMPTS: usize = 64;
+/// So often a writer tries again at once.
+const AT_ONCE: usize = 4;
+
+/// Who has lost several times in a row waits for a moment, each time another: writers in lockstep, as a group commit makes
+/// them, would let the same one lose for ever.
+async fn step_aside(attempt: usize) {
+    if attempt >= AT_ONCE {
+        let longest = u64::try_from(attempt).unwrap_or(u64::MAX);
+        tokio::time::sleep(Duration::from_millis(rand::random_range(0..=longest))).await;
+    }
+}
 /// What generated names end in: Kubernetes' letters, which make no words.
 const SUFFIX: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
 const SUFFIX_LENGTH: usize = 5;
@@ -204,7 +215,8 @@ impl Registry {
 
     pub(super) async fn replace<T: Registered>(&self, given: T, part: Part) -> Result<T, RegistryError> {
         let key = ObjectKey::of(&given);
-        for _ in 0..ATTEMPTS {
+        for attempt in 0..ATTEMPTS {
+            step_aside(attempt).await;
             let old: T = self.read(&key).await?;
             let (uid, version) = (&given.meta().uid, &given.meta().resource_version);
             if !uid.is_empty() && *uid != old.meta().uid {
@@ -249,7 +261,8 @@ impl Registry {
         change: &mut (dyn FnMut(&mut T) -> bool + Send),
     ) -> Result<T, RegistryError> {
         let key = &ObjectKey::of(&old);
-        for _ in 0..ATTEMPTS {
+        for attempt in 0..ATTEMPTS {
+            step_aside(attempt).await;
             let mut given = old.clone();
             if !change(&mut given) {
                 return Ok(old);
