@@ -228,7 +228,8 @@ impl Lab {
             .map(|spec| spec.node_name.as_str())
             .unwrap_or_default();
         let pid = self.pod_process(node, pod.uid())?;
-        self.enter(node, &self.spec.cgroup("baseline"), Some(pid), command)
+        // As deep as a pod's: the scheduler walks the levels.
+        self.enter(node, &self.spec.cgroup("baseline/1/2/3/exec"), Some(pid), command)
     }
 
     /// A pod's cgroup, relative to the hierarchies' roots as this machine sees them.

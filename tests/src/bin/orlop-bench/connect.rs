@@ -16,7 +16,7 @@ use super::{
 };
 
 /// Pairs before the interval is looked at for the first time, and at most.
-const PAIRS: (usize, usize) = (40, 250);
+const PAIRS: (usize, usize) = (40, 200);
 /// An interval narrower than this is good enough.
 const WIDTH: f64 = 0.01;
 const SLICE_SECONDS: &str = "0.1";
