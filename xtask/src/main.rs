@@ -1,6 +1,7 @@
 //! Orlop's automation: `cargo xtask COMMAND`.
 
 mod build;
+mod peers;
 mod run;
 mod setup;
 mod tidy;
@@ -58,12 +59,14 @@ enum Task {
     },
     /// Measures; the last line is one JSON object.
     Bench {
-        /// connect
+        /// connect, schedule, control, store
         name: String,
         /// Options of the benchmark.
         #[arg(last = true)]
         options: Vec<String>,
     },
+    /// Builds the real Kubernetes and etcd, which benchmarks measure beside, into `.orlop/peers` (minutes, once).
+    Peers,
     /// Formats, lints, checks documentation, licences and repetition of protobuf tags.
     Tidy {
         /// Only say what is not tidy.
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
         Task::Exec { node, pod, command } => exec(node, pod, command),
         Task::Test { filter } => test(filter.as_deref()).map(|()| ExitCode::SUCCESS),
         Task::Bench { name, options } => bench(&name, &options),
+        Task::Peers => peers::build().map(|()| ExitCode::SUCCESS),
         Task::Tidy { check } => tidy::tidy(check).map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| {
@@ -165,9 +169,17 @@ fn test(filter: Option<&str>) -> Result<()> {
     parts.and(whole)
 }
 
+/// Benchmarks that run the real Kubernetes or etcd 3.6 beside ours. Without them ours is measured alone.
+const NEED_PEERS: &[&str] = &["schedule", "control", "store"];
+
 fn bench(name: &str, options: &[String]) -> Result<ExitCode> {
     setup::setup()?;
     build::everything(build::Profile::Release)?;
+    if NEED_PEERS.contains(&name)
+        && let Err(error) = peers::build()
+    {
+        eprintln!("the peers are left out: {error:#}");
+    }
     let program = build::Profile::Release.folder().join("orlop-bench");
     status(Command::new(program).arg(name).args(options).current_dir(repository()))
 }
