@@ -11,7 +11,7 @@ use orlop_tests::{
 };
 
 use super::{
-    report::Report,
+    report::{Figure, Report},
     statistics::{Ratio, bootstrap},
 };
 
@@ -56,7 +56,7 @@ pub fn run(options: &[String]) -> Result<()> {
     lab.wait("the service answers", Duration::from_secs(10), || {
         slice(&lab, &client, true, "rr", &service, "0.01").map(Some)
     })?;
-    let mut report = Report::new();
+    let mut report = Report::new("connect");
     let mut others = 1;
     for size in sizes {
         while others < size {
@@ -69,22 +69,20 @@ pub fn run(options: &[String]) -> Result<()> {
         println!("== {size} services");
         for (kind, bar) in [("crr", 0.97), ("rr", 0.99), ("bulk", 0.99)] {
             let ratio = compare(&lab, &client, kind, &direct, &service)?;
-            report.ratio(
-                format!("{kind} through ClusterIP / direct, {size} services"),
-                ratio,
-                bar,
+            report.add(
+                Figure::ratio(
+                    format!("{kind} through ClusterIP / direct"),
+                    format!("{size} services"),
+                    ratio,
+                )
+                .at_least(bar),
             );
         }
         let added = program_time(&lab, &client, &service)?;
-        report.below(
-            format!("program time in connect(2), {size} services"),
-            added,
-            "ns",
-            500.0,
-        );
+        report.add(Figure::new("program time in connect(2)", format!("{size} services"), added, "ns").below(500.0));
     }
     lab.finish()?;
-    report.print()
+    report.finish()
 }
 
 fn server() -> String {

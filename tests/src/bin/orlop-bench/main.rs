@@ -1,6 +1,7 @@
 //! `cargo xtask bench NAME`: benchmarks in a lab of their own. The last line is one JSON object.
 
 mod connect;
+mod plot;
 mod report;
 mod statistics;
 
