@@ -11,6 +11,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::run::{cargo, output, repository, run};
 
+mod containerd;
+
 /// Debian's packages: to build, to run, to look at what runs.
 const PACKAGES: &[&str] = &[
     "gcc",
@@ -30,11 +32,34 @@ const PACKAGES: &[&str] = &[
     "procps",
     "jq",
     "tcpdump",
+    // Other people's CNI plugins, and what they call.
+    "containernetworking-plugins",
+    "iptables",
 ];
 
 /// The linker of the kernel programs, built against the LLVM of Debian's Rust for BPF.
 const BPF_LINKER: &str = "0.13.0";
-const GRPCURL: &str = "v1.9.3";
+
+/// A program of the Go module proxy.
+struct GoTool {
+    name: &'static str,
+    package: &'static str,
+    version: &'static str,
+}
+
+const GO_TOOLS: &[GoTool] = &[
+    GoTool {
+        name: "grpcurl",
+        package: "github.com/fullstorydev/grpcurl/cmd/grpcurl",
+        version: "v1.9.3",
+    },
+    // The CNI project's own runtime.
+    GoTool {
+        name: "cnitool",
+        package: "github.com/containernetworking/cni/cnitool",
+        version: "v1.3.0",
+    },
+];
 /// bpf_set_retval, and socket storage in the socket address hooks.
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
@@ -46,7 +71,11 @@ pub fn setup() -> Result<()> {
     check_kernel()?;
     packages()?;
     bpf_linker()?;
-    grpcurl()
+    containerd::containerd_2();
+    for tool in GO_TOOLS {
+        go_tool(tool)?;
+    }
+    Ok(())
 }
 
 /// Our own tools, beside nobody else's.
@@ -131,20 +160,18 @@ fn bpf_linker() -> Result<()> {
     })
 }
 
-fn grpcurl() -> Result<()> {
-    if find("grpcurl").is_some() {
+fn go_tool(tool: &GoTool) -> Result<()> {
+    let GoTool { name, package, version } = tool;
+    if find(name).is_some() {
         return Ok(());
     }
     if output(Command::new("go").arg("version")).is_none() {
-        println!("   no Go on this machine: grpcurl is left out (the tests that drive it will fail)");
+        println!("   no Go on this machine: {name} is left out (the tests that drive it will fail)");
         return Ok(());
     }
-    step(&format!("grpcurl {GRPCURL}"), || {
+    step(&format!("{name} {version}"), || {
         let mut install = Command::new("go");
-        install.args([
-            "install",
-            &format!("github.com/fullstorydev/grpcurl/cmd/grpcurl@{GRPCURL}"),
-        ]);
+        install.args(["install", &format!("{package}@{version}")]);
         run(install
             .env("GOBIN", tools().join("bin"))
             .stderr(std::process::Stdio::null()))
