@@ -21,7 +21,7 @@ pub async fn check(config: &Config, at: &Attachment, env: &Env) -> Result<(), Fa
     match &config.ipam {
         Ipam::None => {}
         Ipam::Orlop(ipam) => check_lease(&Leases::open(ipam, &config.name)?, at, previous)?,
-        Ipam::Foreign(plugin) => delegate::silent(plugin, "CHECK", &config.raw, env).await?,
+        Ipam::Foreign(plugin) => delegate::silent(plugin, "CHECK", config, env).await?,
     }
     let namespaces = Namespaces::open(&at.netns)?;
     let host = Net::open()?;

@@ -3,7 +3,7 @@
 //! The keys are the reference bridge plugin's. What is known there and not done here is refused by name; a key that nobody
 //! knows is left alone, as the specification wants.
 
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
 use cni_plugin::{ip_range::IpRange, macaddr::MacAddr};
 use ipnet::IpNet;
@@ -19,6 +19,9 @@ use crate::{
 
 /// More than this on stdin is refused before it is parsed.
 pub const MAX_STDIN: usize = 4 << 20;
+const DEFAULT_IPAM_TIMEOUT: Duration = Duration::from_secs(20);
+/// In seconds.
+const MAX_IPAM_TIMEOUT: u64 = 600;
 const MAX_BRIDGE_NAME: usize = 15;
 
 /// The configuration, checked.
@@ -32,6 +35,8 @@ pub struct Config {
     pub bridge: Bridge,
     /// Where addresses come from.
     pub ipam: Ipam,
+    /// How long another plugin may take over a call that is delegated to it.
+    pub ipam_timeout: Duration,
     /// Handed through.
     pub dns: Dns,
     /// A hardware address that the runtime asks for.
@@ -40,7 +45,7 @@ pub struct Config {
     pub requested: Vec<IpAddr>,
     /// The result of the plugin before us, or (CHECK, DEL) of our own ADD's chain.
     pub prev_result: Option<CniResult>,
-    /// GC: what is still valid, as (container id, interface).
+    /// GC: what is still valid, as (container id, interface); `None` when the runtime did not say.
     pub valid_attachments: Option<Vec<(String, String)>>,
     /// As it came, for delegation.
     pub raw: Map<String, Value>,
@@ -133,8 +138,15 @@ struct Common {
     #[serde(default)]
     args: Args,
     prev_result: Option<Value>,
-    #[serde(rename = "cni.dev/valid-attachments")]
+    // The specification's name, and the one that it used by mistake; libcni sends both. There `null` is an empty list.
+    #[serde(rename = "cni.dev/valid-attachments", default, deserialize_with = "present")]
     valid_attachments: Option<Vec<ValidAttachment>>,
+    #[serde(rename = "cni.dev/attachments", default, deserialize_with = "present")]
+    attachments: Option<Vec<ValidAttachment>>,
+}
+
+fn present<'de, D: serde::Deserializer<'de>>(value: D) -> Result<Option<Vec<ValidAttachment>>, D::Error> {
+    Option::deserialize(value).map(|list| Some(list.unwrap_or_default()))
 }
 
 #[derive(Default, Deserialize)]
@@ -216,12 +228,14 @@ impl Config {
             version,
             bridge,
             ipam: ipam(&raw)?,
+            ipam_timeout: ipam_timeout(&raw)?,
             dns: common.dns,
             mac: mac.map(check_mac).transpose()?,
             requested,
             prev_result,
             valid_attachments: common
                 .valid_attachments
+                .or(common.attachments)
                 .map(|list| list.into_iter().map(|a| (a.container_id, a.ifname)).collect()),
             name: common.name,
             raw,
@@ -315,6 +329,21 @@ fn ipam(raw: &Map<String, Value>) -> Result<Ipam, Failure> {
         )),
         Some(Some(other)) => Ok(Ipam::Foreign(other.to_owned())),
         _ => Err(Failure::new(code::INVALID_CONFIG, "ipam.type is missing")),
+    }
+}
+
+/// Twice the default (a call and its rollback) is within the minute that runtimes usually give us.
+fn ipam_timeout(raw: &Map<String, Value>) -> Result<Duration, Failure> {
+    match raw.get("ipamTimeoutSeconds") {
+        None | Some(Value::Null) => Ok(DEFAULT_IPAM_TIMEOUT),
+        Some(value) => value
+            .as_u64()
+            .filter(|seconds| (1..=MAX_IPAM_TIMEOUT).contains(seconds))
+            .map(Duration::from_secs)
+            .ok_or_else(|| {
+                let msg = format!("ipamTimeoutSeconds: {value} is not a whole number within 1 and {MAX_IPAM_TIMEOUT}");
+                Failure::new(code::INVALID_CONFIG, msg)
+            }),
     }
 }
 

@@ -58,7 +58,7 @@ pub async fn del(config: &Config, at: &Attachment, env: &Env) -> Result<(), Fail
     match &config.ipam {
         Ipam::None => Ok(()),
         Ipam::Orlop(ipam) => Leases::open(ipam, &config.name)?.release(&at.container_id, &at.ifname),
-        Ipam::Foreign(plugin) => delegate::silent(plugin, "DEL", &config.raw, env).await,
+        Ipam::Foreign(plugin) => delegate::silent(plugin, "DEL", config, env).await,
     }
 }
 
@@ -74,7 +74,7 @@ pub async fn status(config: &Config, env: &Env) -> Result<(), Failure> {
             ipam::check(ipam)?;
             Leases::open(ipam, &config.name).map_err(unavailable)?;
         }
-        Ipam::Foreign(plugin) => delegate::silent(plugin, "STATUS", &config.raw, env).await?,
+        Ipam::Foreign(plugin) => delegate::silent(plugin, "STATUS", config, env).await?,
     }
     match Net::open()?.link(&config.bridge.name).await? {
         Some(link) if !link.bridge => {
@@ -88,11 +88,9 @@ pub async fn status(config: &Config, env: &Env) -> Result<(), Failure> {
 /// Clears this network's veths and leases that are not of a valid attachment.
 pub async fn gc(config: &Config, env: &Env) -> Result<(), Failure> {
     let Some(valid) = &config.valid_attachments else {
-        // To take a missing list for an empty one would unwire every pod.
-        return Err(Failure::new(
-            code::INVALID_CONFIG,
-            "cni.dev/valid-attachments is missing",
-        ));
+        // To take a missing list for an empty one would unwire every container. cnitool sends none: it calls DEL for what it
+        // added, and nothing more is known to be garbage.
+        return Ok(());
     };
     let name = |(id, ifname): &(String, String)| names::host_interface(&config.name, id, ifname);
     let keep: BTreeSet<String> = valid.iter().map(name).collect();
@@ -110,7 +108,7 @@ pub async fn gc(config: &Config, env: &Env) -> Result<(), Failure> {
                 .iter()
                 .any(|(valid_id, valid_name)| id == valid_id && ifname == valid_name)
         }),
-        Ipam::Foreign(plugin) => delegate::silent(plugin, "GC", &config.raw, env).await,
+        Ipam::Foreign(plugin) => delegate::silent(plugin, "GC", config, env).await,
     }
 }
 
@@ -189,7 +187,7 @@ impl Wiring<'_> {
                 })
             }
             Ipam::Foreign(plugin) => {
-                let given = delegate::add(plugin, &self.config.raw, self.env).await?;
+                let given = delegate::add(plugin, self.config, self.env).await?;
                 done.leased = true;
                 Ok(CniResult {
                     interfaces: Vec::new(),
@@ -373,7 +371,7 @@ async fn undo(wiring: &Wiring<'_>, done: &Done, failure: Failure) -> Failure {
             Ipam::Orlop(ipam) => {
                 Leases::open(ipam, &config.name).and_then(|mut l| l.release(&at.container_id, &at.ifname))
             }
-            Ipam::Foreign(plugin) => delegate::silent(plugin, "DEL", &config.raw, env).await,
+            Ipam::Foreign(plugin) => delegate::silent(plugin, "DEL", config, env).await,
         };
         left.extend(released.err());
     }

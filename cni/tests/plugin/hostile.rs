@@ -1,10 +1,14 @@
 //! Input that nobody should send: every call ends with the specification's error, and nothing is made.
 
-use std::{path::Path, process::Command};
+use std::{
+    io::Write,
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use serde_json::{Value, json};
 
-use crate::node::{Answer, Node, on_node, start};
+use crate::node::{Answer, Node, Pod, Running, on_node, start};
 
 fn raw(env: &[(&str, &str)], stdin: &[u8]) -> Answer {
     start(Path::new(env!("CARGO_BIN_EXE_orlop-bridge")), env, stdin).end()
@@ -77,6 +81,37 @@ fn stdin() {
     });
 }
 
+/// A gigabyte is not read, let alone kept: the call ends after a few megabytes of it.
+#[test]
+fn a_stdin_without_end_is_refused_early() {
+    const GIGABYTE: usize = 1 << 30;
+    for (start, rest) in [("", b'['), ("{\"name\":\"", b'x'), ("", b' ')] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_orlop-bridge"))
+            .env_clear()
+            .envs([
+                ("CNI_COMMAND", "ADD"),
+                ("CNI_CONTAINERID", "a"),
+                ("CNI_IFNAME", "eth0"),
+                ("CNI_NETNS", "/nowhere"),
+            ])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        let block = vec![rest; 1 << 16];
+        let mut taken = 0;
+        if stdin.write_all(start.as_bytes()).is_ok() {
+            while taken < GIGABYTE && stdin.write_all(&block).is_ok() {
+                taken += block.len();
+            }
+        }
+        drop(stdin);
+        assert_eq!(Running(child).end().code(), 6);
+        assert!(taken < 16 << 20, "{taken} bytes were read");
+    }
+}
+
 #[test]
 fn configurations() {
     on_node(|node| {
@@ -103,6 +138,9 @@ fn configurations() {
             (json!({"runtimeConfig": {"mac": "nonsense"}}), 6),
             (json!({"runtimeConfig": {"ips": ["nonsense"]}}), 7),
             (json!({"prevResult": {"ips": "x"}}), 6),
+            (json!({"ipamTimeoutSeconds": 0}), 7),
+            (json!({"ipamTimeoutSeconds": "1"}), 7),
+            (json!({"ipamTimeoutSeconds": 1e9}), 7),
         ];
         for (more, code) in cases {
             let answer = node.call("ADD", &pod, &node.config("1.1.0", more.clone()));
@@ -148,6 +186,26 @@ fn environment() {
         let fifo = node.path("fifo");
         assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
         assert_eq!(add_with(node, "CNI_NETNS", fifo.to_str().unwrap()), 4);
+        // CHECK opens it too; DEL does without the namespace.
+        let pod = Pod {
+            id: "id".into(),
+            netns: fifo,
+        };
+        let mut config = node.config("1.1.0", json!({"prevResult": {"cniVersion": "1.1.0", "ips": []}}));
+        assert_eq!(node.call("CHECK", &pod, &config).code(), 4);
+        node.call("DEL", &pod, &config).expect();
+        config["cni.dev/valid-attachments"] = json!([{"containerID": "../..", "ifname": "../x"}]);
+        node.call("GC", &pod, &config).expect();
+        for (variable, value) in [("CNI_CONTAINERID", "../x"), ("CNI_IFNAME", "a/b")] {
+            let mut env = vec![
+                ("CNI_COMMAND", "DEL"),
+                ("CNI_CONTAINERID", "id"),
+                ("CNI_IFNAME", "eth0"),
+            ];
+            env.retain(|(key, _)| *key != variable);
+            env.push((variable, value));
+            assert_eq!(raw(&env, config.to_string().as_bytes()).code(), 4, "DEL {variable}");
+        }
         nothing_was_made(node);
     });
 }
