@@ -3,6 +3,7 @@
 mod connect;
 mod plot;
 mod report;
+mod scale;
 mod statistics;
 
 use std::process::ExitCode;
@@ -25,6 +26,8 @@ fn main() -> ExitCode {
 fn run(name: &str, options: &[String]) -> Result<()> {
     match name {
         "connect" => connect::run(options),
-        other => bail!("no benchmark {other:?}: connect"),
+        "schedule" | "control" | "store" => scale::run(name, options),
+        "simulated-nodes" => scale::run_nodes(options),
+        other => bail!("no benchmark {other:?}: connect, schedule, control, store"),
     }
 }
