@@ -8,7 +8,10 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::dataplane::Sizes;
+use crate::{
+    dataplane::Sizes,
+    runtime::registry::{PullSettings, RegistrySettings},
+};
 
 /// The agent's configuration. Unknown keys are refused; every key has a default but `control`.
 #[derive(Debug, Clone, Deserialize)]
@@ -35,8 +38,14 @@ pub struct Config {
     pub cni_conf_dir: PathBuf,
     /// Where CNI plugins are looked for. Default `["/opt/cni/bin"]`.
     pub cni_bin_dirs: Vec<PathBuf>,
-    /// Directories with image archives (`*.tar`, docker-archive or OCI layout). Default `["/var/lib/orlop/images"]`.
+    /// Directories with image archives (`*.tar`, docker-archive or OCI layout). What they have is not pulled. Default
+    /// `["/var/lib/orlop/images"]`.
     pub image_dirs: Vec<PathBuf>,
+    /// How images are pulled.
+    pub images: PullSettings,
+    /// Registries by `HOST` or `HOST:PORT`, as images name them (`docker.io` for those without): credentials, certificates,
+    /// mirrors. One that is not here is asked over HTTPS, without credentials.
+    pub registries: BTreeMap<String, RegistrySettings>,
     /// Where containers' logs go. Default `/var/log/pods`.
     pub log_dir: PathBuf,
     /// The BPF file system. Default `/sys/fs/bpf`.
@@ -85,6 +94,8 @@ impl Default for Config {
             cni_conf_dir: "/etc/cni/net.d".into(),
             cni_bin_dirs: vec!["/opt/cni/bin".into()],
             image_dirs: vec!["/var/lib/orlop/images".into()],
+            images: PullSettings::default(),
+            registries: BTreeMap::new(),
             log_dir: "/var/log/pods".into(),
             bpffs: "/sys/fs/bpf".into(),
             pause_binary: beside("orlop-pause"),
@@ -200,6 +211,14 @@ impl Config {
         if self.disk_pressure_percent > 100 {
             return invalid("disk_pressure_percent", "is a part of the disk, 0 to 100");
         }
+        if let Err(reason) = self.images.check() {
+            return invalid("images", reason);
+        }
+        for (host, registry) in &self.registries {
+            if let Err(reason) = registry.check(host) {
+                return invalid("registries", &reason);
+            }
+        }
         for (key, path) in [
             ("data_dir", &self.data_dir),
             ("run_dir", &self.run_dir),
@@ -236,6 +255,19 @@ mod tests {
         assert!(load("node_name = 'a'\ncontrol = ['http://127.0.0.1:1']").is_err());
         assert!(load("node_name = 'a'\ndata_dir = 'relative'").is_err());
         assert!(load("node_name = 'a'\nmax_pods = -1").is_err());
+        assert!(load("node_name = 'a'\n[images]\nparallel_downloads = 0").is_err());
+        assert!(load("node_name = 'a'\n[registries.'r:5000']\nusername = 'u'").is_err());
+        assert!(load("node_name = 'a'\n[registries.'http://r']\nplain_http = true").is_err());
+        assert!(load("node_name = 'a'\n[registries.'r']\nmirrors = ['a/b']").is_err());
+    }
+
+    #[test]
+    fn passwords_are_never_shown() {
+        let text =
+            "[registries.'r.example:5000']\nusername = 'u'\npassword = 'hidden'\nca = '/ca.pem'\nmirrors = ['m:1']";
+        let config: Config = toml::from_str(text).unwrap();
+        config.validate().unwrap();
+        assert!(!format!("{config:?}").contains("hidden"));
     }
 
     #[test]

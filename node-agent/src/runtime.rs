@@ -17,6 +17,7 @@ mod files;
 pub mod image_source;
 mod pause_image;
 pub mod reference;
+pub mod registry;
 mod spec;
 mod stop_signal;
 
@@ -172,7 +173,7 @@ pub struct Exit {
 /// When an image may be looked for outside containerd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PullPolicy {
-    /// Each start looks for a newer one.
+    /// Each start asks the archives, then the registry, which image it is now; only what is missing is pulled.
     Always,
     /// Only when containerd has none.
     IfNotPresent,
@@ -321,6 +322,17 @@ pub enum RuntimeError {
         /// What is wrong.
         why: String,
     },
+    /// No registry gave the image.
+    #[error("image {reference:?} cannot be pulled: {why}")]
+    ImagePull {
+        /// Normalised.
+        reference: String,
+        /// What each registry said.
+        why: String,
+    },
+    /// One pull failed for all that waited for it.
+    #[error("{0}")]
+    Shared(Arc<RuntimeError>),
     /// containerd refused, or could not be reached.
     #[error("{doing}: {source}")]
     Containerd {
@@ -350,7 +362,8 @@ impl RuntimeError {
         match self {
             Self::InvalidImageName { .. } => "InvalidImageName",
             Self::ImageNeverPull { .. } => "ErrImageNeverPull",
-            Self::ImageNotFound { .. } | Self::BadImage { .. } => "ErrImagePull",
+            Self::ImageNotFound { .. } | Self::BadImage { .. } | Self::ImagePull { .. } => "ErrImagePull",
+            Self::Shared(error) => error.reason(),
             Self::InvalidSpec(_) => "CreateContainerConfigError",
             Self::Containerd { .. } | Self::Io { .. } => "CreateContainerError",
         }

@@ -25,6 +25,7 @@ const PACKAGES: &[&str] = &[
     "containerd",
     "runc",
     "etcd-server",
+    "docker-registry",
     "iproute2",
     "util-linux",
     "bpftool",

@@ -10,8 +10,12 @@ use async_trait::async_trait;
 use tokio::sync::Notify;
 
 use super::{
-    ContainerSpec, Image, ImageRequest, Observed, PodId, Runtime, RuntimeError, SandboxSpec, archives::Archives,
-    cgroup::Cgroups, image_source::ImageSource, spec,
+    ContainerSpec, Image, ImageRequest, Observed, PodId, Runtime, RuntimeError, SandboxSpec,
+    archives::Archives,
+    cgroup::Cgroups,
+    image_source::ImageSource,
+    registry::{PullSettings, Registries, RegistrySettings},
+    spec,
 };
 use crate::config::Config;
 
@@ -42,6 +46,10 @@ pub struct Options {
     pub log_dir: PathBuf,
     /// Image archives.
     pub image_dirs: Vec<PathBuf>,
+    /// How images are pulled.
+    pub images: PullSettings,
+    /// What is known of registries.
+    pub registries: BTreeMap<String, RegistrySettings>,
     /// The static pause program.
     pub pause_binary: PathBuf,
     /// The logger that the shim starts.
@@ -60,6 +68,8 @@ impl Options {
             run_dir: config.run_dir.clone(),
             log_dir: config.log_dir.clone(),
             image_dirs: config.image_dirs.clone(),
+            images: config.images.clone(),
+            registries: config.registries.clone(),
             pause_binary: config.pause_binary.clone(),
             logger_binary: config.logger_binary.clone(),
             cgroup_parent: format!("/orlop/{}", config.instance()),
@@ -76,7 +86,7 @@ pub struct Containerd {
     platform: spec::Platform,
     sources: Vec<Arc<dyn ImageSource>>,
     /// Imports run one at a time per image: one import serves all pods that wait for it.
-    imports: tokio::sync::Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    imports: tokio::sync::Mutex<BTreeMap<String, Arc<images::Turn>>>,
     /// The pause image, once it is there; forgotten when a sandbox cannot be made from it.
     pause: tokio::sync::Mutex<Option<Image>>,
     changed: Arc<Notify>,
@@ -100,7 +110,10 @@ impl Containerd {
         let subscription = tokio::spawn(events::subscribe(client.clone(), changed.clone()));
         Ok(Self {
             platform: spec::Platform::detect(&cgroups),
-            sources: vec![Arc::new(Archives::new(options.image_dirs.clone()))],
+            sources: vec![
+                Arc::new(Archives::new(options.image_dirs.clone())),
+                Arc::new(Registries::new(options.images.clone(), options.registries.clone())),
+            ],
             imports: tokio::sync::Mutex::default(),
             pause: tokio::sync::Mutex::default(),
             client,

@@ -89,6 +89,11 @@ pub fn is_digest(text: &str) -> bool {
         .is_some_and(|hex| hex.len() == 64 && hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')))
 }
 
+/// Whether this names a registry: `HOST` or `HOST:PORT`.
+pub fn is_registry(text: &str) -> bool {
+    checked_domain(text).is_ok()
+}
+
 fn checked_digest(text: &str) -> Result<String, &'static str> {
     if is_digest(text) {
         Ok(text.to_owned())

@@ -1,7 +1,7 @@
 //! A node of one test: containerd, the reconciler, and what control would say.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::PathBuf,
     process::{Child, Command, Stdio},
@@ -21,6 +21,7 @@ use orlop_node::{
         ProcessState, Runtime,
         cgroup::Cgroups,
         containerd::{Containerd, Options},
+        registry::RegistrySettings,
     },
 };
 use orlop_proto::{
@@ -114,6 +115,13 @@ pub fn pod(name: &str, containers: &[(&str, &[&str], &str)]) -> Pod {
 impl Node {
     /// Starts containerd and the agent; control has not said all yet, so the snapshot is complete from the beginning.
     pub async fn start(stage: Stage) -> Self {
+        Self::start_with(stage, BTreeMap::new()).await
+    }
+
+    /// The same with these registries.
+    pub async fn start_with(stage: Stage, registries: BTreeMap<String, RegistrySettings>) -> Self {
+        // As the agent's main does.
+        rustls::crypto::ring::default_provider().install_default().unwrap();
         let ran = |program: &str, arguments: &[&str]| {
             assert!(
                 Command::new(program).args(arguments).status().unwrap().success(),
@@ -133,6 +141,7 @@ impl Node {
             cni_conf_dir: stage.dir.join("cni"),
             cni_bin_dirs: vec![stage.cni_bin_dir.clone()],
             image_dirs: vec![images],
+            registries,
             log_dir: stage.dir.join("logs"),
             pause_binary: stage.pause.clone(),
             logger_binary: env!("CARGO_BIN_EXE_orlop-logger").into(),
@@ -489,6 +498,16 @@ impl Node {
             .unwrap_or_default()
     }
 
+    /// What containerd's own client says of our namespace.
+    pub fn ctr(&self, arguments: &[&str]) -> String {
+        let mut command = Command::new("ctr");
+        let ran = command
+            .args(["-a", "/run/c.sock", "-n", "orlop"])
+            .args(arguments)
+            .output();
+        String::from_utf8(ran.unwrap().stdout).unwrap()
+    }
+
     /// No process, namespace, network, log, state, cgroup or snapshot of a pod.
     pub fn assert_nothing_left(&mut self) {
         let agent = self.agent.as_ref().unwrap();
@@ -518,11 +537,7 @@ impl Node {
                 .collect();
             assert!(left.is_empty(), "{left:?}");
         }
-        let listed = Command::new("ctr")
-            .args(["-a", "/run/c.sock", "-n", "orlop", "snapshots", "list"])
-            .output()
-            .unwrap();
-        let text = String::from_utf8(listed.stdout).unwrap();
+        let text = self.ctr(&["snapshots", "list"]);
         assert!(!text.contains("Active"), "{text}");
         self.kill_containerd();
     }

@@ -13,6 +13,7 @@ use orlop_node::runtime::cgroup::Cgroups;
 const INNER: &str = "ORLOP_TEST_STAGE";
 
 /// Where a test plays.
+#[derive(Clone)]
 pub struct Stage {
     /// The test's own folder, with a short path: sockets are in it.
     pub dir: PathBuf,

@@ -3,19 +3,22 @@
 use std::{collections::HashMap, time::Duration};
 
 use containerd_client::services::v1::{
-    Info, InfoRequest, ReadContentRequest, UpdateRequest, WriteAction, WriteContentRequest,
+    AbortRequest, Info, InfoRequest, ReadContentRequest, UpdateRequest, WriteAction, WriteContentRequest,
 };
 use prost_types::FieldMask;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
 
 use super::client::{Client, Refusal as _};
 use crate::runtime::RuntimeError;
 
 /// What of a blob is sent at once.
 const CHUNK: usize = 1 << 19;
-/// A write that makes no progress for so long has failed.
+/// A write takes no longer than this, and the time of its bytes at `SLOWEST`.
 const WRITE_DEADLINE: Duration = Duration::from_secs(600);
+/// In bytes a second.
+const SLOWEST: u64 = 100_000;
 
 /// Whether the store has the blob.
 pub async fn exists(client: &Client, digest: &str) -> Result<bool, RuntimeError> {
@@ -82,9 +85,11 @@ pub struct Blob<'a> {
     pub labels: HashMap<String, String>,
 }
 
-/// Writes a blob, held by a lease; one that is there already gets the labels only.
+/// Writes a blob of the image `of`, held by a lease; one that is there already gets the labels only. Bytes that are not the
+/// blob's are an error, and nothing of them is kept.
 pub async fn write(
     client: &Client,
+    of: &str,
     lease: &str,
     blob: Blob<'_>,
     mut from: impl AsyncRead + Unpin + Send,
@@ -134,7 +139,8 @@ pub async fn write(
     };
     let mut content = client.content();
     let request = client.leased(lease, ReceiverStream::new(receiver));
-    let call = client.call_within(WRITE_DEADLINE, "writing a blob", async {
+    let deadline = WRITE_DEADLINE + Duration::from_secs(blob.size / SLOWEST);
+    let call = client.call_within(deadline, "writing a blob", async {
         let mut answers = content.write(request).await?.into_inner();
         let mut last = None;
         while let Some(answer) = answers.message().await? {
@@ -143,12 +149,29 @@ pub async fn write(
         Ok(tonic::Response::new(last))
     });
     let (fed, answered) = tokio::join!(feed, call);
-    fed.map_err(|source| RuntimeError::Io {
-        doing: "reading an image's blob".to_owned(),
-        source,
-    })?;
-    answered.made()?;
-    Ok(())
+    let written = match (fed, answered.made()) {
+        (Ok(()), Ok(_)) => return Ok(()),
+        (Err(source), _) if source.kind() == std::io::ErrorKind::InvalidData => Err(source.to_string()),
+        (Err(source), _) => Ok(RuntimeError::Io {
+            doing: "reading an image's blob".to_owned(),
+            source,
+        }),
+        // containerd's answer to another digest, or another size.
+        (Ok(()), Err(RuntimeError::Containerd { source, .. })) if source.code() == Code::FailedPrecondition => {
+            Err(format!("blob {}: {}", blob.digest, source.message()))
+        }
+        (Ok(()), Err(error)) => Ok(error),
+    };
+    let request = client.request(AbortRequest { r#ref: name.clone() });
+    // What it had written is collected with the lease, if not now.
+    client
+        .call("aborting a write", client.content().abort(request))
+        .await
+        .ok();
+    Err(written.unwrap_or_else(|why| RuntimeError::BadImage {
+        reference: of.to_owned(),
+        why,
+    }))
 }
 
 async fn hold(client: &Client, lease: &str, digest: &str) -> Result<(), RuntimeError> {

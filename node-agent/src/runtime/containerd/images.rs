@@ -1,6 +1,9 @@
 //! Images: found in sources, written to the content store, unpacked to snapshots.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use containerd_client::{
     services::v1::{
@@ -10,8 +13,10 @@ use containerd_client::{
     },
     types,
 };
+use futures::{StreamExt as _, TryStreamExt as _};
 use jiff::{SignedDuration, Timestamp};
 use serde::Deserialize;
+use tokio::time::Instant;
 
 use super::{
     Containerd,
@@ -29,6 +34,12 @@ use crate::runtime::{
 const MAX_JSON: usize = 4 << 20;
 /// An import that was cut off is collected after this time.
 const LEASE_HOURS: i64 = 1;
+
+/// How many blobs of one image are written at once.
+const PARALLEL_BLOBS: usize = 3;
+
+/// Whose turn it is to import an image, and when and how the last import of it ended.
+pub(super) type Turn = tokio::sync::Mutex<Option<(Instant, Result<String, Arc<RuntimeError>>)>>;
 
 /// The part of an image's configuration that is used.
 #[derive(Deserialize)]
@@ -70,8 +81,9 @@ impl Containerd {
     pub(super) async fn image(&self, request: &ImageRequest) -> Result<Image, RuntimeError> {
         let reference = Reference::parse(&request.reference)?;
         let name = reference.to_string();
+        let asked = Instant::now();
         let turn = self.turn(&name).await;
-        let _turn = turn.lock().await;
+        let mut last = turn.lock().await;
         let present = self.record(&name).await?;
         let target = match (request.policy, present) {
             (PullPolicy::Never, None) => {
@@ -80,25 +92,37 @@ impl Containerd {
                 });
             }
             (PullPolicy::Never | PullPolicy::IfNotPresent, Some(target)) => target,
-            (_, present) => match (self.find(&reference).await?, present) {
-                (Some(found), Some(target)) if digest_of(&found.manifest) == target => target,
-                (Some(found), _) => self.import(&name, &found).await?,
-                (None, Some(target)) => target,
-                (None, None) => {
-                    let dirs: Vec<String> = self
-                        .options
-                        .image_dirs
-                        .iter()
-                        .map(|dir| dir.display().to_string())
-                        .collect();
-                    return Err(RuntimeError::ImageNotFound {
-                        reference: name,
-                        why: format!("no archive in {} has it", dirs.join(", ")),
-                    });
+            (_, present) => match &*last {
+                // It was under way when this was asked for: its end is this one's, too.
+                Some((ended, outcome)) if *ended >= asked => outcome.clone().map_err(RuntimeError::Shared)?,
+                _ => {
+                    let outcome = self.fetch(&reference, present).await.map_err(Arc::new);
+                    *last = Some((Instant::now(), outcome.clone()));
+                    outcome.map_err(RuntimeError::Shared)?
                 }
             },
         };
+        drop(last);
         self.load(&name, &target).await
+    }
+
+    /// Looks for the image in the sources and imports what containerd does not have of it; returns the manifest's digest.
+    async fn fetch(&self, reference: &Reference, present: Option<String>) -> Result<String, RuntimeError> {
+        let name = reference.to_string();
+        match self.find(reference).await? {
+            Some(found) if present.as_ref() == Some(&digest_of(&found.manifest)) => Ok(digest_of(&found.manifest)),
+            Some(found) => self.import(&name, &found).await.map_err(|error| match error {
+                RuntimeError::Io { .. } | RuntimeError::Containerd { .. } => RuntimeError::ImagePull {
+                    reference: name,
+                    why: error.to_string(),
+                },
+                other => other,
+            }),
+            None => Err(RuntimeError::ImageNotFound {
+                reference: name,
+                why: "no source has it".to_owned(),
+            }),
+        }
     }
 
     /// The pause image, built from the program when containerd has none, or another program's.
@@ -124,7 +148,7 @@ impl Containerd {
     }
 
     /// The lock of an image's name.
-    async fn turn(&self, name: &str) -> Arc<tokio::sync::Mutex<()>> {
+    async fn turn(&self, name: &str) -> Arc<Turn> {
         let mut imports = self.imports.lock().await;
         imports.retain(|_, turn| Arc::strong_count(turn) > 1);
         imports.entry(name.to_owned()).or_default().clone()
@@ -165,7 +189,11 @@ impl Containerd {
             .call("creating a lease", self.client.leases().create(request))
             .await?;
         let result = self.import_leased(name, &lease, found).await;
-        let request = self.client.request(DeleteRequest { id: lease, sync: false });
+        let request = self.client.request(DeleteRequest {
+            id: lease,
+            // What a failed import has written is gone at once.
+            sync: result.is_err(),
+        });
         self.client
             .call("deleting a lease", self.client.leases().delete(request))
             .await
@@ -184,22 +212,16 @@ impl Containerd {
         if let Some(blob) = blobs().find(|blob| !is_digest(&blob.digest)) {
             return Err(bad(format!("{:?} is no sha256 digest", blob.digest)));
         }
-        for blob in blobs() {
-            let from = found
-                .blobs
-                .open(&blob.digest)
-                .await
-                .map_err(|source| RuntimeError::Io {
-                    doing: format!("opening blob {}", blob.digest),
-                    source,
-                })?;
-            let write = Blob {
-                digest: &blob.digest,
-                size: blob.size,
-                labels: HashMap::new(),
-            };
-            content::write(&self.client, lease, write, from).await?;
-        }
+        // Each once, however often it is named.
+        let distinct: BTreeMap<&str, &Descriptor> = blobs().map(|blob| (blob.digest.as_str(), blob)).collect();
+        let writes: Vec<_> = distinct
+            .into_values()
+            .map(|blob| self.import_blob(name, lease, found, blob))
+            .collect();
+        futures::stream::iter(writes)
+            .buffer_unordered(PARALLEL_BLOBS)
+            .try_collect::<()>()
+            .await?;
         let mut labels: HashMap<String, String> = manifest
             .layers
             .iter()
@@ -217,7 +239,14 @@ impl Containerd {
             size: size as u64,
             labels,
         };
-        content::write(&self.client, lease, write, std::io::Cursor::new(found.manifest.clone())).await?;
+        content::write(
+            &self.client,
+            name,
+            lease,
+            write,
+            std::io::Cursor::new(found.manifest.clone()),
+        )
+        .await?;
         // Unpacked before the record is there: an image that is listed can be run.
         self.unpack(name, lease, &manifest).await?;
         let image = Record {
@@ -254,6 +283,29 @@ impl Containerd {
         }
         tracing::info!(image = name, digest, "imported an image");
         Ok(digest)
+    }
+
+    async fn import_blob(
+        &self,
+        name: &str,
+        lease: &str,
+        found: &FoundImage,
+        blob: &Descriptor,
+    ) -> Result<(), RuntimeError> {
+        let from = found
+            .blobs
+            .open(&blob.digest)
+            .await
+            .map_err(|source| RuntimeError::Io {
+                doing: format!("opening blob {}", blob.digest),
+                source,
+            })?;
+        let write = Blob {
+            digest: &blob.digest,
+            size: blob.size,
+            labels: HashMap::new(),
+        };
+        content::write(&self.client, name, lease, write, from).await
     }
 
     /// Reads an image that has a record, and unpacks it where that has not been done.

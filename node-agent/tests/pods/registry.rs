@@ -1,0 +1,200 @@
+//! Debian's docker-registry in the test's own namespaces, and images for it.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use oci_client::{
+    Client, Reference, RegistryOperation,
+    client::{ClientConfig, ClientProtocol},
+    secrets::RegistryAuth,
+};
+use orlop_node::runtime::image_source::{
+    CONFIG, Descriptor, LAYER, LAYER_GZIP, MANIFEST, Manifest, architecture, digest_of,
+};
+
+use super::stage::Stage;
+
+/// `user:sesame`, as `htpasswd -B` writes it.
+const HTPASSWD: &str = "user:$2b$04$mLSkxp4h2TXj4I8bvggo0eWpclfcJz.mq90jnZhBq4L6L5NX7HUpi\n";
+
+/// A registry at `127.0.0.1:PORT`. All of one stage have the same images.
+pub struct Registry {
+    port: u16,
+    dir: PathBuf,
+    process: Child,
+    client: Client,
+}
+
+impl Registry {
+    /// Starts one, which asks for `user` and `sesame` if it is `guarded`.
+    pub async fn start(stage: &Stage, port: u16, guarded: bool) -> Self {
+        let dir = stage.dir.join("registry");
+        fs::create_dir_all(&dir).unwrap();
+        let htpasswd = dir.join("htpasswd");
+        fs::write(&htpasswd, HTPASSWD).unwrap();
+        let auth = match guarded {
+            true => format!("auth: {{htpasswd: {{realm: test, path: {}}}}}\n", htpasswd.display()),
+            false => String::new(),
+        };
+        let config = dir.join(format!("{port}.yml"));
+        let text = format!(
+            "version: 0.1\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"127.0.0.1:{port}\"}}\n{auth}",
+            dir.display()
+        );
+        fs::write(&config, text).unwrap();
+        let log = fs::File::create(dir.join(format!("{port}.log"))).unwrap();
+        let process = Command::new("docker-registry")
+            .arg("serve")
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .expect("docker-registry is installed (cargo xtask setup)");
+        let begin = Instant::now();
+        while tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_err() {
+            assert!(
+                begin.elapsed() < Duration::from_secs(20),
+                "docker-registry does not listen"
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let client = Client::try_from(ClientConfig {
+            protocol: ClientProtocol::Http,
+            ..ClientConfig::default()
+        });
+        Self {
+            port,
+            dir,
+            process,
+            client: client.unwrap(),
+        }
+    }
+
+    /// An image's name here.
+    pub fn name(&self, rest: &str) -> String {
+        format!("127.0.0.1:{}/{rest}", self.port)
+    }
+
+    /// Pushes a manifest or an index and returns its descriptor.
+    pub async fn push_manifest(&self, name: &str, media_type: &str, manifest: Vec<u8>) -> Descriptor {
+        let descriptor = described(media_type, &manifest);
+        let image: Reference = self.name(name).parse().unwrap();
+        let kind = media_type.parse().unwrap();
+        self.client.push_manifest_raw(&image, manifest, kind).await.unwrap();
+        descriptor
+    }
+
+    /// Pushes an image of these layers, for a platform; returns its descriptor and its configuration's digest, which is its id.
+    pub async fn push(
+        &self,
+        name: &str,
+        architecture: &str,
+        environment: &str,
+        layers: &[Vec<u8>],
+    ) -> (Descriptor, String) {
+        use std::io::Write as _;
+        let image: Reference = self.name(name).parse().unwrap();
+        let auth = RegistryAuth::Anonymous;
+        self.client.auth(&image, &auth, RegistryOperation::Push).await.unwrap();
+        let diff_ids: Vec<String> = layers.iter().map(|layer| digest_of(layer)).collect();
+        let config = serde_json::json!({
+            "architecture": architecture, "os": "linux",
+            "config": {"Entrypoint": ["/fixture"], "Cmd": ["sleep"], "Env": [environment]},
+            "rootfs": {"type": "layers", "diff_ids": diff_ids},
+        });
+        let mut blobs = vec![(CONFIG, config.to_string().into_bytes())];
+        for (at, layer) in layers.iter().enumerate() {
+            // The first as it is, the others compressed.
+            if at == 0 {
+                blobs.push((LAYER, layer.clone()));
+                continue;
+            }
+            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            gzip.write_all(layer).unwrap();
+            blobs.push((LAYER_GZIP, gzip.finish().unwrap()));
+        }
+        let mut descriptors = Vec::new();
+        for (media_type, blob) in blobs {
+            let descriptor = described(media_type, &blob);
+            self.client.push_blob(&image, blob, &descriptor.digest).await.unwrap();
+            descriptors.push(descriptor);
+        }
+        let config = descriptors.remove(0);
+        let id = config.digest.clone();
+        let manifest = Manifest::new(config, descriptors);
+        let mut descriptor = self.push_manifest(name, MANIFEST, manifest.to_bytes().to_vec()).await;
+        descriptor.platform = Some(orlop_node::runtime::image_source::Platform {
+            architecture: architecture.to_owned(),
+            os: "linux".to_owned(),
+        });
+        (descriptor, id)
+    }
+
+    /// How often a blob was asked for.
+    pub fn asked(&self, digest: &str) -> usize {
+        let log = fs::read_to_string(self.dir.join(format!("{}.log", self.port))).unwrap();
+        let request = format!("/blobs/{digest} HTTP");
+        let gets = log.lines().filter(|line| line.contains("\"GET /v2/"));
+        gets.filter(|line| line.contains(&request)).count()
+    }
+
+    /// Replaces a blob's bytes with others of the same length.
+    pub fn forge(&self, digest: &str) {
+        let hex = digest.trim_start_matches("sha256:");
+        let blobs = self.dir.join("docker/registry/v2/blobs/sha256");
+        let file = blobs.join(&hex[..2]).join(hex).join("data");
+        let mut bytes = fs::read(&file).unwrap();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        fs::write(file, bytes).unwrap();
+    }
+
+    /// Ends it.
+    pub fn stop(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
+fn described(media_type: &str, bytes: &[u8]) -> Descriptor {
+    Descriptor {
+        media_type: media_type.to_owned(),
+        digest: digest_of(bytes),
+        size: bytes.len() as u64,
+        platform: None,
+        annotations: Default::default(),
+    }
+}
+
+/// The fixture's program as a layer.
+pub fn program(stage: &Stage) -> Vec<u8> {
+    layer(&[("fixture", &fs::read(&stage.fixture).unwrap())])
+}
+
+/// A layer of files whose names are written as they are, `..` and all; a file without bytes is a link to `/`.
+pub fn layer(files: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    for (name, bytes) in files {
+        let mut header = tar::Header::new_ustar();
+        header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o755);
+        if bytes.is_empty() {
+            header.set_entry_type(tar::EntryType::Symlink);
+            header.set_link_name("/").unwrap();
+        }
+        header.set_cksum();
+        builder.append(&header, *bytes).unwrap();
+    }
+    builder.into_inner().unwrap()
+}
+
+/// This machine's platform, and one that it is not.
+pub fn platforms() -> (&'static str, &'static str) {
+    (architecture(), "s390x")
+}
