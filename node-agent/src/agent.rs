@@ -29,6 +29,7 @@ use crate::{
         Runtime, RuntimeError,
         cgroup::Cgroups,
         containerd::{Containerd, Options},
+        garbage,
     },
 };
 
@@ -147,6 +148,11 @@ pub async fn run_parts(
 
     let (updates, mut pods) = mpsc::channel(256);
     let (events, mut told) = mpsc::channel(256);
+    let (used, gc) = (Arc::clone(&runtime), config.images.gc.clone());
+    tasks.spawn(
+        "image garbage collection",
+        garbage::run(used, desired.clone(), gc, stop.clone()),
+    );
     let inputs = Inputs {
         desired,
         runtime: Arc::clone(&runtime),

@@ -14,6 +14,7 @@ pub mod archives;
 pub mod cgroup;
 pub mod containerd;
 mod files;
+pub mod garbage;
 pub mod image_source;
 mod pause_image;
 pub mod reference;
@@ -61,6 +62,18 @@ pub trait Runtime: Send + Sync + 'static {
 
     /// The bytes in each container's writable layer, by container id. Containers that cannot be measured are left out.
     async fn disk_usage(&self) -> Result<BTreeMap<String, u64>, RuntimeError>;
+
+    /// The images that are there and the disk that they are on; `None`: this runtime has none to be removed.
+    async fn images(&self) -> Result<Option<garbage::ImageStore>, RuntimeError> {
+        Ok(None)
+    }
+
+    /// Removes an image and what only it holds, unless a container was made from it, it is being pulled, or `unwanted` says
+    /// no when nobody can begin to use it any more. Says whether it did.
+    async fn remove_image(&self, name: &str, unwanted: garbage::Unwanted<'_>) -> Result<bool, RuntimeError> {
+        let _ = (name, unwanted);
+        Ok(false)
+    }
 
     /// "containerd://1.6.20", for the node's status.
     async fn version(&self) -> Result<String, RuntimeError>;

@@ -4,6 +4,7 @@
 //! all its processes end with it. Needs root; it fails without.
 
 mod pods {
+    pub mod images;
     pub mod node;
     pub mod registry;
     pub mod stage;
@@ -11,14 +12,10 @@ mod pods {
 
 use std::time::Duration;
 
-use orlop_node::runtime::registry::{RegistrySettings, Secret};
 use pods::{
     node::{Node, pod},
-    registry::{self, Registry},
-    stage::{Stage, on_stage},
+    stage::on_stage,
 };
-
-const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 #[test]
 fn a_pod_lives_through_restarts_of_agent_and_containerd() {
@@ -392,164 +389,6 @@ fn variables_limits_and_files_reach_the_container() {
         node.until_empty().await;
         node.assert_nothing_left();
     });
-}
-
-#[test]
-fn images_come_from_a_registry() {
-    on_stage("images_come_from_a_registry", async |stage| {
-        let (mut node, stage) = registry_node(stage).await;
-        let mut open = Registry::start(&stage, 5000, false).await;
-        let _guarded = Registry::start(&stage, 5001, true).await;
-        let program = registry::program(&stage);
-        let (ours, foreign) = registry::platforms();
-        let layers = [program.clone(), registry::layer(&[("about", b"second layer")])];
-        let (first, first_id) = open.push("team/app:ours", ours, "V=1", &layers).await;
-        let (other, _) = open.push("team/app:other", foreign, "V=1", &layers).await;
-        let index = serde_json::json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [other, first]});
-        let index = open
-            .push_manifest("team/app:1", INDEX, index.to_string().into_bytes())
-            .await;
-
-        // One pull for many pods.
-        let names: Vec<String> = (0..5).map(|at| format!("p{at}")).collect();
-        for name in &names {
-            node.want(&pod(name, &[("web", &["sleep"], &open.name("team/app:1"))]));
-        }
-        for name in &names {
-            let status = node
-                .until(name, "is ready", |status| condition(status, "Ready") == "True")
-                .await;
-            assert!(status.container_statuses[0].image_id.contains(&first_id), "{status:?}");
-        }
-        let layer = orlop_node::runtime::image_source::digest_of(&program);
-        assert_eq!(open.asked(&layer), 1, "one pull for five pods");
-
-        // By digest, and with credentials.
-        let by_digest = open.name(&format!("team/app@{}", index.digest));
-        for (name, image) in [("digest", by_digest.as_str()), ("basic", "127.0.0.1:5001/team/app:1")] {
-            node.want(&pod(name, &[("web", &["sleep"], image)]));
-            node.until(name, "is ready", |status| condition(status, "Ready") == "True")
-                .await;
-        }
-        assert_eq!(open.asked(&layer), 1, "what containerd has is not pulled again");
-
-        // A tag that moves: only Always sees it, and only while the registry answers.
-        let (_, moved_id) = open.push("team/app:1", ours, "V=2", &layers).await;
-        let of_policy = |name: &str, policy: &str| {
-            let mut pod = pod(name, &[("web", &["sleep"], "127.0.0.1:5000/team/app:1")]);
-            pod.spec.get_or_insert_default().containers[0].image_pull_policy = policy.into();
-            pod
-        };
-        for (name, policy, id) in [("kept", "IfNotPresent", &first_id), ("asked", "Always", &moved_id)] {
-            node.want(&of_policy(name, policy));
-            let status = node
-                .until(name, "is ready", |status| condition(status, "Ready") == "True")
-                .await;
-            assert!(status.container_statuses[0].image_id.contains(id), "{status:?}");
-        }
-        open.stop();
-        node.want(&of_policy("late", "IfNotPresent"));
-        node.until("late", "is ready", |status| condition(status, "Ready") == "True")
-            .await;
-        node.want(&of_policy("alone", "Always"));
-        node.until("alone", "cannot ask", |status| {
-            waiting(status).contains("127.0.0.1:5000: ")
-        })
-        .await;
-
-        let others = ["digest", "basic", "kept", "asked", "late", "alone"].map(str::to_owned);
-        for name in names.iter().chain(&others) {
-            node.delete(name, 0).await;
-        }
-        node.until_empty().await;
-        node.assert_nothing_left();
-    });
-}
-
-#[test]
-fn hostile_and_refused_images_show_why_and_leave_nothing() {
-    on_stage("hostile_and_refused_images_show_why_and_leave_nothing", async |stage| {
-        let (mut node, stage) = registry_node(stage).await;
-        let open = Registry::start(&stage, 5000, false).await;
-        let _guarded = Registry::start(&stage, 5001, true).await;
-        let program = registry::program(&stage);
-        let (ours, foreign) = registry::platforms();
-        let outside = format!("orlop-escape-{}", std::process::id());
-        let up = "../".repeat(12);
-        let escape = registry::layer(&[
-            (&format!("{up}tmp/{outside}"), b"x"),
-            ("root", b""),
-            (&format!("root/tmp/{outside}-link"), b"x"),
-        ]);
-        open.push("escape:1", ours, "V=1", &[program.clone(), escape]).await;
-        open.push("foreign:1", foreign, "V=1", std::slice::from_ref(&program))
-            .await;
-        let tail = registry::layer(&[("forged", b"to be forged")]);
-        open.push("forged:1", ours, "V=forged", std::slice::from_ref(&tail))
-            .await;
-        let forged = orlop_node::runtime::image_source::digest_of(&tail);
-        open.forge(&forged);
-        for (name, image, why) in [
-            ("unknown", "127.0.0.1:5000/none:1", "MANIFEST_UNKNOWN"),
-            ("denied", "localhost:5001/escape:1", "unauthorized"),
-            ("foreign", "127.0.0.1:5000/foreign:1", "s390x"),
-            ("forged", "127.0.0.1:5000/forged:1", forged.as_str()),
-        ] {
-            node.want(&pod(name, &[("web", &["sleep"], image)]));
-            let reason = format!("shows {why}");
-            node.until(name, &reason, |status| waiting(status).contains(why)).await;
-            node.delete(name, 0).await;
-        }
-        let kept = node.ctr(&["content", "list", "-q"]);
-        assert!(!kept.contains(&forged), "{kept}");
-        assert!(!node.ctr(&["images", "list", "-q"]).contains("forged"));
-
-        node.want(&pod("escape", &[("web", &["sleep"], "127.0.0.1:5000/escape:1")]));
-        node.until("escape", "is ready", |status| condition(status, "Ready") == "True")
-            .await;
-        for name in [outside.clone(), format!("{outside}-link")] {
-            let path = std::path::Path::new("/tmp").join(&name);
-            assert!(path.symlink_metadata().is_err(), "{name} is outside of the image");
-            let pid = node.process("escape", "web").await.0;
-            assert!(
-                std::fs::exists(format!("/proc/{pid}/root/tmp/{name}")).unwrap(),
-                "{name}"
-            );
-        }
-        node.delete("escape", 0).await;
-        node.until_empty().await;
-        node.assert_nothing_left();
-    });
-}
-
-/// A node that knows the registries of these tests, and their stage.
-async fn registry_node(stage: Stage) -> (Node, Stage) {
-    let plain = RegistrySettings {
-        plain_http: true,
-        ..RegistrySettings::default()
-    };
-    let user = RegistrySettings {
-        username: Some("user".into()),
-        password: Some(Secret("sesame".into())),
-        ..plain.clone()
-    };
-    let registries = [
-        ("127.0.0.1:5000", plain.clone()),
-        ("127.0.0.1:5001", user),
-        ("localhost:5001", plain),
-    ];
-    let registries = registries.map(|(host, registry)| (host.to_owned(), registry)).into();
-    (Node::start_with(stage.clone(), registries).await, stage)
-}
-
-/// Why the container waits.
-fn waiting(status: &orlop_proto::core::v1::PodStatus) -> String {
-    let state = status.container_statuses.first().and_then(|one| one.state.clone());
-    let waiting = state.and_then(|state| state.waiting).unwrap_or_default();
-    match waiting.reason.as_str() {
-        "ErrImagePull" | "ImagePullBackOff" => waiting.message,
-        _ => String::new(),
-    }
 }
 
 fn running(status: &orlop_proto::core::v1::PodStatus, name: &str) -> bool {

@@ -13,6 +13,7 @@ use super::{
     ContainerSpec, Image, ImageRequest, Observed, PodId, Runtime, RuntimeError, SandboxSpec,
     archives::Archives,
     cgroup::Cgroups,
+    garbage::{ImageStore, Unwanted},
     image_source::ImageSource,
     registry::{PullSettings, Registries, RegistrySettings},
     spec,
@@ -23,11 +24,13 @@ mod client;
 mod container;
 mod content;
 mod events;
+mod garbage;
 mod images;
 mod labels;
 mod observe;
 mod sandbox;
 mod tasks;
+mod unpack;
 mod users;
 
 use client::Client;
@@ -89,6 +92,8 @@ pub struct Containerd {
     imports: tokio::sync::Mutex<BTreeMap<String, Arc<images::Turn>>>,
     /// The pause image, once it is there; forgotten when a sandbox cannot be made from it.
     pause: tokio::sync::Mutex<Option<Image>>,
+    /// Which life of the agent this is.
+    life: String,
     changed: Arc<Notify>,
     /// Ended with the value: the event subscription.
     subscription: tokio::task::JoinHandle<()>,
@@ -116,6 +121,7 @@ impl Containerd {
             ],
             imports: tokio::sync::Mutex::default(),
             pause: tokio::sync::Mutex::default(),
+            life: uuid::Uuid::new_v4().simple().to_string(),
             client,
             options,
             cgroups,
@@ -194,6 +200,14 @@ impl Runtime for Containerd {
 
     async fn disk_usage(&self) -> Result<BTreeMap<String, u64>, RuntimeError> {
         self.layers_usage().await
+    }
+
+    async fn images(&self) -> Result<Option<ImageStore>, RuntimeError> {
+        self.stored_images().await.map(Some)
+    }
+
+    async fn remove_image(&self, name: &str, unwanted: Unwanted<'_>) -> Result<bool, RuntimeError> {
+        self.drop_image(name, unwanted).await
     }
 
     async fn version(&self) -> Result<String, RuntimeError> {

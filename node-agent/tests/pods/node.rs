@@ -1,7 +1,7 @@
 //! A node of one test: containerd, the reconciler, and what control would say.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fs,
     path::PathBuf,
     process::{Child, Command, Stdio},
@@ -21,7 +21,7 @@ use orlop_node::{
         ProcessState, Runtime,
         cgroup::Cgroups,
         containerd::{Containerd, Options},
-        registry::RegistrySettings,
+        garbage,
     },
 };
 use orlop_proto::{
@@ -115,11 +115,11 @@ pub fn pod(name: &str, containers: &[(&str, &[&str], &str)]) -> Pod {
 impl Node {
     /// Starts containerd and the agent; control has not said all yet, so the snapshot is complete from the beginning.
     pub async fn start(stage: Stage) -> Self {
-        Self::start_with(stage, BTreeMap::new()).await
+        Self::start_with(stage, |_| {}).await
     }
 
-    /// The same with these registries.
-    pub async fn start_with(stage: Stage, registries: BTreeMap<String, RegistrySettings>) -> Self {
+    /// The same with something changed in its configuration.
+    pub async fn start_with(stage: Stage, change: impl FnOnce(&mut Config)) -> Self {
         // As the agent's main does.
         rustls::crypto::ring::default_provider().install_default().unwrap();
         let ran = |program: &str, arguments: &[&str]| {
@@ -133,7 +133,7 @@ impl Node {
         fs::write(stage.dir.join("boot_id"), "first").unwrap();
         let images = stage.dir.join("images");
         write_image(&stage, &images);
-        let config = Config {
+        let mut config = Config {
             node_name: "n1".into(),
             data_dir: stage.dir.join("data"),
             run_dir: "/run/orlop".into(),
@@ -141,12 +141,12 @@ impl Node {
             cni_conf_dir: stage.dir.join("cni"),
             cni_bin_dirs: vec![stage.cni_bin_dir.clone()],
             image_dirs: vec![images],
-            registries,
             log_dir: stage.dir.join("logs"),
             pause_binary: stage.pause.clone(),
             logger_binary: env!("CARGO_BIN_EXE_orlop-logger").into(),
             ..Config::default()
         };
+        change(&mut config);
         let containerd = spawn_containerd(&stage);
         let (desired, _) = watch::channel(Arc::new(Desired::default()));
         let mut node = Self {
@@ -212,6 +212,8 @@ impl Node {
             },
         };
         let stop = CancellationToken::new();
+        let gc = self.config.images.gc.clone();
+        tokio::spawn(garbage::run(runtime.clone(), inputs.desired.clone(), gc, stop.clone()));
         let task = tokio::spawn({
             let (stop, network) = (stop.clone(), network.clone());
             async move {
@@ -471,28 +473,23 @@ impl Node {
         fs::read_dir("/run/orlop/netns").map_or(0, Iterator::count)
     }
 
+    /// The cgroups that a container is in, those of other hierarchies too.
+    pub async fn cgroups(&self, uid: &str, container: &str) -> Vec<PathBuf> {
+        let observed = self.runtime().observe().await.unwrap();
+        let mut containers = observed.pods[uid].containers.iter();
+        let id = &containers.find(|found| found.name == container).unwrap().id;
+        let below = format!("{}/{uid}/{id}", self.stage.cgroup());
+        let cgroups = Cgroups::detect().unwrap();
+        let mounts = cgroups.legacy.iter().map(|(mount, _)| mount).chain(&cgroups.unified);
+        mounts.map(|mount| mount.join(below.trim_start_matches('/'))).collect()
+    }
+
     /// The first of these files in the container's cgroup.
     pub async fn cgroup_file(&self, pod: &str, container: &str, names: &[&str]) -> String {
         let uid = format!("uid-of-{pod}");
-        let observed = self.runtime().observe().await.unwrap();
-        let id = &observed.pods[&uid]
-            .containers
-            .iter()
-            .find(|found| found.name == container)
-            .unwrap()
-            .id;
-        let cgroups = Cgroups::detect().unwrap();
-        let below = format!("{}/{uid}/{id}", self.stage.cgroup());
-        cgroups
-            .legacy
-            .iter()
-            .map(|(mount, _)| mount)
-            .chain(&cgroups.unified)
-            .flat_map(|mount| {
-                names
-                    .iter()
-                    .map(|name| mount.join(below.trim_start_matches('/')).join(name))
-            })
+        let dirs = self.cgroups(&uid, container).await;
+        dirs.iter()
+            .flat_map(|dir| names.iter().map(|name| dir.join(name)))
             .find_map(|file| fs::read_to_string(file).ok())
             .map(|text| text.trim().to_owned())
             .unwrap_or_default()
@@ -515,7 +512,7 @@ impl Node {
         assert!(networks.is_empty(), "{networks:?}");
         assert_eq!(self.namespaces(), 0);
         assert!(self.hooks.0.lock().unwrap().is_empty());
-        assert_eq!(fs::read_dir(&self.config.log_dir).unwrap().count(), 0, "logs");
+        assert_eq!(fs::read_dir(&self.config.log_dir).map_or(0, Iterator::count), 0, "logs");
         assert_eq!(fs::read_dir("/run/orlop/pods").unwrap().count(), 0, "state");
         let begin = Instant::now();
         let ours = |command: &String| {

@@ -97,7 +97,6 @@ impl Registry {
         environment: &str,
         layers: &[Vec<u8>],
     ) -> (Descriptor, String) {
-        use std::io::Write as _;
         let image: Reference = self.name(name).parse().unwrap();
         let auth = RegistryAuth::Anonymous;
         self.client.auth(&image, &auth, RegistryOperation::Push).await.unwrap();
@@ -114,9 +113,7 @@ impl Registry {
                 blobs.push((LAYER, layer.clone()));
                 continue;
             }
-            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-            gzip.write_all(layer).unwrap();
-            blobs.push((LAYER_GZIP, gzip.finish().unwrap()));
+            blobs.push((LAYER_GZIP, gzip(layer)));
         }
         let mut descriptors = Vec::new();
         for (media_type, blob) in blobs {
@@ -133,6 +130,55 @@ impl Registry {
             os: "linux".to_owned(),
         });
         (descriptor, id)
+    }
+
+    /// Pushes an image of these blobs whose configuration says what they unpack to.
+    pub async fn push_blobs(&self, name: &str, diff_ids: &[String], blobs: &[(&str, Vec<u8>)]) {
+        let image: Reference = self.name(name).parse().unwrap();
+        // Each image has a configuration of its own.
+        let rootfs = serde_json::json!({"type": "layers", "diff_ids": diff_ids});
+        let config = serde_json::json!({"rootfs": rootfs, "author": name})
+            .to_string()
+            .into_bytes();
+        let mut descriptors = Vec::new();
+        for (media_type, blob) in [(CONFIG, config)].iter().chain(blobs) {
+            let descriptor = described(media_type, blob);
+            let pushed = descriptors
+                .iter()
+                .any(|known: &Descriptor| known.digest == descriptor.digest);
+            if !pushed {
+                self.client
+                    .push_blob(&image, blob.clone(), &descriptor.digest)
+                    .await
+                    .unwrap();
+            }
+            descriptors.push(descriptor);
+        }
+        let config = descriptors.remove(0);
+        let manifest = Manifest::new(config, descriptors).to_bytes();
+        self.push_manifest(name, MANIFEST, manifest.to_vec()).await;
+    }
+
+    /// Puts a manifest under a name's tag `1` where the registry keeps them: it takes no such one itself.
+    pub fn plant(&self, name: &str, manifest: &[u8]) {
+        let digest = digest_of(manifest);
+        let hex = digest.trim_start_matches("sha256:");
+        let root = self.dir.join("docker/registry/v2");
+        let of_name = root.join("repositories").join(name).join("_manifests");
+        for (file, text) in [
+            (
+                root.join("blobs/sha256").join(&hex[..2]).join(hex).join("data"),
+                manifest,
+            ),
+            (
+                of_name.join("revisions/sha256").join(hex).join("link"),
+                digest.as_bytes(),
+            ),
+            (of_name.join("tags/1/current/link"), digest.as_bytes()),
+        ] {
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, text).unwrap();
+        }
     }
 
     /// How often a blob was asked for.
@@ -161,7 +207,8 @@ impl Registry {
     }
 }
 
-fn described(media_type: &str, bytes: &[u8]) -> Descriptor {
+/// A blob as manifests describe it.
+pub fn described(media_type: &str, bytes: &[u8]) -> Descriptor {
     Descriptor {
         media_type: media_type.to_owned(),
         digest: digest_of(bytes),
@@ -192,6 +239,81 @@ pub fn layer(files: &[(&str, &[u8])]) -> Vec<u8> {
         builder.append(&header, *bytes).unwrap();
     }
     builder.into_inner().unwrap()
+}
+
+/// A layer of half a megabyte that unpacks to a file of 512 MiB.
+pub fn zeros() -> Vec<u8> {
+    let chunk = vec![0; 8 << 20];
+    let mut header = tar::Header::new_ustar();
+    header.set_path("zeros").unwrap();
+    header.set_size(64 * chunk.len() as u64);
+    header.set_mode(0o644);
+    header.set_cksum();
+    let members = std::iter::repeat_n(gzip(&chunk), 64).flatten();
+    // One member after another is one stream.
+    gzip(header.as_bytes())
+        .into_iter()
+        .chain(members)
+        .chain(gzip(&[0; 1024]))
+        .collect()
+}
+
+/// A layer of three kilobytes whose one file has 4 GiB: all of it a hole, as PAX headers say.
+pub fn sparse() -> Vec<u8> {
+    const SIZE: &str = "4294967296";
+    let mut builder = tar::Builder::new(Vec::new());
+    let extensions = [
+        ("GNU.sparse.major", "1"),
+        ("GNU.sparse.minor", "0"),
+        ("GNU.sparse.name", "sparse"),
+        ("GNU.sparse.realsize", SIZE),
+    ];
+    let extensions = extensions.map(|(key, value)| (key, value.as_bytes()));
+    builder.append_pax_extensions(extensions).unwrap();
+    let mut map = format!("1\n{SIZE}\n0\n").into_bytes();
+    map.resize(512, 0);
+    let mut header = tar::Header::new_ustar();
+    header.set_path("sparse").unwrap();
+    header.set_size(map.len() as u64);
+    header.set_mode(0o644);
+    header.set_cksum();
+    builder.append(&header, map.as_slice()).unwrap();
+    builder.into_inner().unwrap()
+}
+
+/// A layer whose one entry is a hard link to a file of this machine.
+pub fn hard_link() -> Vec<u8> {
+    special(tar::EntryType::Link, |header| {
+        header.set_link_name("../../../../../../../../etc/hostname").unwrap();
+    })
+}
+
+/// A layer with a character device `device`.
+pub fn device(major: u32, minor: u32) -> Vec<u8> {
+    special(tar::EntryType::Char, |header| {
+        header.set_device_major(major).unwrap();
+        header.set_device_minor(minor).unwrap();
+    })
+}
+
+fn special(kind: tar::EntryType, change: impl FnOnce(&mut tar::Header)) -> Vec<u8> {
+    let mut header = tar::Header::new_ustar();
+    header.set_path("device").unwrap();
+    header.set_size(0);
+    header.set_mode(0o666);
+    header.set_entry_type(kind);
+    change(&mut header);
+    header.set_cksum();
+    let mut builder = tar::Builder::new(Vec::new());
+    builder.append(&header, std::io::empty()).unwrap();
+    builder.into_inner().unwrap()
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    use std::io::Write as _;
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(bytes).unwrap();
+    gzip.finish().unwrap()
 }
 
 /// This machine's platform, and one that it is not.

@@ -4,8 +4,9 @@ use std::{future::Future, path::Path, time::Duration};
 
 use containerd_client::services::v1::{
     containers_client::ContainersClient, content_client::ContentClient, diff_client::DiffClient,
-    events_client::EventsClient, images_client::ImagesClient, leases_client::LeasesClient,
-    snapshots::snapshots_client::SnapshotsClient, tasks_client::TasksClient, version_client::VersionClient,
+    events_client::EventsClient, images_client::ImagesClient, introspection_client::IntrospectionClient,
+    leases_client::LeasesClient, snapshots::snapshots_client::SnapshotsClient, tasks_client::TasksClient,
+    version_client::VersionClient,
 };
 use hyper_util::rt::TokioIo;
 use tonic::{
@@ -97,7 +98,7 @@ impl Client {
     }
     /// Images.
     pub fn images(&self) -> ImagesClient<Channel> {
-        ImagesClient::new(self.channel.clone())
+        ImagesClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
     /// Content.
     pub fn content(&self) -> ContentClient<Channel> {
@@ -118,6 +119,10 @@ impl Client {
     /// Events.
     pub fn events(&self) -> EventsClient<Channel> {
         EventsClient::new(self.channel.clone())
+    }
+    /// What containerd is made of.
+    pub fn introspection(&self) -> IntrospectionClient<Channel> {
+        IntrospectionClient::new(self.channel.clone())
     }
     /// The version.
     pub fn version(&self) -> VersionClient<Channel> {

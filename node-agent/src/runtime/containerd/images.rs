@@ -7,9 +7,7 @@ use std::{
 
 use containerd_client::{
     services::v1::{
-        ApplyRequest, CreateImageRequest, CreateRequest, DeleteRequest, GetImageRequest, Image as Record,
-        UpdateImageRequest,
-        snapshots::{CommitSnapshotRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest},
+        CreateImageRequest, CreateRequest, DeleteRequest, GetImageRequest, Image as Record, UpdateImageRequest,
     },
     types,
 };
@@ -22,6 +20,7 @@ use super::{
     Containerd,
     client::Refusal as _,
     content::{self, Blob},
+    unpack::chain_ids,
 };
 use crate::runtime::{
     Image, ImageConfig, ImageRequest, PullPolicy, RuntimeError,
@@ -33,7 +32,7 @@ use crate::runtime::{
 /// No JSON file of an image may be larger.
 const MAX_JSON: usize = 4 << 20;
 /// An import that was cut off is collected after this time.
-const LEASE_HOURS: i64 = 1;
+const LEASE_HOURS: i64 = 24;
 
 /// How many blobs of one image are written at once.
 const PARALLEL_BLOBS: usize = 3;
@@ -43,14 +42,14 @@ pub(super) type Turn = tokio::sync::Mutex<Option<(Instant, Result<String, Arc<Ru
 
 /// The part of an image's configuration that is used.
 #[derive(Deserialize)]
-struct Configuration {
+pub(super) struct Configuration {
     #[serde(default)]
     architecture: String,
     #[serde(default)]
     os: String,
     #[serde(default)]
     config: Option<Process>,
-    rootfs: RootFs,
+    pub(super) rootfs: RootFs,
 }
 
 #[derive(Deserialize, Default)]
@@ -65,9 +64,9 @@ struct Process {
 }
 
 #[derive(Deserialize)]
-struct RootFs {
+pub(super) struct RootFs {
     #[serde(default)]
-    diff_ids: Vec<String>,
+    pub(super) diff_ids: Vec<String>,
 }
 
 /// An image index, as other tools may have imported one.
@@ -148,7 +147,7 @@ impl Containerd {
     }
 
     /// The lock of an image's name.
-    async fn turn(&self, name: &str) -> Arc<Turn> {
+    pub(super) async fn turn(&self, name: &str) -> Arc<Turn> {
         let mut imports = self.imports.lock().await;
         imports.retain(|_, turn| Arc::strong_count(turn) > 1);
         imports.entry(name.to_owned()).or_default().clone()
@@ -178,7 +177,7 @@ impl Containerd {
 
     /// Writes the image's blobs and record; returns the manifest's digest.
     async fn import(&self, name: &str, found: &FoundImage) -> Result<String, RuntimeError> {
-        let lease = format!("orlop-import-{}", uuid::Uuid::new_v4().simple());
+        let lease = format!("{}{}", self.lease_prefix(), uuid::Uuid::new_v4().simple());
         let expire = Timestamp::now() + SignedDuration::from_hours(LEASE_HOURS);
         let labels = HashMap::from([("containerd.io/gc.expire".to_owned(), format!("{expire:.0}"))]);
         let request = self.client.request(CreateRequest {
@@ -211,6 +210,12 @@ impl Containerd {
         let blobs = || manifest.layers.iter().chain([&manifest.config]);
         if let Some(blob) = blobs().find(|blob| !is_digest(&blob.digest)) {
             return Err(bad(format!("{:?} is no sha256 digest", blob.digest)));
+        }
+        if let Some(layer) = manifest.layers.iter().find(|layer| !is_layer(&layer.media_type)) {
+            let (kind, digest) = (&layer.media_type, &layer.digest);
+            return Err(bad(format!(
+                "layer {digest} is of the media type {kind:?}, which is no layer's"
+            )));
         }
         // Each once, however often it is named.
         let distinct: BTreeMap<&str, &Descriptor> = blobs().map(|blob| (blob.digest.as_str(), blob)).collect();
@@ -350,7 +355,7 @@ impl Containerd {
         })
     }
 
-    async fn configuration(&self, name: &str, manifest: &Manifest) -> Result<Configuration, RuntimeError> {
+    pub(super) async fn configuration(&self, name: &str, manifest: &Manifest) -> Result<Configuration, RuntimeError> {
         let bad = |why: String| RuntimeError::BadImage {
             reference: name.to_owned(),
             why,
@@ -370,152 +375,27 @@ impl Containerd {
                 "its configuration names another number of layers than its manifest".to_owned(),
             ));
         }
+        // What they make are the names of snapshots: nobody else's may be named.
+        if let Some(diff_id) = configuration.rootfs.diff_ids.iter().find(|id| !is_digest(id)) {
+            return Err(bad(format!(
+                "its configuration names {diff_id:?}, which is no sha256 digest"
+            )));
+        }
         Ok(configuration)
-    }
-
-    /// Applies the layers, one snapshot each, and lets the configuration's blob hold the last.
-    async fn unpack(&self, name: &str, lease: &str, manifest: &Manifest) -> Result<(), RuntimeError> {
-        let configuration = self.configuration(name, manifest).await?;
-        let diff_ids = &configuration.rootfs.diff_ids;
-        let chain = chain_ids(diff_ids);
-        let mut parent = "";
-        for ((layer, diff_id), chain_id) in manifest.layers.iter().zip(diff_ids).zip(&chain) {
-            if !self.has_snapshot(chain_id).await? {
-                self.unpack_layer(name, lease, layer, diff_id, parent, chain_id).await?;
-            }
-            parent = chain_id;
-        }
-        if parent.is_empty() {
-            return Ok(());
-        }
-        let label = format!("containerd.io/gc.ref.snapshot.{}", self.options.snapshotter);
-        let labels = HashMap::from([(label, parent.to_owned())]);
-        content::label(&self.client, &manifest.config.digest, labels).await
-    }
-
-    async fn unpack_layer(
-        &self,
-        name: &str,
-        lease: &str,
-        layer: &Descriptor,
-        diff_id: &str,
-        parent: &str,
-        chain_id: &str,
-    ) -> Result<(), RuntimeError> {
-        let key = format!("orlop-extract-{}", uuid::Uuid::new_v4().simple());
-        let request = PrepareSnapshotRequest {
-            snapshotter: self.options.snapshotter.clone(),
-            key: key.clone(),
-            parent: parent.to_owned(),
-            labels: HashMap::new(),
-        };
-        let request = if lease.is_empty() {
-            self.client.request(request)
-        } else {
-            self.client.leased(lease, request)
-        };
-        let prepared = self
-            .client
-            .call("preparing a snapshot", self.client.snapshots().prepare(request))
-            .await?;
-        let result = self.apply(name, layer, diff_id, prepared.mounts, &key, chain_id).await;
-        if result.is_err() {
-            let request = RemoveSnapshotRequest {
-                snapshotter: self.options.snapshotter.clone(),
-                key,
-            };
-            let request = self.client.request(request);
-            self.client
-                .call("removing a snapshot", self.client.snapshots().remove(request))
-                .await
-                .found()
-                .ok();
-        }
-        result
-    }
-
-    async fn apply(
-        &self,
-        name: &str,
-        layer: &Descriptor,
-        diff_id: &str,
-        mounts: Vec<types::Mount>,
-        key: &str,
-        chain_id: &str,
-    ) -> Result<(), RuntimeError> {
-        let request = self.client.request(ApplyRequest {
-            diff: Some(types::Descriptor {
-                media_type: layer.media_type.clone(),
-                digest: layer.digest.clone(),
-                size: i64::try_from(layer.size).unwrap_or(i64::MAX),
-                annotations: HashMap::new(),
-            }),
-            mounts,
-            ..ApplyRequest::default()
-        });
-        let deadline = std::time::Duration::from_secs(600);
-        let applied = self
-            .client
-            .call_within(deadline, "unpacking a layer", self.client.diff().apply(request))
-            .await?;
-        let applied = applied.applied.map(|applied| applied.digest).unwrap_or_default();
-        if applied != diff_id {
-            return Err(RuntimeError::BadImage {
-                reference: name.to_owned(),
-                why: format!(
-                    "layer {} unpacks to {applied}, its configuration says {diff_id}",
-                    layer.digest
-                ),
-            });
-        }
-        let request = self.client.request(CommitSnapshotRequest {
-            snapshotter: self.options.snapshotter.clone(),
-            name: chain_id.to_owned(),
-            key: key.to_owned(),
-            labels: HashMap::new(),
-        });
-        let committed = self
-            .client
-            .call("committing a snapshot", self.client.snapshots().commit(request))
-            .await;
-        if committed.made()?.is_none() {
-            // Another image with the same layers was faster.
-            let request = RemoveSnapshotRequest {
-                snapshotter: self.options.snapshotter.clone(),
-                key: key.to_owned(),
-            };
-            let request = self.client.request(request);
-            self.client
-                .call("removing a snapshot", self.client.snapshots().remove(request))
-                .await
-                .found()?;
-        }
-        Ok(())
-    }
-
-    async fn has_snapshot(&self, key: &str) -> Result<bool, RuntimeError> {
-        let request = StatSnapshotRequest {
-            snapshotter: self.options.snapshotter.clone(),
-            key: key.to_owned(),
-        };
-        let request = self.client.request(request);
-        let answer = self
-            .client
-            .call("looking for a snapshot", self.client.snapshots().stat(request))
-            .await;
-        Ok(answer.found()?.is_some())
     }
 }
 
-/// The chain ids of layers, as the OCI image specification defines them.
-fn chain_ids(diff_ids: &[String]) -> Vec<String> {
-    let mut chain: Vec<String> = Vec::new();
-    for diff_id in diff_ids {
-        let next = match chain.last() {
-            Some(parent) => digest_of(format!("{parent} {diff_id}").as_bytes()),
-            None => diff_id.clone(),
-        };
-        chain.push(next);
-    }
-    chain
+/// The media types of layers, packed as containerd can unpack them.
+fn is_layer(media_type: &str) -> bool {
+    let plain = media_type
+        .trim_end_matches("+gzip")
+        .trim_end_matches("+zstd")
+        .trim_end_matches(".gzip");
+    [
+        "application/vnd.oci.image.layer.v1.tar",
+        "application/vnd.oci.image.layer.nondistributable.v1.tar",
+        "application/vnd.docker.image.rootfs.diff.tar",
+        "application/vnd.docker.image.rootfs.foreign.diff.tar",
+    ]
+    .contains(&plain)
 }

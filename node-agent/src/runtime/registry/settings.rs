@@ -4,7 +4,7 @@ use std::{fmt, path::PathBuf};
 
 use serde::Deserialize;
 
-use crate::runtime::reference::is_registry;
+use crate::runtime::{garbage::GcSettings, reference::is_registry};
 
 /// `[images]`: how images are pulled.
 #[derive(Debug, Clone, Deserialize)]
@@ -16,6 +16,12 @@ pub struct PullSettings {
     pub timeout_seconds: u64,
     /// How many bytes an image's layers may have, as they come. Default 32 GiB.
     pub max_image_bytes: u64,
+    /// How many bytes an image's layers may have on disk when they are unpacked. Default 64 GiB.
+    pub max_unpacked_bytes: u64,
+    /// How many files an image's layers may have. Default 4 000 000.
+    pub max_unpacked_files: u64,
+    /// `[images.gc]`: when unused images go.
+    pub gc: GcSettings,
 }
 
 impl Default for PullSettings {
@@ -24,6 +30,9 @@ impl Default for PullSettings {
             parallel_downloads: 4,
             timeout_seconds: 60,
             max_image_bytes: 32 << 30,
+            max_unpacked_bytes: 64 << 30,
+            max_unpacked_files: 4_000_000,
+            gc: GcSettings::default(),
         }
     }
 }
@@ -37,7 +46,7 @@ impl PullSettings {
         if !(1..=3600).contains(&self.timeout_seconds) {
             return Err("timeout_seconds must be from 1 to 3600");
         }
-        Ok(())
+        self.gc.check()
     }
 }
 

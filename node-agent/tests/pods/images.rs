@@ -1,0 +1,440 @@
+//! Images from a registry, hostile ones, and the removal of unused ones: docker-registry, containerd, and what is on disk.
+
+use orlop_node::runtime::{
+    garbage::GcSettings,
+    image_source::{CONFIG, Descriptor, LAYER, LAYER_GZIP, Manifest, digest_of},
+    registry::{PullSettings, RegistrySettings, Secret},
+};
+use orlop_proto::core::v1::PodStatus;
+
+use super::{
+    node::{Node, pod},
+    registry::{self, Registry},
+    stage::{Stage, on_stage},
+};
+use crate::condition;
+
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+
+#[test]
+fn images_come_from_a_registry() {
+    on_stage("pods::images::images_come_from_a_registry", async |stage| {
+        let (mut node, stage) = registry_node(stage, |_| {}).await;
+        let mut open = Registry::start(&stage, 5000, false).await;
+        let _guarded = Registry::start(&stage, 5001, true).await;
+        let program = registry::program(&stage);
+        let (ours, foreign) = registry::platforms();
+        let layers = [program.clone(), registry::layer(&[("about", b"second layer")])];
+        let (first, first_id) = open.push("team/app:ours", ours, "V=1", &layers).await;
+        let (other, _) = open.push("team/app:other", foreign, "V=1", &layers).await;
+        let index = serde_json::json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [other, first]});
+        let index = open
+            .push_manifest("team/app:1", INDEX, index.to_string().into_bytes())
+            .await;
+
+        // One pull for many pods.
+        let names: Vec<String> = (0..5).map(|at| format!("p{at}")).collect();
+        for name in &names {
+            node.want(&pod(name, &[("web", &["sleep"], &open.name("team/app:1"))]));
+        }
+        for name in &names {
+            let status = node
+                .until(name, "is ready", |status| condition(status, "Ready") == "True")
+                .await;
+            assert!(status.container_statuses[0].image_id.contains(&first_id), "{status:?}");
+        }
+        let layer = digest_of(&program);
+        assert_eq!(open.asked(&layer), 1, "one pull for five pods");
+
+        // By digest, and with credentials.
+        let by_digest = open.name(&format!("team/app@{}", index.digest));
+        for (name, image) in [("digest", by_digest.as_str()), ("basic", "127.0.0.1:5001/team/app:1")] {
+            node.want(&pod(name, &[("web", &["sleep"], image)]));
+            node.until(name, "is ready", |status| condition(status, "Ready") == "True")
+                .await;
+        }
+        assert_eq!(open.asked(&layer), 1, "what containerd has is not pulled again");
+
+        // A tag that moves: only Always sees it, and only while the registry answers.
+        let (_, moved_id) = open.push("team/app:1", ours, "V=2", &layers).await;
+        let of_policy = |name: &str, policy: &str| {
+            let mut pod = pod(name, &[("web", &["sleep"], "127.0.0.1:5000/team/app:1")]);
+            pod.spec.get_or_insert_default().containers[0].image_pull_policy = policy.into();
+            pod
+        };
+        for (name, policy, id) in [("kept", "IfNotPresent", &first_id), ("asked", "Always", &moved_id)] {
+            node.want(&of_policy(name, policy));
+            let status = node
+                .until(name, "is ready", |status| condition(status, "Ready") == "True")
+                .await;
+            assert!(status.container_statuses[0].image_id.contains(id), "{status:?}");
+        }
+        open.stop();
+        node.want(&of_policy("late", "IfNotPresent"));
+        node.until("late", "is ready", |status| condition(status, "Ready") == "True")
+            .await;
+        node.want(&of_policy("alone", "Always"));
+        node.until("alone", "cannot ask", |status| {
+            waiting(status).contains("127.0.0.1:5000: ")
+        })
+        .await;
+
+        let others = ["digest", "basic", "kept", "asked", "late", "alone"].map(str::to_owned);
+        for name in names.iter().chain(&others) {
+            node.delete(name, 0).await;
+        }
+        node.until_empty().await;
+        node.assert_nothing_left();
+    });
+}
+
+#[test]
+fn hostile_and_refused_images_show_why_and_leave_nothing() {
+    on_stage(
+        "pods::images::hostile_and_refused_images_show_why_and_leave_nothing",
+        async |stage| {
+            let (mut node, stage) = registry_node(stage, |_| {}).await;
+            let open = Registry::start(&stage, 5000, false).await;
+            let _guarded = Registry::start(&stage, 5001, true).await;
+            let program = registry::program(&stage);
+            let (ours, foreign) = registry::platforms();
+            let outside = format!("orlop-escape-{}", std::process::id());
+            let up = "../".repeat(12);
+            let escape = registry::layer(&[
+                (&format!("{up}tmp/{outside}"), b"x"),
+                (&format!("/tmp/{outside}-absolute"), b"x"),
+                ("root", b""),
+                (&format!("root/tmp/{outside}-link"), b"x"),
+            ]);
+            open.push("escape:1", ours, "V=1", &[program.clone(), escape]).await;
+            open.push("foreign:1", foreign, "V=1", std::slice::from_ref(&program))
+                .await;
+            let tail = registry::layer(&[("forged", b"to be forged")]);
+            open.push("forged:1", ours, "V=forged", std::slice::from_ref(&tail))
+                .await;
+            let forged = digest_of(&tail);
+            open.forge(&forged);
+            for (name, image, why) in [
+                ("unknown", "127.0.0.1:5000/none:1", "MANIFEST_UNKNOWN"),
+                ("denied", "localhost:5001/escape:1", "unauthorized"),
+                ("foreign", "127.0.0.1:5000/foreign:1", "s390x"),
+                ("forged", "127.0.0.1:5000/forged:1", forged.as_str()),
+            ] {
+                node.want(&pod(name, &[("web", &["sleep"], image)]));
+                let reason = format!("shows {why}");
+                node.until(name, &reason, |status| waiting(status).contains(why)).await;
+                node.delete(name, 0).await;
+            }
+            let kept = node.ctr(&["content", "list", "-q"]);
+            assert!(!kept.contains(&forged), "{kept}");
+            assert!(!node.ctr(&["images", "list", "-q"]).contains("forged"));
+
+            node.want(&pod("escape", &[("web", &["sleep"], "127.0.0.1:5000/escape:1")]));
+            node.until("escape", "is ready", |status| condition(status, "Ready") == "True")
+                .await;
+            for name in [
+                outside.clone(),
+                format!("{outside}-absolute"),
+                format!("{outside}-link"),
+            ] {
+                let path = std::path::Path::new("/tmp").join(&name);
+                assert!(path.symlink_metadata().is_err(), "{name} is outside of the image");
+                let pid = node.process("escape", "web").await.0;
+                assert!(
+                    std::fs::exists(format!("/proc/{pid}/root/tmp/{name}")).unwrap(),
+                    "{name}"
+                );
+            }
+            node.delete("escape", 0).await;
+            node.until_empty().await;
+            node.assert_nothing_left();
+        },
+    );
+}
+
+#[test]
+fn unused_images_go_when_the_disk_is_full() {
+    on_stage("pods::images::unused_images_go_when_the_disk_is_full", async |stage| {
+        // Every disk is fuller than this.
+        let full = GcSettings {
+            high_threshold_percent: 0,
+            low_threshold_percent: 0,
+            minimum_age_seconds: 0,
+            interval_seconds: 1,
+        };
+        let (mut node, stage) = registry_node(stage, |images| images.gc = full).await;
+        let open = Registry::start(&stage, 5000, false).await;
+        let program = registry::program(&stage);
+        let (ours, _) = registry::platforms();
+        let own = |name: &str| registry::layer(&[(name, b"of this image alone")]);
+        for name in ["used", "unused"] {
+            let layers = [program.clone(), own(name)];
+            open.push(&format!("{name}:1"), ours, "V=1", &layers).await;
+            node.want(&pod(name, &[("web", &["sleep"], &open.name(&format!("{name}:1")))]));
+        }
+        for name in ["used", "unused"] {
+            node.until(name, "is ready", |status| condition(status, "Ready") == "True")
+                .await;
+        }
+        let snapshots = |node: &Node| node.ctr(&["snapshots", "list"]).lines().count();
+        let (before, process) = (snapshots(&node), node.process("used", "web").await);
+        node.ctr(&["leases", "create", "--id", "orlop-import-of-another-life"]);
+        node.delete("unused", 0).await;
+        node.until_true("the unused image is gone", |node| {
+            let images = node.ctr(&["images", "list", "-q"]);
+            !images.contains("unused") && snapshots(node) < before
+        })
+        .await;
+        node.until_true("the lease of an import that was cut off is gone", |node| {
+            !node.ctr(&["leases", "list"]).contains("of-another-life")
+        })
+        .await;
+        let images = node.ctr(&["images", "list", "-q"]);
+        assert!(images.contains("/used:1") && images.contains("pause"), "{images}");
+        let mut again = pod("again", &[("web", &["sleep"], &open.name("used:1"))]);
+        again.spec.get_or_insert_default().containers[0].image_pull_policy = "Never".into();
+        node.want(&again);
+        node.want(&pod("unused", &[("web", &["sleep"], &open.name("unused:1"))]));
+        for name in ["again", "unused"] {
+            node.until(name, "is ready", |status| condition(status, "Ready") == "True")
+                .await;
+        }
+        assert_eq!(node.process("used", "web").await, process, "it was left alone");
+        for name in ["used", "again", "unused"] {
+            node.delete(name, 0).await;
+        }
+        node.until_empty().await;
+        node.until_true("no image is left but the pause image", |node| {
+            let images = node.ctr(&["images", "list", "-q"]);
+            images.lines().count() == 1 && images.contains("pause")
+        })
+        .await;
+        node.assert_nothing_left();
+    });
+}
+
+#[test]
+fn layers_that_unpack_to_too_much_are_refused() {
+    on_stage(
+        "pods::images::layers_that_unpack_to_too_much_are_refused",
+        async |stage| {
+            let (mut node, stage) = registry_node(stage, |images| {
+                images.max_unpacked_bytes = 48 << 20;
+                images.max_unpacked_files = 500;
+            })
+            .await;
+            let open = Registry::start(&stage, 5000, false).await;
+            let program = registry::program(&stage);
+            let empty: Vec<String> = (0..600).map(|at| format!("file-{at}")).collect();
+            let files: Vec<(&str, &[u8])> = empty.iter().map(|name| (name.as_str(), b"x".as_slice())).collect();
+            let many = registry::layer(&files);
+            for (name, media_type, layer, why) in [
+                ("zeros", LAYER_GZIP, registry::zeros(), "images.max_unpacked_bytes"),
+                ("sparse", LAYER, registry::sparse(), "images.max_unpacked_bytes"),
+                ("files", LAYER, many.clone(), "images.max_unpacked_files"),
+            ] {
+                let blobs = [(LAYER, program.clone()), (media_type, layer.clone())];
+                let diff_ids = [digest_of(&program), digest_of(&layer)];
+                open.push_blobs(&format!("{name}:1"), &diff_ids, &blobs).await;
+                refused(&node, name, &open.name(&format!("{name}:1")), why).await;
+                let kept = node.ctr(&["content", "list", "-q"]);
+                assert!(!kept.contains(&digest_of(&layer)), "{kept}");
+            }
+            // From an archive, too.
+            let config = serde_json::json!({"rootfs": {"type": "layers", "diff_ids": [digest_of(&many)]}}).to_string();
+            let names = r#"[{"Config": "c.json", "RepoTags": ["archived:1"], "Layers": ["l.tar"]}]"#;
+            let files: [(&str, &[u8]); 3] = [
+                ("manifest.json", names.as_bytes()),
+                ("c.json", config.as_bytes()),
+                ("l.tar", &many),
+            ];
+            std::fs::write(stage.dir.join("images/archived.tar"), registry::layer(&files)).unwrap();
+            refused(&node, "archived", "archived:1", "images.max_unpacked_files").await;
+
+            assert!(
+                !node.ctr(&["snapshots", "list"]).contains("orlop-extract"),
+                "half-unpacked"
+            );
+            // What containerd was still writing when it was stopped goes with its next collection.
+            node.ctr(&["leases", "create", "--id", "collect"]);
+            node.until_true("the disk is free again", |node| {
+                node.ctr(&["leases", "delete", "--sync", "collect"]);
+                disk_use(&stage.dir.join("c")) < 64 << 20
+            })
+            .await;
+            node.until_empty().await;
+            node.assert_nothing_left();
+        },
+    );
+}
+
+#[test]
+fn images_that_lie_about_themselves_are_refused() {
+    on_stage(
+        "pods::images::images_that_lie_about_themselves_are_refused",
+        async |stage| {
+            let (mut node, stage) = registry_node(stage, |_| {}).await;
+            let open = Registry::start(&stage, 5000, false).await;
+            let program = registry::program(&stage);
+            let (digest, other) = (digest_of(&program), digest_of(b"another layer"));
+            let whole = [(LAYER, program.clone())];
+            let deep: Vec<_> = vec![(LAYER, registry::layer(&[])); 128];
+            let deep_ids: Vec<String> = deep.iter().map(|(_, layer)| digest_of(layer)).collect();
+            for (name, diff_ids, blobs, why) in [
+                ("diff", vec![other.clone()], &whole[..], "its configuration says"),
+                ("none", vec![], &whole[..], "another number of layers"),
+                (
+                    "path",
+                    vec!["../../x".to_owned()],
+                    &whole[..],
+                    "which is no sha256 digest",
+                ),
+                ("deep", deep_ids, &deep[..], "128 layers"),
+                (
+                    "kind",
+                    vec![digest.clone()],
+                    &[("text/html", program.clone())][..],
+                    "which is no layer's",
+                ),
+                (
+                    "torn",
+                    vec![digest.clone()],
+                    &[(LAYER_GZIP, program[..1000].to_vec())][..],
+                    "unpacking a layer",
+                ),
+                (
+                    "link",
+                    vec![digest_of(&registry::hard_link())],
+                    &[(LAYER, registry::hard_link())][..],
+                    "unpacking a layer",
+                ),
+            ] {
+                open.push_blobs(&format!("{name}:1"), &diff_ids, blobs).await;
+                refused(&node, name, &open.name(&format!("{name}:1")), why).await;
+            }
+            let layer = |size: u64| Descriptor {
+                size,
+                ..registry::described(LAYER, &program)
+            };
+            let (config, length) = (registry::described(CONFIG, b"{}"), program.len() as u64);
+            for (name, config, layer, why) in [
+                ("short", config.clone(), layer(length - 1), "its manifest"),
+                ("long", config.clone(), layer(length + 1), "its manifest"),
+                (
+                    "vast",
+                    config.clone(),
+                    layer(i64::MAX.unsigned_abs()),
+                    "images.max_image_bytes",
+                ),
+                (
+                    "config",
+                    Descriptor {
+                        size: 5 << 20,
+                        ..config.clone()
+                    },
+                    layer(length),
+                    "configuration is larger",
+                ),
+                (
+                    "digest",
+                    config.clone(),
+                    Descriptor {
+                        digest: "sha256:../../x".into(),
+                        ..layer(1)
+                    },
+                    "no sha256 digest",
+                ),
+            ] {
+                // No registry takes these: its own files are what it serves. The blobs are there.
+                let there = [(LAYER, program.clone()), (CONFIG, b"{}".to_vec())];
+                open.push_blobs(&format!("{name}:0"), &[], &there).await;
+                open.plant(name, &Manifest::new(config, vec![layer]).to_bytes());
+                refused(&node, name, &open.name(&format!("{name}:1")), why).await;
+            }
+            let images = node.ctr(&["images", "list", "-q"]);
+            assert!(!images.contains("127.0.0.1"), "{images}");
+            let snapshots = node.ctr(&["snapshots", "list"]);
+            assert!(!snapshots.contains("orlop-extract"), "{snapshots}");
+
+            // A device node is unpacked, as images may have them; nobody in the container may open it.
+            let with_device = [program.clone(), registry::device(1, 11)];
+            open.push("device:1", registry::platforms().0, "V=1", &with_device)
+                .await;
+            node.want(&pod("device", &[("web", &["sleep"], &open.name("device:1"))]));
+            node.until("device", "is ready", |status| condition(status, "Ready") == "True")
+                .await;
+            let device = format!("/proc/{}/root/device", node.process("device", "web").await.0);
+            let cgroups = node.cgroups("uid-of-device", "web").await;
+            let join: String = cgroups
+                .iter()
+                .map(|cgroup| format!("echo $$ > {}/cgroup.procs; ", cgroup.display()))
+                .collect();
+            let read = |before: &str| {
+                let script = format!("{before} exec 3< {device}");
+                std::process::Command::new("sh").args(["-c", &script]).output().unwrap()
+            };
+            assert!(read("").status.success(), "outside of the container it can be opened");
+            let inside = read(&join);
+            let said = String::from_utf8_lossy(&inside.stderr).into_owned();
+            assert!(!inside.status.success() && said.contains("not permitted"), "{said}");
+            node.delete("device", 0).await;
+            node.until_empty().await;
+            node.assert_nothing_left();
+        },
+    );
+}
+
+/// Wants a pod of the image until it shows why it cannot be pulled, and deletes it.
+async fn refused(node: &Node, name: &str, image: &str, why: &str) {
+    node.want(&pod(name, &[("web", &["sleep"], image)]));
+    let reason = format!("shows {why}");
+    node.until(name, &reason, |status| waiting(status).contains(why)).await;
+    node.delete(name, 0).await;
+}
+
+/// The bytes that files take below a folder.
+fn disk_use(dir: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| Some((entry.path(), entry.path().symlink_metadata().ok()?)))
+        .map(|(path, metadata)| match metadata.is_dir() {
+            true => disk_use(&path),
+            false => metadata.blocks() * 512,
+        })
+        .sum()
+}
+
+/// A node that knows the registries of these tests, and their stage.
+async fn registry_node(stage: Stage, change: impl FnOnce(&mut PullSettings)) -> (Node, Stage) {
+    let plain = RegistrySettings {
+        plain_http: true,
+        ..RegistrySettings::default()
+    };
+    let user = RegistrySettings {
+        username: Some("user".into()),
+        password: Some(Secret("sesame".into())),
+        ..plain.clone()
+    };
+    let registries = [
+        ("127.0.0.1:5000", plain.clone()),
+        ("127.0.0.1:5001", user),
+        ("localhost:5001", plain),
+    ];
+    let registries = registries.map(|(host, registry)| (host.to_owned(), registry)).into();
+    let node = Node::start_with(stage.clone(), |config| {
+        config.registries = registries;
+        change(&mut config.images);
+    });
+    (node.await, stage)
+}
+
+/// Why the container waits.
+fn waiting(status: &PodStatus) -> String {
+    let state = status.container_statuses.first().and_then(|one| one.state.clone());
+    let waiting = state.and_then(|state| state.waiting).unwrap_or_default();
+    match waiting.reason.as_str() {
+        "ErrImagePull" | "ImagePullBackOff" => waiting.message,
+        _ => String::new(),
+    }
+}
