@@ -34,6 +34,12 @@ pub trait Runtime: Send + Sync + 'static {
     /// Makes the image ready to run on this node.
     async fn ensure_image(&self, request: &ImageRequest) -> Result<Image, RuntimeError>;
 
+    /// Whether the image, as a pod names it, is there already.
+    async fn has_image(&self, reference: &str) -> Result<bool, RuntimeError> {
+        let _ = reference;
+        Ok(true)
+    }
+
     /// Creates and starts the pod's sandbox: state directory, lease, pause container in the given network namespace.
     /// Whatever was made is removed again when it fails.
     async fn create_sandbox(&self, spec: &SandboxSpec) -> Result<(), RuntimeError>;

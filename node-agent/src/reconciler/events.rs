@@ -1,5 +1,7 @@
 //! What happens to pods on this node, told to people: Events with the kubelet's reasons. Best effort.
 
+use std::time::Duration;
+
 use orlop_proto::{
     core::v1::{ContainerStatus, Event, ObjectReference, Pod, PodStatus},
     time,
@@ -41,9 +43,18 @@ impl Events {
         }
     }
 
-    /// An image is ready for a container.
-    pub fn pulled(&self, pod: &PodId, container: &str, image: &str) {
-        let message = format!("Container image {image:?} is present on this machine");
+    /// An image is looked for outside of this machine.
+    pub fn pulling(&self, pod: &PodId, container: &str, image: &str) {
+        let message = format!("Pulling image {image:?}");
+        self.say(pod, Some(container), "Normal", "Pulling", message);
+    }
+
+    /// An image is ready for a container; pulling it took so long, if it was pulled.
+    pub fn pulled(&self, pod: &PodId, container: &str, image: &str, took: Option<Duration>) {
+        let message = match took {
+            Some(took) => format!("Successfully pulled image {image:?} in {} ms", took.as_millis()),
+            None => format!("Container image {image:?} already present on machine"),
+        };
         self.say(pod, Some(container), "Normal", "Pulled", message);
     }
 

@@ -1,6 +1,6 @@
 //! Does what the plan says, for one pod at a time, and tells how it went. No choices are made here.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -10,7 +10,7 @@ use crate::{
     dataplane::{Dataplane, PodInterface},
     network::{Network, NetworkStatus, PodNetwork},
     plan::{Action, StartContainer, Subject},
-    runtime::{ContainerSpec, PodId, Runtime, RuntimeError, SandboxSpec},
+    runtime::{ContainerSpec, Image, PodId, PullPolicy, Runtime, RuntimeError, SandboxSpec},
 };
 
 /// What actions are done with.
@@ -309,6 +309,24 @@ impl Executor {
             .map_err(|error| network_failed(&error))
     }
 
+    /// Makes a container's image ready, and says what is done for it.
+    async fn pull(&self, pod: &PodId, start: &StartContainer) -> Result<Image, RuntimeError> {
+        let (image, begin) = (&start.image, Instant::now());
+        let asks = match image.policy {
+            PullPolicy::Always => true,
+            PullPolicy::Never => false,
+            // One that is no image's name is refused below.
+            PullPolicy::IfNotPresent => !self.runtime.has_image(&image.reference).await.unwrap_or(true),
+        };
+        if asks {
+            self.events.pulling(pod, &start.name, &image.reference);
+        }
+        let ready = self.runtime.ensure_image(image).await?;
+        let took = asks.then(|| begin.elapsed());
+        self.events.pulled(pod, &start.name, &image.reference, took);
+        Ok(ready)
+    }
+
     async fn start_container(
         &self,
         pod: &PodId,
@@ -318,9 +336,8 @@ impl Executor {
         let image = tokio::select! {
             biased;
             () = unwanted.cancelled() => return Err(Failed::unwanted()),
-            image = self.runtime.ensure_image(&start.image) => image?,
+            image = self.pull(pod, &start) => image?,
         };
-        self.events.pulled(pod, &start.name, &start.image.reference);
         // Only now: who waits for an image holds up nobody.
         let _turn = self.turn(unwanted).await?;
         let spec = ContainerSpec {

@@ -120,6 +120,8 @@ impl Shelf {
             let mut here: Vec<PathBuf> = entries
                 .filter_map(|entry| Some(entry.ok()?.path()))
                 .filter(|path| path.extension().is_some_and(|extension| extension == "tar"))
+                // A FIFO would be waited for.
+                .filter(|path| path.is_file())
                 .collect();
             here.sort();
             files.append(&mut here);

@@ -170,6 +170,10 @@ impl Runtime for Containerd {
         self.image(request).await
     }
 
+    async fn has_image(&self, reference: &str) -> Result<bool, RuntimeError> {
+        self.is_present(reference).await
+    }
+
     async fn create_sandbox(&self, spec: &SandboxSpec) -> Result<(), RuntimeError> {
         self.make_sandbox(spec).await
     }

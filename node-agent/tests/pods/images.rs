@@ -178,7 +178,8 @@ fn unused_images_go_when_the_disk_is_full() {
         }
         let snapshots = |node: &Node| node.ctr(&["snapshots", "list"]).lines().count();
         let (before, process) = (snapshots(&node), node.process("used", "web").await);
-        node.ctr(&["leases", "create", "--id", "orlop-import-of-another-life"]);
+        let lease = node.ctr(&["leases", "create", "--id", "orlop-import-of-another-life"]);
+        assert!(lease.contains("of-another-life"), "{lease}");
         node.delete("unused", 0).await;
         node.until_true("the unused image is gone", |node| {
             let images = node.ctr(&["images", "list", "-q"]);
@@ -378,6 +379,38 @@ fn images_that_lie_about_themselves_are_refused() {
             let said = String::from_utf8_lossy(&inside.stderr).into_owned();
             assert!(!inside.status.success() && said.contains("not permitted"), "{said}");
             node.delete("device", 0).await;
+            node.until_empty().await;
+            node.assert_nothing_left();
+        },
+    );
+}
+
+#[test]
+fn a_pull_that_nobody_waits_for_any_more_leaves_nothing() {
+    on_stage(
+        "pods::images::a_pull_that_nobody_waits_for_any_more_leaves_nothing",
+        async |stage| {
+            let (mut node, _) = registry_node(stage, |_| {}).await;
+            // Gives half of a layer, and then says nothing more.
+            let layer = registry::layer(&[("half", &vec![7; 4 << 20])]);
+            let config = serde_json::json!({"rootfs": {"type": "layers", "diff_ids": [digest_of(&layer)]}}).to_string();
+            let manifest = Manifest::new(
+                registry::described(CONFIG, config.as_bytes()),
+                vec![registry::described(LAYER, &layer)],
+            );
+            registry::stalling(5000, manifest.to_bytes(), config, layer).await;
+            node.want(&pod("stalled", &[("web", &["sleep"], "127.0.0.1:5000/stalled:1")]));
+            node.until_true("it is being written", |node| {
+                node.ctr(&["leases", "list"]).contains("orlop-import")
+                    && node.ctr(&["content", "active"]).contains("orlop-")
+            })
+            .await;
+            node.delete("stalled", 0).await;
+            node.until_true("it is given up", |node| {
+                !node.ctr(&["leases", "list"]).contains("orlop-import")
+            })
+            .await;
+            assert!(!node.ctr(&["images", "list", "-q"]).contains("stalled"));
             node.until_empty().await;
             node.assert_nothing_left();
         },

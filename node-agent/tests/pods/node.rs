@@ -18,7 +18,7 @@ use orlop_node::{
     network::{self, CniNetwork, Network as _},
     reconciler::{self, Inputs, PodUpdate, Settings},
     runtime::{
-        ProcessState, Runtime,
+        Observed, ProcessState, Runtime,
         cgroup::Cgroups,
         containerd::{Containerd, Options},
         garbage,
@@ -371,11 +371,23 @@ impl Node {
     pub async fn until_empty(&self) {
         let begin = Instant::now();
         loop {
-            let observed = self.runtime().observe().await.unwrap();
+            let observed = self.observed().await;
             if observed.pods.is_empty() {
                 return;
             }
             assert!(begin.elapsed() < PATIENCE, "still there: {observed:#?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// What exists, as soon as containerd says it: it may just be starting.
+    async fn observed(&self) -> Observed {
+        let begin = Instant::now();
+        loop {
+            match self.runtime().observe().await {
+                Ok(observed) => return observed,
+                Err(error) => assert!(begin.elapsed() < PATIENCE, "{error}"),
+            }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
@@ -386,7 +398,7 @@ impl Node {
 
     /// Pid and start time of a container.
     pub async fn process(&self, pod: &str, container: &str) -> (u32, Timestamp) {
-        let observed = self.runtime().observe().await.unwrap();
+        let observed = self.observed().await;
         let found = &observed.pods[&format!("uid-of-{pod}")];
         let running = found
             .containers
@@ -402,7 +414,7 @@ impl Node {
     }
 
     pub async fn pause_pid(&self, pod: &str) -> u32 {
-        let observed = self.runtime().observe().await.unwrap();
+        let observed = self.observed().await;
         let found = &observed.pods[&format!("uid-of-{pod}")];
         assert_eq!(found.sandboxes.len(), 1);
         let ProcessState::Running { pid, .. } = found.sandboxes[0].state else {
@@ -475,7 +487,7 @@ impl Node {
 
     /// The cgroups that a container is in, those of other hierarchies too.
     pub async fn cgroups(&self, uid: &str, container: &str) -> Vec<PathBuf> {
-        let observed = self.runtime().observe().await.unwrap();
+        let observed = self.observed().await;
         let mut containers = observed.pods[uid].containers.iter();
         let id = &containers.find(|found| found.name == container).unwrap().id;
         let below = format!("{}/{uid}/{id}", self.stage.cgroup());

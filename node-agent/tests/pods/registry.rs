@@ -218,6 +218,42 @@ pub fn described(media_type: &str, bytes: &[u8]) -> Descriptor {
     }
 }
 
+/// A registry of one image that gives half of its layer only, and leaves its clients waiting for the rest.
+pub async fn stalling(port: u16, manifest: bytes::Bytes, config: String, layer: Vec<u8>) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.unwrap();
+    let digest = digest_of(&layer);
+    let answers = std::sync::Arc::new((manifest, config, layer, digest));
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let answers = answers.clone();
+            tokio::spawn(async move {
+                let (manifest, config, layer, digest) = &*answers;
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    head.push(stream.read_u8().await.unwrap());
+                }
+                let head = String::from_utf8(head).unwrap();
+                let (body, whole) = match head.contains("/manifests/") {
+                    true => (&manifest[..], true),
+                    false if head.contains(digest) => (&layer[..], false),
+                    false => (config.as_bytes(), true),
+                };
+                let start = format!(
+                    "HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+                    body.len()
+                );
+                stream.write_all(start.as_bytes()).await.unwrap();
+                let sent = if whole { body.len() } else { body.len() / 2 };
+                stream.write_all(&body[..sent]).await.unwrap();
+                if !whole {
+                    std::future::pending::<()>().await;
+                }
+            });
+        }
+    });
+}
+
 /// The fixture's program as a layer.
 pub fn program(stage: &Stage) -> Vec<u8> {
     layer(&[("fixture", &fs::read(&stage.fixture).unwrap())])

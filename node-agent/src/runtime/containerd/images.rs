@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use super::{
     Containerd,
-    client::Refusal as _,
+    client::{Client, Refusal as _},
     content::{self, Blob},
     unpack::chain_ids,
 };
@@ -105,6 +105,12 @@ impl Containerd {
         self.load(&name, &target).await
     }
 
+    /// See [`crate::runtime::Runtime::has_image`].
+    pub(super) async fn is_present(&self, reference: &str) -> Result<bool, RuntimeError> {
+        let name = Reference::parse(reference)?.to_string();
+        Ok(self.record(&name).await?.is_some())
+    }
+
     /// Looks for the image in the sources and imports what containerd does not have of it; returns the manifest's digest.
     async fn fetch(&self, reference: &Reference, present: Option<String>) -> Result<String, RuntimeError> {
         let name = reference.to_string();
@@ -187,16 +193,14 @@ impl Containerd {
         self.client
             .call("creating a lease", self.client.leases().create(request))
             .await?;
+        let mut held = Lease {
+            client: self.client.clone(),
+            id: Some(lease.clone()),
+        };
         let result = self.import_leased(name, &lease, found).await;
-        let request = self.client.request(DeleteRequest {
-            id: lease,
-            // What a failed import has written is gone at once.
-            sync: result.is_err(),
-        });
-        self.client
-            .call("deleting a lease", self.client.leases().delete(request))
-            .await
-            .found()?;
+        // What a failed import has written is gone at once.
+        held.id = None;
+        delete_lease(&self.client, lease, result.is_err()).await?;
         result
     }
 
@@ -383,6 +387,37 @@ impl Containerd {
         }
         Ok(configuration)
     }
+}
+
+/// An import's lease: it goes with this when nobody waits for the import any more, and so does what was written.
+struct Lease {
+    client: Client,
+    /// `None` when it was deleted.
+    id: Option<String>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let (Some(id), Ok(runtime)) = (self.id.take(), tokio::runtime::Handle::try_current()) else {
+            return;
+        };
+        let client = self.client.clone();
+        runtime.spawn(async move {
+            if let Err(error) = delete_lease(&client, id, true).await {
+                // The next life of the agent does it.
+                tracing::warn!(%error, "what an abandoned import has written remains for now");
+            }
+        });
+    }
+}
+
+async fn delete_lease(client: &Client, id: String, sync: bool) -> Result<(), RuntimeError> {
+    let request = client.request(DeleteRequest { id, sync });
+    client
+        .call("deleting a lease", client.leases().delete(request))
+        .await
+        .found()?;
+    Ok(())
 }
 
 /// The media types of layers, packed as containerd can unpack them.

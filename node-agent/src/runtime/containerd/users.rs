@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::Read as _,
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
 };
 
@@ -85,8 +86,9 @@ fn read(layers: &[PathBuf], name: &str) -> String {
 
 fn read_in(layer: &Path, name: &str) -> Option<String> {
     let root = File::open(layer).ok()?;
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let file = openat2(
+    // Only found at first: opening a device may already do something.
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let found = openat2(
         &root,
         name,
         flags,
@@ -94,10 +96,10 @@ fn read_in(layer: &Path, name: &str) -> Option<String> {
         ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
     )
     .ok()?;
-    let file = File::from(file);
-    if !file.metadata().ok()?.is_file() {
+    if !File::from(found.try_clone().ok()?).metadata().ok()?.is_file() {
         return None;
     }
+    let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd())).ok()?;
     let mut text = String::new();
     file.take(MAX_FILE).read_to_string(&mut text).ok()?;
     Some(text)
