@@ -95,6 +95,9 @@ impl Runtime for Fake {
             }
         }
     }
+    async fn has_image(&self, reference: &str) -> Result<bool, RuntimeError> {
+        Ok(reference != "absent")
+    }
     async fn create_sandbox(&self, spec: &SandboxSpec) -> Result<(), RuntimeError> {
         let _guard = self.enter(&spec.pod.uid);
         tokio::time::sleep(Duration::from_millis(5) + self.slow_sandbox).await;
@@ -412,6 +415,20 @@ async fn a_failed_start_is_rolled_back_and_tried_again_and_a_deleted_pod_is_gone
             "Killing"
         ]
     );
+}
+
+#[tokio::test]
+async fn people_are_told_that_an_image_is_pulled() {
+    for (image, expected) in [("absent", &["Pulling", "Pulled"][..]), ("there", &["Pulled"])] {
+        let mut reconciler = Loop::start(Fake::default());
+        reconciler.want("p", image, |_| {});
+        reconciler.until("it runs", |updates| runs(updates, "p")).await;
+        let told: Vec<String> = std::iter::from_fn(|| reconciler.events.try_recv().ok())
+            .map(|event| event.reason)
+            .filter(|reason| reason.starts_with("Pull"))
+            .collect();
+        assert_eq!(told, expected);
+    }
 }
 
 #[tokio::test]
