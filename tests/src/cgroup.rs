@@ -110,7 +110,16 @@ fn inherit(hierarchy: &Hierarchy, directory: &Path) -> Result<()> {
 
 /// Moves this process into a cgroup, in every hierarchy.
 pub fn join(path: &str) -> Result<()> {
-    for hierarchy in hierarchies()? {
+    join_in(path, |_| true)
+}
+
+/// Moves this process into a cgroup of cgroup2, and leaves it where it is in the others.
+pub fn join_cgroup2(path: &str) -> Result<()> {
+    join_in(path, Hierarchy::is_v2)
+}
+
+fn join_in(path: &str, chosen: impl Fn(&Hierarchy) -> bool) -> Result<()> {
+    for hierarchy in hierarchies()?.iter().filter(|hierarchy| chosen(hierarchy)) {
         let procs = hierarchy.mount.join(path).join("cgroup.procs");
         fs::write(&procs, "0").with_context(|| format!("joining {}", procs.display()))?;
     }

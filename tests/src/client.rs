@@ -4,11 +4,12 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use futures::{StreamExt as _, TryStreamExt as _};
 use orlop_proto::{
     Resource,
     api::v1::{
-        ApplyRequest, ApplyResult, DeleteRequest, GetRequest, ListRequest, apply_request::Input,
-        objects_client::ObjectsClient,
+        ApplyRequest, ApplyResult, CreateRequest, DeleteRequest, GetRequest, ListRequest, Object, UpdateRequest,
+        apply_request::Input, objects_client::ObjectsClient,
     },
     cluster::v1::{CreateTokenRequest, join_client::JoinClient},
     metrics::v1::{
@@ -109,6 +110,28 @@ impl Client {
     pub fn list<T: Resource>(&self, namespace: &str, label_selector: &str) -> Result<Vec<T>> {
         let objects = self.list_objects(T::KIND.resource, namespace, label_selector)?;
         Ok(objects.into_iter().filter_map(T::from_object).collect())
+    }
+
+    /// Creates objects, many at once; in which order is open.
+    pub fn create_all(&self, objects: Vec<Object>) -> Result<()> {
+        const AT_ONCE: usize = 64;
+        let creations = futures::stream::iter(objects.into_iter().map(|object| {
+            let mut client = self.objects();
+            let request = CreateRequest { object: Some(object) };
+            async move { client.create(request).await.map(drop) }
+        }));
+        self.runtime
+            .block_on(creations.buffer_unordered(AT_ONCE).try_collect::<()>())
+            .context("creating objects")
+    }
+
+    /// Replaces an object; as it is stored then.
+    pub fn update<T: Resource>(&self, object: T) -> Result<T> {
+        let request = UpdateRequest {
+            object: Some(object.into_object()),
+        };
+        let stored = self.runtime.block_on(self.objects().update(request));
+        T::from_object(stored.context("replacing an object")?.into_inner()).context("an object of another kind")
     }
 
     /// One object; `None` when it is not there.

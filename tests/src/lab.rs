@@ -205,7 +205,13 @@ impl Lab {
 
     /// A command inside a node, as `cargo xtask exec NODE -- CMD`.
     pub fn on_node(&self, node: &str, command: &[&str]) -> Result<Command> {
-        self.enter(node, &format!("{}/system/exec", self.spec.cgroup(node)), None, command)
+        self.enter(
+            node,
+            &format!("{}/system/exec", self.spec.cgroup(node)),
+            None,
+            None,
+            command,
+        )
     }
 
     /// A command inside a pod's network and cgroup, with this machine's files, as `cargo xtask exec NODE --pod ... -- CMD`.
@@ -217,10 +223,11 @@ impl Lab {
             .unwrap_or_default();
         let cgroup = self.pod_cgroup(node, pod.uid());
         let pid = self.pod_process(node, pod.uid())?;
-        self.enter(node, &format!("{cgroup}/exec"), Some(pid), command)
+        self.enter(node, &format!("{cgroup}/exec"), None, Some(pid), command)
     }
 
-    /// A command inside a pod's network, in a cgroup beside the nodes' own: no program of a node sees its sockets.
+    /// A command inside a pod's network, in a cgroup2 beside the nodes' own: no program of a node sees its sockets. In the v1
+    /// hierarchies, where this machine has any, it is where the pod's processes are, so that the scheduler treats it as one of them.
     pub fn in_pod_outside(&self, pod: &Pod, command: &[&str]) -> Result<Command> {
         let node = pod
             .spec
@@ -228,8 +235,10 @@ impl Lab {
             .map(|spec| spec.node_name.as_str())
             .unwrap_or_default();
         let pid = self.pod_process(node, pod.uid())?;
-        // As deep as a pod's: the scheduler walks the levels.
-        self.enter(node, &self.spec.cgroup("baseline/1/2/3/exec"), Some(pid), command)
+        let cgroup = format!("{}/exec", self.pod_cgroup(node, pod.uid()));
+        // As deep as a pod's: the scheduler, and the program that counts CPU time, walk the levels.
+        let outside = self.spec.cgroup("baseline/1/2/3/exec");
+        self.enter(node, &cgroup, Some(&outside), Some(pid), command)
     }
 
     /// A pod's cgroup, relative to the hierarchies' roots as this machine sees them.
@@ -256,10 +265,20 @@ impl Lab {
         bail!("pod {uid} has no process on {node}")
     }
 
-    fn enter(&self, node: &str, cgroup: &str, network_of: Option<i32>, command: &[&str]) -> Result<Command> {
+    fn enter(
+        &self,
+        node: &str,
+        cgroup: &str,
+        cgroup2: Option<&str>,
+        network_of: Option<i32>,
+        command: &[&str],
+    ) -> Result<Command> {
         let holder = self.members.get(node)?.pid;
         let mut enter = Command::new(self.spec.binaries.join("orlop-lab"));
         enter.args(["enter", "--holder", &holder.to_string(), "--cgroup", cgroup]);
+        if let Some(path) = cgroup2 {
+            enter.args(["--cgroup2", path]);
+        }
         if let Some(pid) = network_of {
             enter.args(["--network-of", &pid.to_string()]);
         }

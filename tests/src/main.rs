@@ -71,6 +71,8 @@ enum Command {
         network_of: Option<i32>,
         #[arg(long)]
         cgroup: String,
+        #[arg(long)]
+        cgroup2: Option<String>,
         #[arg(long, default_value_t = 0)]
         listen_fds: u32,
         #[arg(long)]
@@ -115,6 +117,7 @@ fn run(command: Command) -> Result<()> {
             holder,
             network_of,
             cgroup,
+            cgroup2,
             listen_fds,
             directory,
             command,
@@ -123,6 +126,7 @@ fn run(command: Command) -> Result<()> {
                 holder,
                 network_of,
                 cgroup,
+                cgroup2,
                 listen_fds,
                 directory,
             },

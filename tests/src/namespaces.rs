@@ -147,6 +147,8 @@ pub struct Target {
     pub network_of: Option<i32>,
     /// The cgroup to join, relative to the hierarchies' roots as the machine sees them; made when it is missing.
     pub cgroup: String,
+    /// In cgroup2 this one instead.
+    pub cgroup2: Option<String>,
     /// How many listening sockets are handed on, as file descriptors from 3.
     pub listen_fds: u32,
     /// The folder to start in; `/` when not given.
@@ -157,6 +159,10 @@ pub struct Target {
 pub fn enter(target: &Target, command: &[String]) -> Result<()> {
     cgroup::create(&target.cgroup)?;
     cgroup::join(&target.cgroup)?;
+    if let Some(path) = &target.cgroup2 {
+        cgroup::create(path)?;
+        cgroup::join_cgroup2(path)?;
+    }
     let open = |pid: i32, kind: &str| {
         let path = format!("/proc/{pid}/ns/{kind}");
         File::open(&path).with_context(|| format!("opening {path}: is the lab still up?"))

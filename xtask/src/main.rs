@@ -59,7 +59,7 @@ enum Task {
     },
     /// Measures; the last line is one JSON object.
     Bench {
-        /// connect, schedule, control, store
+        /// connect, program, cni, start, schedule, control, store
         name: String,
         /// Options of the benchmark.
         #[arg(last = true)]
@@ -170,7 +170,7 @@ fn test(filter: Option<&str>) -> Result<()> {
 }
 
 /// Benchmarks that run the real Kubernetes or etcd 3.6 beside ours. Without them ours is measured alone.
-const NEED_PEERS: &[&str] = &["schedule", "control", "store"];
+const NEED_PEERS: &[&str] = &["connect", "program", "schedule", "control", "store"];
 
 fn bench(name: &str, options: &[String]) -> Result<ExitCode> {
     setup::setup()?;

@@ -36,6 +36,8 @@ const PACKAGES: &[&str] = &[
     // Other people's CNI plugins, and what they call.
     "containernetworking-plugins",
     "iptables",
+    // What kube-proxy calls, beside which benchmarks measure.
+    "nftables",
 ];
 
 /// The linker of the kernel programs, built against the LLVM of Debian's Rust for BPF.

@@ -11,6 +11,7 @@ use std::{
 };
 
 mod command {
+    pub const MAP_LOOKUP_ELEM: u32 = 1;
     pub const MAP_UPDATE_ELEM: u32 = 2;
     pub const MAP_DELETE_ELEM: u32 = 3;
     pub const OBJ_PIN: u32 = 6;
@@ -348,14 +349,7 @@ pub fn add(map: impl AsFd, key: &[u8], value: &[u8]) -> io::Result<bool> {
 }
 
 fn write(map: impl AsFd, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
-    let mut attributes = ElementAttributes {
-        map: raw(map.as_fd()),
-        reserved: 0,
-        key: key.as_ptr() as u64,
-        value: value.as_ptr() as u64,
-        flags,
-    };
-    bpf(command::MAP_UPDATE_ELEM, &mut attributes).map(drop)
+    element(command::MAP_UPDATE_ELEM, map, key, value.as_ptr() as u64, flags)
 }
 
 /// Deletes one entry; one that is not there is a success.
@@ -363,17 +357,39 @@ fn write(map: impl AsFd, key: &[u8], value: &[u8], flags: u64) -> io::Result<()>
 /// # Errors
 /// The kernel's.
 pub fn delete(map: impl AsFd, key: &[u8]) -> io::Result<()> {
+    found(element(command::MAP_DELETE_ELEM, map, key, 0, 0)).map(drop)
+}
+
+/// Reads one entry of a map that is not per CPU; `value` is as long as its values. `false` when there is none.
+///
+/// # Errors
+/// The kernel's.
+pub fn lookup(map: impl AsFd, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    found(element(
+        command::MAP_LOOKUP_ELEM,
+        map,
+        key,
+        value.as_mut_ptr() as u64,
+        0,
+    ))
+}
+
+fn found(outcome: io::Result<()>) -> io::Result<bool> {
+    match outcome {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        other => other.map(|()| true),
+    }
+}
+
+fn element(command: u32, map: impl AsFd, key: &[u8], value: u64, flags: u64) -> io::Result<()> {
     let mut attributes = ElementAttributes {
         map: raw(map.as_fd()),
         reserved: 0,
         key: key.as_ptr() as u64,
-        value: 0,
-        flags: 0,
+        value,
+        flags,
     };
-    match bpf(command::MAP_DELETE_ELEM, &mut attributes) {
-        Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
-        _ => Ok(()),
-    }
+    bpf(command, &mut attributes).map(drop)
 }
 
 #[repr(C)]

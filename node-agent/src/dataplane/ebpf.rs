@@ -8,7 +8,7 @@ use std::{
         mpsc::{Receiver, Sender, channel},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -124,8 +124,17 @@ impl EbpfDataplane {
             state.planner = adopt(&inner.kernel, &inner.arena)?;
             state.unsure = false;
         }
+        let begin = Instant::now();
         let writes = state.planner.apply(changes);
+        let planned = begin.elapsed();
         let mut applied = inner.write(&mut state, writes)?;
+        tracing::debug!(
+            frontends = applied.frontends_written,
+            slots = applied.slots_written,
+            planning_us = micros(planned),
+            writing_us = micros(begin.elapsed() - planned),
+            "maps written"
+        );
         let mut full = state.full;
         // There may be room once what was given up is free.
         while full.is_some() && (state.releasing || !state.retired.is_empty()) {
@@ -454,6 +463,10 @@ fn grace_period() {
     if result != 0 {
         thread::sleep(FALLBACK);
     }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn interface_programs() -> impl Iterator<Item = (&'static str, u32)> {

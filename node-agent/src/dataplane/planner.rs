@@ -4,6 +4,7 @@
 //! referred to; the executor writes (slots first, then frontends, then deletions), waits for a grace period, zeroes what was
 //! given up, and hands it back with [`Planner::release`]. Whatever the order in which changes came, the maps serve the same.
 
+mod adoption;
 pub mod records;
 pub mod space;
 
@@ -153,49 +154,6 @@ impl Planner {
             generation: 0,
             pending: BTreeSet::new(),
         }
-    }
-
-    /// For maps that an earlier life of the agent has written. Entries that cannot be right are returned: they are to be
-    /// deleted. The others stay until the first complete change says otherwise.
-    #[must_use]
-    pub fn adopt(
-        limits: Limits,
-        frontends: &[(FrontendKey, Frontend)],
-        slot: impl Fn(u32) -> Option<Slot>,
-    ) -> (Self, Vec<FrontendKey>) {
-        let mut planner = Self::new(limits);
-        let mut wrong = Vec::new();
-        for (key, value) in frontends {
-            match adopt_entry(key, value, &slot) {
-                Some(entry) if planner.reserve(&entry) => {
-                    planner.generation = planner.generation.max(entry.generation);
-                    planner.entries.insert(*key, entry);
-                }
-                _ => wrong.push(*key),
-            }
-        }
-        (planner, wrong)
-    }
-
-    /// Takes what an adopted entry uses. All of it or nothing.
-    fn reserve(&mut self, entry: &Entry) -> bool {
-        let length = entry.backends.len();
-        let Ok(length) = u32::try_from(length) else {
-            return false;
-        };
-        let mut seen = BTreeSet::new();
-        let ids_free = entry
-            .backends
-            .iter()
-            .all(|backend| self.backend_ids.is_free(backend.id) && seen.insert(backend.id));
-        if !ids_free || !self.service_ids.is_free(entry.service) || !self.ranges.take(entry.base, length) {
-            return false;
-        }
-        self.service_ids.take(entry.service);
-        for backend in &entry.backends {
-            self.backend_ids.take(backend.id);
-        }
-        true
     }
 
     /// Plans the changes.
@@ -489,37 +447,6 @@ pub fn frontend_of(key: &FrontendKey, entry: &Entry) -> Frontend {
     };
     value.check = selection::checksum(key, &value);
     value
-}
-
-fn adopt_entry(key: &FrontendKey, value: &Frontend, slot: &impl Fn(u32) -> Option<Slot>) -> Option<Entry> {
-    if value.check != selection::checksum(key, value) {
-        return None;
-    }
-    let count = value.ready.checked_add(value.terminating)?;
-    let end = value.base.checked_add(count)?;
-    let backends = (value.base..end)
-        .map(|index| {
-            let slot = slot(index).filter(|slot| slot.generation == value.generation)?;
-            let part = if index - value.base < value.ready {
-                SlotState::Ready
-            } else {
-                SlotState::Terminating
-            };
-            (slot.state == part).then_some(Backend {
-                address: slot.address,
-                port: slot.port,
-                state: slot.state,
-                id: slot.backend,
-            })
-        })
-        .collect::<Option<Box<[Backend]>>>()?;
-    Some(Entry {
-        service: value.service,
-        generation: value.generation,
-        base: value.base,
-        owner: value.owner,
-        backends,
-    })
 }
 
 fn wanted(service: &link::Service, key: &FrontendKey) -> Wanted {

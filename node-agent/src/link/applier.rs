@@ -199,6 +199,7 @@ impl Applier {
     /// Brings the maps up to date. A failure is made good by a resync, later, and holds nothing else up: the node's
     /// condition shows it.
     async fn flush_services(&mut self) -> bool {
+        let begin = Instant::now();
         let (upserts, removals, complete) = self.batch.take_services(&mut self.desired);
         if complete {
             self.resync = true;
@@ -230,6 +231,14 @@ impl Applier {
         };
         match self.dataplane.apply(changes).await {
             Ok(()) => {
+                if self.resync {
+                    let microseconds = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
+                    tracing::info!(
+                        services = self.desired.services.len(),
+                        microseconds,
+                        "all services are in the maps"
+                    );
+                }
                 self.resync = false;
                 true
             }

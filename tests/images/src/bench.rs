@@ -1,7 +1,7 @@
 //! Benchmark slices: short, so that two ways to one server can be measured in turn.
 
 use std::{
-    io::{Read, Write},
+    io::{BufRead, Read, Write},
     net::{Ipv4Addr, TcpStream},
     os::fd::AsRawFd,
     time::{Duration, Instant},
@@ -46,6 +46,37 @@ pub fn slice(kind: &str, ip: Ipv4Addr, port: u16, seconds: f64) -> Result<(), Er
     }
     print(count, begin, samples);
     Ok(())
+}
+
+/// A slice for every line on stdin, of the same length and kind as [`slice`]; `rr` and `bulk` keep their one connection, so that a
+/// slice measures nothing but the traffic.
+pub fn slices(kind: &str, ip: Ipv4Addr, port: u16, seconds: f64) -> Result<(), Error> {
+    let length = Duration::from_secs_f64(seconds);
+    let mut kept = if kind == "crr" { None } else { Some(dial(ip, port)?) };
+    let block = vec![0; 128 << 10];
+    for line in std::io::stdin().lock().lines() {
+        line?;
+        let (mut count, mut samples) = (0u64, Vec::new());
+        let begin = Instant::now();
+        while begin.elapsed() < length {
+            let start = Instant::now();
+            match &mut kept {
+                Some(stream) if kind == "bulk" => count += stream.write(&block)? as u64,
+                Some(stream) => count += exchange(stream)?,
+                None => count += exchange(&mut dial(ip, port)?)?,
+            }
+            push(&mut samples, start);
+        }
+        print(count, begin, samples);
+    }
+    Ok(())
+}
+
+/// One byte there and back.
+fn exchange(stream: &mut TcpStream) -> Result<u64, Error> {
+    stream.write_all(b"x")?;
+    stream.read_exact(&mut [0])?;
+    Ok(1)
 }
 
 /// Connects and closes at once.

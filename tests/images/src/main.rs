@@ -20,6 +20,7 @@ clients:  get IP PORT COUNT [mapped]   COUNT connections, one request each; prin
           hold IP PORT SECONDS         one connection, a request every 20 ms; prints 'requests N'; fails on the first loss
           load IP PORT RATE SECONDS    open loop: RATE new connections a second; prints 'sent N lost N'
           crr|rr|bulk IP PORT SECONDS  a benchmark slice; prints 'count N seconds S p50_us P'
+          slices KIND IP PORT SECONDS  such a slice for every line on stdin, rr and bulk on one connection
           connect IP PORT COUNT        connects and closes; prints 'count N seconds S p50_us P'
 others:   sleep                        until SIGTERM
           burn SECONDS                 one CPU busy, then sleep
@@ -64,6 +65,9 @@ fn run(words: &[&str]) -> Result<ExitCode, Error> {
         ["load", ip, port, rate, seconds] => client::load(ip.parse()?, port.parse()?, rate.parse()?, seconds.parse()?)?,
         [kind @ ("crr" | "rr" | "bulk"), ip, port, seconds] => {
             bench::slice(kind, ip.parse()?, port.parse()?, seconds.parse()?)?;
+        }
+        ["slices", kind @ ("crr" | "rr" | "bulk"), ip, port, seconds] => {
+            bench::slices(kind, ip.parse()?, port.parse()?, seconds.parse()?)?;
         }
         ["connect", ip, port, count] => bench::connect(ip.parse()?, port.parse()?, count.parse()?)?,
         ["sleep"] => sleep(),

@@ -183,10 +183,3 @@ async fn a_look_does_not_pay_for_its_neighbours() {
     // Some hundred times: the bound leaves room for a busy machine.
     assert!(by_index * 10 < by_scan, "{by_index:?} a look, by a scan {by_scan:?}");
 }
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "a measurement: 100 000 pods are written first"]
-async fn ten_thousand_services() {
-    let (by_index, by_scan) = measure(10_000).await;
-    println!("10 000 services of 10 pods: {by_index:?} a look, by a scan {by_scan:?}");
-}

@@ -1,88 +1,184 @@
 //! What a ClusterIP costs: connect+request+response, request+response, and bulk through it, against the pod's own address
-//! from a client whose cgroup has no programs.
+//! from a client whose cgroup has no programs; and the real kube-proxy's ratio to its own direct beside.
+//!
+//! The tables are filled by the agent's own dataplane, in a process inside the node, from as many services as are asked for:
+//! the agent is stopped meanwhile, for it would sweep what control does not know. Programs, maps and pins are the agent's.
 
-use std::{fmt::Write, fs, time::Duration};
+use std::{fs, process::Command, time::Duration};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use orlop_proto::{Resource, core::v1::Pod};
 use orlop_tests::{
     lab::{Lab, Options, output},
+    supervisor::Request,
     workload::client,
 };
 
 use super::{
+    inside, kube_proxy,
+    pairs::{SLICE_SECONDS, compare},
     report::{Figure, Report},
-    statistics::{Ratio, bootstrap},
 };
 
-/// Pairs before the interval is looked at for the first time, and at most.
-const PAIRS: (usize, usize) = (40, 200);
-/// An interval narrower than this is good enough.
-const WIDTH: f64 = 0.01;
-const SLICE_SECONDS: &str = "0.1";
 const PORT: &str = "9000";
 const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+/// For one ratio.
+const LIMIT: Duration = Duration::from_secs(30);
+const PROGRAM_CONNECTS: &str = "20000";
 
-/// Runs the benchmark; options are the numbers of services (default 1 and 1000).
+/// What is measured, and what it has to reach.
+pub const KINDS: [(&str, f64); 3] = [("crr", 0.97), ("rr", 0.99), ("bulk", 0.99)];
+
+/// The lab with a server and a client, the agent and control stopped.
+struct Stage {
+    lab: Lab,
+    client: Pod,
+    direct: String,
+    service: String,
+}
+
+/// Runs the benchmark; options are the numbers of services (default 10, 10 000 and 100 000), and `--no-peer`.
 pub fn run(options: &[String]) -> Result<()> {
-    let sizes: Vec<u32> = if options.is_empty() {
-        vec![1, 1000]
-    } else {
-        options
-            .iter()
-            .map(|option| {
-                option
-                    .parse()
-                    .with_context(|| format!("{option}: a number of services"))
-            })
-            .collect::<Result<_>>()?
-    };
-    let lab = Lab::start(
-        "bench",
-        &Options {
-            nodes: 1,
-            ..Options::default()
-        },
-    )?;
-    lab.client.apply(&(server() + &client("client", "node1")))?;
-    let server = lab.wait_for_pods("app=echo", 1)?.remove(0);
-    let client = lab.wait_for_pod("client")?;
-    let direct = server
-        .status
-        .as_ref()
-        .map(|status| status.pod_ip.clone())
-        .unwrap_or_default();
-    let service = lab.cluster_ip("echo")?;
-    lab.wait("the service answers", Duration::from_secs(10), || {
-        slice(&lab, &client, true, "rr", &service, "0.01").map(Some)
-    })?;
+    let numbers: Vec<&String> = options.iter().filter(|option| *option != "--no-peer").collect();
+    let mut sizes = Vec::new();
+    for option in &numbers {
+        sizes.push(
+            option
+                .parse::<u32>()
+                .with_context(|| format!("{option}: a number of services, or --no-peer"))?,
+        );
+    }
+    if sizes.is_empty() {
+        sizes = vec![10, 10_000, 100_000];
+    }
     let mut report = Report::new("connect");
-    let mut others = 1;
-    for size in sizes {
-        while others < size {
-            let upper = size.min(others + 2000);
-            lab.client
-                .apply_slowly(&more_services(others..upper), Duration::from_secs(300))?;
-            others = upper;
+    let ours = Stage::start().and_then(|stage| {
+        for size in &sizes {
+            stage.measure(*size, &mut report)?;
         }
-        wait_for_frontends(&lab, size)?;
-        println!("== {size} services");
-        for (kind, bar) in [("crr", 0.97), ("rr", 0.99), ("bulk", 0.99)] {
-            let ratio = compare(&lab, &client, kind, &direct, &service)?;
+        stage.lab.finish()
+    });
+    let held = report.part("Orlop", ours);
+    if numbers.len() == options.len() {
+        // Without a bar: as many as make sense there.
+        let sizes: Vec<u32> = sizes.into_iter().filter(|size| *size <= 10_000).collect();
+        let peer = kube_proxy::connect(&sizes, &mut report);
+        report.part("kube-proxy", peer);
+    }
+    report.finish()?;
+    ensure!(held, "our own part failed");
+    Ok(())
+}
+
+impl Stage {
+    fn start() -> Result<Self> {
+        let lab = Lab::start(
+            "bench",
+            &Options {
+                nodes: 1,
+                ..Options::default()
+            },
+        )?;
+        lab.client.apply(&(server() + &client("client", "node1")))?;
+        let server = lab.wait_for_pods("app=echo", 1)?.remove(0);
+        let client = lab.wait_for_pod("client")?;
+        let direct = server
+            .status
+            .as_ref()
+            .map(|status| status.pod_ip.clone())
+            .unwrap_or_default();
+        let service = lab.cluster_ip("echo")?;
+        lab.wait("the service answers", Duration::from_secs(10), || {
+            output(lab.fixture(&client, &["rr", &service, PORT, "0.01"])?).map(Some)
+        })?;
+        lab.request(&Request::Stop("node1/agent".to_owned()))?;
+        lab.request(&Request::Stop("control/control".to_owned()))?;
+        Ok(Self {
+            lab,
+            client,
+            direct,
+            service,
+        })
+    }
+
+    fn measure(&self, size: u32, report: &mut Report) -> Result<()> {
+        let filled = inside::run(
+            &self.lab,
+            &["fill", &size.to_string(), &self.service, &self.direct, PORT],
+        )?;
+        println!("== {size} services ({})", filled.trim());
+        let name = format!("{size} services");
+        for (kind, bar) in KINDS {
+            let compared = compare(
+                self.slices(true, kind, &self.service)?,
+                self.slices(false, kind, &self.direct)?,
+                Some(bar),
+                LIMIT,
+            )?;
+            println!("   {} pairs, direct {:.0} a second", compared.pairs, compared.direct);
             report.add(
                 Figure::ratio(
-                    format!("{kind} through ClusterIP / direct"),
-                    format!("{size} services"),
-                    ratio,
+                    format!("{kind} through a ClusterIP / direct"),
+                    name.clone(),
+                    compared.ratio,
                 )
                 .at_least(bar),
             );
         }
-        let added = program_time(&lab, &client, &service)?;
-        report.add(Figure::new("program time in connect(2)", format!("{size} services"), added, "ns").below(500.0));
+        let [connect, close] = self.program_time()?;
+        report.add(Figure::new("program time in connect(2)", name.clone(), connect, "ns").below(500.0));
+        report.add(Figure::new("program time in close(2)", name, close, "ns"));
+        Ok(())
     }
-    lab.finish()?;
-    report.finish()
+
+    fn slices(&self, programs: bool, kind: &str, address: &str) -> Result<Command> {
+        let arguments = ["slices", kind, address, PORT, SLICE_SECONDS];
+        if programs {
+            self.lab.fixture(&self.client, &arguments)
+        } else {
+            self.lab.fixture_outside(&self.client, &arguments)
+        }
+    }
+
+    /// Nanoseconds that the programs of connect and close run for, by the kernel's own statistics, in a slice of its own: the
+    /// statistics cost time themselves.
+    fn program_time(&self) -> Result<[f64; 2]> {
+        let before = fs::read_to_string(STATS).context("reading bpf_stats_enabled")?;
+        fs::write(STATS, "1").context("switching the kernel's program statistics on")?;
+        let measured = self.program_time_counted();
+        fs::write(STATS, before.trim()).context("switching the kernel's program statistics back")?;
+        measured
+    }
+
+    fn program_time_counted(&self) -> Result<[f64; 2]> {
+        const PROGRAMS: [&str; 2] = ["connect4", "sock_release"];
+        let connects = ["connect", &self.service, PORT, PROGRAM_CONNECTS];
+        output(self.lab.fixture(&self.client, &connects)?)?;
+        let mut before = [(0.0, 0.0); 2];
+        for (counters, program) in before.iter_mut().zip(PROGRAMS) {
+            *counters = self.counters(program)?;
+        }
+        output(self.lab.fixture(&self.client, &connects)?)?;
+        let mut nanoseconds = [0.0; 2];
+        for ((each, program), (time, count)) in nanoseconds.iter_mut().zip(PROGRAMS).zip(before) {
+            let (later_time, later_count) = self.counters(program)?;
+            ensure!(later_count > count, "{program} did not run on {}", self.client.name());
+            *each = (later_time - time) / (later_count - count);
+        }
+        Ok(nanoseconds)
+    }
+
+    /// Nanoseconds and runs of a program so far.
+    fn counters(&self, program: &str) -> Result<(f64, f64)> {
+        let pin = format!("/sys/fs/bpf/orlop/node1/{program}_link");
+        let link = ["bpftool", "-j", "link", "show", "pinned", &pin];
+        let link: serde_json::Value = serde_json::from_str(&output(self.lab.on_node("node1", &link)?)?)?;
+        let id = link["prog_id"].to_string();
+        let show = ["bpftool", "-j", "prog", "show", "id", &id];
+        let program: serde_json::Value = serde_json::from_str(&output(self.lab.on_node("node1", &show)?)?)?;
+        let field = |name: &str| program[name].as_f64().unwrap_or(0.0);
+        Ok((field("run_time_ns"), field("run_cnt")))
+    }
 }
 
 fn server() -> String {
@@ -92,111 +188,4 @@ fn server() -> String {
      ---\napiVersion: v1\nkind: Service\nmetadata: {name: echo, namespace: default}\nspec:\n  selector: {app: echo}\n\
      \x20 ports: [{port: 9000}]\n"
         .to_owned()
-}
-
-/// Services with the same backend: they fill the tables.
-fn more_services(range: std::ops::Range<u32>) -> String {
-    let mut manifest = String::new();
-    for index in range {
-        let _ = write!(
-            manifest,
-            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: other{index}, namespace: default}}\n\
-             spec: {{selector: {{app: echo}}, ports: [{{port: 9000}}]}}\n"
-        );
-    }
-    manifest
-}
-
-fn wait_for_frontends(lab: &Lab, size: u32) -> Result<()> {
-    let dump = [
-        "bpftool",
-        "-j",
-        "map",
-        "dump",
-        "pinned",
-        "/sys/fs/bpf/orlop/node1/svc4_v1",
-    ];
-    lab.wait(
-        &format!("{size} services are in the maps"),
-        Duration::from_secs(120),
-        || {
-            let entries: Vec<serde_json::Value> = serde_json::from_str(&output(lab.on_node("node1", &dump)?)?)?;
-            Ok((entries.len() >= usize::try_from(size)?).then_some(()))
-        },
-    )
-}
-
-/// One slice: operations (or bytes) a second.
-fn slice(lab: &Lab, client: &Pod, programs: bool, kind: &str, address: &str, seconds: &str) -> Result<f64> {
-    let arguments = [kind, address, PORT, seconds];
-    let command = if programs {
-        lab.fixture(client, &arguments)?
-    } else {
-        lab.fixture_outside(client, &arguments)?
-    };
-    let text = output(command)?;
-    let words: Vec<&str> = text.split_whitespace().collect();
-    let ["count", count, "seconds", seconds, ..] = words[..] else {
-        bail!("the client printed {text}")
-    };
-    Ok(count.parse::<f64>()? / seconds.parse::<f64>()?)
-}
-
-/// Pairs of slices, each pair in the other order than the one before, until the interval is narrow.
-fn compare(lab: &Lab, client: &Pod, kind: &str, direct: &str, service: &str) -> Result<Ratio> {
-    let mut ratios = Vec::new();
-    loop {
-        let through = |()| slice(lab, client, true, kind, service, SLICE_SECONDS);
-        let past = |()| slice(lab, client, false, kind, direct, SLICE_SECONDS);
-        let (ours, theirs) = if ratios.len() % 2 == 0 {
-            let ours = through(())?;
-            (ours, past(())?)
-        } else {
-            let theirs = past(())?;
-            (through(())?, theirs)
-        };
-        ensure!(theirs > 0.0, "a slice without operations");
-        ratios.push(ours / theirs);
-        if ratios.len() >= PAIRS.0 {
-            let ratio = bootstrap(&ratios);
-            if ratio.high - ratio.low < WIDTH || ratios.len() >= PAIRS.1 {
-                return Ok(ratio);
-            }
-        }
-    }
-}
-
-/// Nanoseconds that the connect program runs for, by the kernel's own statistics, in a slice of its own.
-fn program_time(lab: &Lab, client: &Pod, service: &str) -> Result<f64> {
-    let before = fs::read_to_string(STATS).context("reading bpf_stats_enabled")?;
-    fs::write(STATS, "1").context("switching the kernel's program statistics on")?;
-    let measured = program_time_counted(lab, client, service);
-    fs::write(STATS, before.trim()).context("switching the kernel's program statistics back")?;
-    measured
-}
-
-fn program_time_counted(lab: &Lab, client: &Pod, service: &str) -> Result<f64> {
-    let counters = || -> Result<(f64, f64)> {
-        let link = [
-            "bpftool",
-            "-j",
-            "link",
-            "show",
-            "pinned",
-            "/sys/fs/bpf/orlop/node1/connect4_link",
-        ];
-        let link: serde_json::Value = serde_json::from_str(&output(lab.on_node("node1", &link)?)?)?;
-        let id = link["prog_id"].to_string();
-        let program = output(lab.on_node("node1", &["bpftool", "-j", "prog", "show", "id", &id])?)?;
-        let program: serde_json::Value = serde_json::from_str(&program)?;
-        Ok((
-            program["run_time_ns"].as_f64().unwrap_or(0.0),
-            program["run_cnt"].as_f64().unwrap_or(0.0),
-        ))
-    };
-    let (time, count) = counters()?;
-    output(lab.fixture(client, &["connect", service, PORT, "20000"])?)?;
-    let (later_time, later_count) = counters()?;
-    ensure!(later_count > count, "connect4 did not run on {}", client.name());
-    Ok((later_time - time) / (later_count - count))
 }

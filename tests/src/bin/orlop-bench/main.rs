@@ -1,9 +1,16 @@
 //! `cargo xtask bench NAME`: benchmarks in a lab of their own. The last line is one JSON object.
 
+mod cni;
 mod connect;
+mod inside;
+mod kube_proxy;
+mod netns;
+mod pairs;
 mod plot;
+mod program;
 mod report;
 mod scale;
+mod start;
 mod statistics;
 
 use std::process::ExitCode;
@@ -26,8 +33,13 @@ fn main() -> ExitCode {
 fn run(name: &str, options: &[String]) -> Result<()> {
     match name {
         "connect" => connect::run(options),
+        "program" => program::run(options),
+        "cni" => cni::run(options),
+        "start" => start::run(options),
+        inside::NAME => inside::main(options),
+        kube_proxy::NAME => kube_proxy::main(options),
         "schedule" | "control" | "store" => scale::run(name, options),
         "simulated-nodes" => scale::run_nodes(options),
-        other => bail!("no benchmark {other:?}: connect, schedule, control, store"),
+        other => bail!("no benchmark {other:?}: connect, program, cni, start, schedule, control, store"),
     }
 }

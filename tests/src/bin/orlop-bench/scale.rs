@@ -2,12 +2,12 @@
 
 mod control;
 mod etcd;
-mod isolation;
-mod kubernetes;
-mod load;
+pub mod isolation;
+pub mod kubernetes;
+pub mod load;
 mod nodes;
 mod ours;
-mod process;
+pub mod process;
 mod schedule;
 mod shapes;
 mod store;
