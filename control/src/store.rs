@@ -1,6 +1,6 @@
 //! The store: the only place with durable control state.
 //!
-//! One trait, two engines ([`embedded`] on redb, [`etcd`]), one contract suite that both pass.
+//! One trait, two engines ([`embedded`] on redb, [`etcd`]) and that of simulations ([`memory`]), one contract suite that all pass.
 //!
 //! Invariant: every write has a [`Revision`], one greater than every earlier one; a record's revision is that of its last
 //! write. Watches are ordered, gap-free, never split a revision, and can be resumed after any revision that is not compacted.
@@ -9,6 +9,7 @@
 mod contract;
 pub mod embedded;
 pub mod etcd;
+pub mod memory;
 
 mod frame;
 

@@ -96,7 +96,14 @@ impl Follower {
         None
     }
 
-    fn apply(&self, sets: Vec<ChangeSet>) {
+    fn apply(&self, mut sets: Vec<ChangeSet>) {
+        // What is told again is old: it must not take the place of what came after it.
+        let mut seen = *self.progress.borrow();
+        sets.retain(|set| {
+            let is_new = set.revision > seen || set.changes.is_empty();
+            seen = seen.max(set.revision);
+            is_new
+        });
         let Some(last) = sets.last().map(|set| set.revision) else {
             return;
         };

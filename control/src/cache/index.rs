@@ -4,11 +4,10 @@ use std::{
     any::Any,
     collections::{HashMap, VecDeque},
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
-    time::Instant,
 };
 
 use orlop_proto::Resource;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use super::{CacheConfig, Entry, Event, ObjectKey, Snapshot, events::decode};
 use crate::{

@@ -1,6 +1,6 @@
 //! The loop around the pure parts: events in, bindings out.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use orlop_proto::{
     Resource as _,
@@ -10,6 +10,7 @@ use orlop_proto::{
 use tokio::{
     sync::{Semaphore, mpsc},
     task::JoinSet,
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -20,6 +21,7 @@ use super::{
 };
 use crate::{
     cache::{Entry, Event, EventStream, Lagged, ObjectKey},
+    controllers::runner::catch_up,
     events::Recorder,
     registry::{Binding, Registry, RegistryError},
 };
@@ -236,6 +238,14 @@ impl Driver {
         let sender = self.outcome_sender.clone();
         self.tasks.spawn(async move {
             let results = registry.bind_pods(bindings.clone()).await;
+            // A binding whose answer was lost may have happened: its reservation stays until the cache can tell. Else its room
+            // would be given to another pod as well.
+            if results
+                .iter()
+                .any(|result| matches!(result, Err(RegistryError::Store(_))))
+            {
+                catch_up(registry.cache()).await;
+            }
             // The receiver lives in the driver: nobody is left to tell when it is gone.
             let _ = sender.send(bindings.into_iter().zip(results).collect());
         });
@@ -252,7 +262,10 @@ impl Driver {
                 }
                 Err(error) => {
                     tracing::debug!(pod = %binding.pod, node = binding.node, %error, "binding failed");
-                    // When it happened nevertheless (the store's answer was lost), the cache will say so.
+                    if self.is_bound(&binding) {
+                        // It happened nevertheless, and its event is on the way to us.
+                        continue;
+                    }
                     if let Some(node) = self.view.release(&binding.uid) {
                         self.wake_for(&node, now);
                     }
@@ -260,6 +273,15 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Whether the cache has the pod on a node.
+    fn is_bound(&self, binding: &Binding) -> bool {
+        let pods = self.registry.cache().reader::<Pod>();
+        let pod = pods.get(&binding.pod.namespace, &binding.pod.name);
+        pod.is_some_and(|pod| {
+            pod.uid() == binding.uid && pod.spec.as_ref().is_some_and(|spec| !spec.node_name.is_empty())
+        })
     }
 
     /// Writes why, when that is news.
@@ -323,7 +345,7 @@ fn set_unschedulable(pod: &mut Pod, message: &str) -> bool {
 
 async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,
     }
 }

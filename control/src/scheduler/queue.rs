@@ -3,10 +3,11 @@
 use std::{
     collections::{BTreeSet, HashMap},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use orlop_proto::Resource as _;
+use tokio::time::Instant;
 
 use super::view::PodInfo;
 

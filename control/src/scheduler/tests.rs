@@ -1,8 +1,4 @@
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use orlop_proto::{
     Resource as _,
@@ -12,6 +8,7 @@ use orlop_proto::{
     meta::v1::OwnerReference,
 };
 use proptest::prelude::*;
+use tokio::time::Instant;
 
 use super::{taints::NO_SCHEDULE, *};
 

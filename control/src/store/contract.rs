@@ -1,7 +1,9 @@
-//! What both engines promise. Every test runs over the embedded engine and over a real etcd that it starts itself.
+//! What all engines promise. Every test runs over the embedded engine, over a real etcd that it starts itself, and over the
+//! simulations' engine.
 
 mod embedded;
 mod etcd;
+mod memory;
 mod transactions;
 mod watches;
 
@@ -39,6 +41,14 @@ macro_rules! contract {
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 async fn $name() {
                     super::$name(&mut crate::store::contract::etcd::bench().await).await;
+                }
+            )*
+        }
+        mod on_memory {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() {
+                    super::$name(&mut crate::store::contract::memory::bench().await).await;
                 }
             )*
         }
