@@ -24,6 +24,7 @@ mod plugin;
 mod result;
 mod routes;
 mod settings;
+mod trust;
 
 /// The network side of a node.
 #[async_trait]

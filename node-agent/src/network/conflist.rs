@@ -3,12 +3,13 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::NetworkError;
+use super::{NetworkError, trust};
 
 const MAX_FILE: u64 = 1 << 20;
 /// The versions that this runtime speaks, in order.
@@ -29,33 +30,73 @@ pub struct ConfList {
     pub disable_gc: bool,
 }
 
-impl ConfList {
-    /// The first usable configuration of the directory, by file name. Unusable ones are logged and passed over.
-    pub fn load(dir: &Path) -> Result<Self, NetworkError> {
+/// The directory that configurations are read from.
+#[derive(Debug)]
+pub struct Configurations {
+    dir: PathBuf,
+    /// What was loaded last, and from which file.
+    last: Mutex<Option<(PathBuf, ConfList)>>,
+}
+
+impl Configurations {
+    /// Reads nothing yet.
+    pub fn new(dir: &Path) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            last: Mutex::default(),
+        }
+    }
+
+    /// The first usable configuration of the directory, by file name. Unusable ones are logged and passed over; but the one that
+    /// was in use stays in use as it was while its file makes no sense: somebody is writing it.
+    pub fn load(&self) -> Result<ConfList, NetworkError> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let mut unusable = Vec::new();
-        for path in candidates(dir)? {
-            match Self::read(&path) {
-                Ok(list) => return Ok(list),
-                Err(reason) => {
-                    tracing::warn!(path = %path.display(), reason, "CNI configuration passed over");
-                    unusable.push(format!("{}: {reason}", path.display()));
+        for path in candidates(&self.dir)? {
+            let reason = match ConfList::read(&path) {
+                Ok(list) => {
+                    *last = Some((path, list.clone()));
+                    return Ok(list);
                 }
-            }
+                Err(Unusable::Unreadable(reason)) => match &*last {
+                    Some((used, list)) if *used == path => {
+                        tracing::warn!(path = %path.display(), reason, "CNI configuration cannot be read, its last good content is used");
+                        return Ok(list.clone());
+                    }
+                    _ => reason,
+                },
+                Err(Unusable::Refused(reason)) => reason,
+            };
+            tracing::warn!(path = %path.display(), reason, "CNI configuration passed over");
+            unusable.push(format!("{}: {reason}", path.display()));
         }
         let reason = if unusable.is_empty() {
-            format!("{} has none", dir.display())
+            format!("{} has none", self.dir.display())
         } else {
             format!("none is usable: {}", unusable.join("; "))
         };
         Err(NetworkError::NotConfigured(reason))
     }
+}
 
-    fn read(path: &Path) -> Result<Self, String> {
-        let metadata = fs::metadata(path).map_err(|e| e.to_string())?;
+/// Why a file is not used.
+enum Unusable {
+    /// It makes no sense as it is now.
+    Unreadable(String),
+    /// Others could have written it.
+    Refused(String),
+}
+
+impl ConfList {
+    fn read(path: &Path) -> Result<Self, Unusable> {
+        trust::check(path).map_err(Unusable::Refused)?;
+        let unreadable = |e: io::Error| Unusable::Unreadable(e.to_string());
+        let metadata = fs::metadata(path).map_err(unreadable)?;
         if !metadata.is_file() || metadata.len() > MAX_FILE {
-            return Err(format!("is not a file of at most {MAX_FILE} bytes"));
+            let reason = format!("is not a file of at most {MAX_FILE} bytes");
+            return Err(Unusable::Unreadable(reason));
         }
-        Self::parse(&fs::read(path).map_err(|e| e.to_string())?)
+        Self::parse(&fs::read(path).map_err(unreadable)?).map_err(Unusable::Unreadable)
     }
 
     /// A list, or a single plugin's configuration, which is a list of one.
@@ -164,6 +205,8 @@ fn is_name(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -171,7 +214,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
         assert!(matches!(
-            ConfList::load(dir.path()),
+            Configurations::new(dir.path()).load(),
             Err(NetworkError::NotConfigured(_))
         ));
         write("00-broken.conflist", "{");
@@ -180,19 +223,51 @@ mod tests {
         write("03-not-mine.txt", r#"{"cniVersion":"1.0.0","name":"a","type":"x"}"#);
         write("04-bad-name.conf", r#"{"cniVersion":"1.0.0","name":"../a","type":"x"}"#);
         std::fs::create_dir(dir.path().join("05-dir.conf")).unwrap();
-        let error = ConfList::load(dir.path()).unwrap_err().to_string();
+        let error = Configurations::new(dir.path()).load().unwrap_err().to_string();
         assert!(error.contains("01-old.conf") && error.contains("0.2.0"), "{error}");
         write(
             "20-late.conflist",
             r#"{"cniVersion":"1.0.0","name":"late","plugins":[{"type":"x"}]}"#,
         );
         write("10-single.conf", r#"{"cniVersion":"0.4.0","name":"single","type":"x"}"#);
-        let list = ConfList::load(dir.path()).unwrap();
+        let list = Configurations::new(dir.path()).load().unwrap();
         assert_eq!(
             (&*list.name, &*list.version, list.plugins.len()),
             ("single", "0.4.0", 1)
         );
         assert!(list.at_least("0.4.0") && !list.at_least("1.1.0"));
+    }
+
+    #[test]
+    fn a_file_that_is_being_written_stays_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        let list = |name: &str| format!(r#"{{"cniVersion":"1.0.0","name":"{name}","plugins":[{{"type":"x"}}]}}"#);
+        let configurations = Configurations::new(dir.path());
+        let loaded = || configurations.load().unwrap().name;
+        write("10-used.conflist", &list("used"));
+        assert_eq!(loaded(), "used");
+        // A new file that sorts before it counts when it is whole.
+        write("05-new.conflist", &list("new")[..20]);
+        assert_eq!(loaded(), "used");
+        write("05-new.conflist", &list("new"));
+        assert_eq!(loaded(), "new");
+        for cut in [0, 1, 30] {
+            write("05-new.conflist", &list("newer")[..cut]);
+            assert_eq!(loaded(), "new", "{cut}");
+        }
+        write("05-new.conflist", &list("newer"));
+        assert_eq!(loaded(), "newer");
+        fs::remove_file(dir.path().join("05-new.conflist")).unwrap();
+        assert_eq!(loaded(), "used");
+        // What others could have written is not used, however good its last content was.
+        let mode =
+            |mode| fs::set_permissions(dir.path().join("10-used.conflist"), fs::Permissions::from_mode(mode)).unwrap();
+        mode(0o666);
+        let error = configurations.load().unwrap_err().to_string();
+        assert!(error.contains("can be written by everybody"), "{error}");
+        mode(0o644);
+        assert_eq!(loaded(), "used");
     }
 
     #[test]

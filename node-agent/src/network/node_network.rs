@@ -16,7 +16,7 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, RwLock};
 use super::{
     Attachment, Network, NetworkError, NetworkStatus, PodNetwork,
     attachments::{Attachments, Record},
-    conflist::{ConfList, plugin_type},
+    conflist::{ConfList, Configurations, plugin_type},
     kernel,
     namespace::{self, Pins},
     own_conflist, plugin, result,
@@ -31,6 +31,7 @@ const IFNAME: &str = "eth0";
 #[derive(Debug)]
 pub struct CniNetwork {
     settings: Settings,
+    configurations: Configurations,
     pins: Pins,
     attachments: Attachments,
     /// One call at a time for a sandbox.
@@ -43,6 +44,7 @@ impl CniNetwork {
     /// Makes nothing yet.
     pub fn new(settings: Settings) -> Self {
         Self {
+            configurations: Configurations::new(&settings.conf_dir),
             pins: Pins::new(&settings.run_dir),
             attachments: Attachments::new(&settings.data_dir),
             busy: Mutex::default(),
@@ -83,7 +85,7 @@ impl CniNetwork {
                     sandbox_id: sandbox_id.to_owned(),
                     netns,
                 };
-                let list = ConfList::load(&self.settings.conf_dir)?;
+                let list = self.configurations.load()?;
                 Ok(Some(Record {
                     pod: (&pod).into(),
                     list,
@@ -191,7 +193,7 @@ impl CniNetwork {
     }
 
     async fn garbage_verb(&self, valid: &BTreeSet<String>) -> Result<(), NetworkError> {
-        let list = match ConfList::load(&self.settings.conf_dir) {
+        let list = match self.configurations.load() {
             Ok(list) if list.at_least("1.1.0") && !list.disable_gc => list,
             Ok(_) | Err(NetworkError::NotConfigured(_)) => return Ok(()),
             Err(error) => return Err(error),
@@ -249,7 +251,7 @@ impl Network for CniNetwork {
             // Cut off half-way, or of a namespace that is no more.
             self.del_recorded(&pod.sandbox_id).await?;
         }
-        let list = ConfList::load(&self.settings.conf_dir)?;
+        let list = self.configurations.load()?;
         let mut record = Record {
             pod: pod.into(),
             list,
@@ -402,7 +404,7 @@ impl Network for CniNetwork {
     }
 
     async fn ready(&self) -> Result<(), String> {
-        let list = ConfList::load(&self.settings.conf_dir).map_err(|e| e.to_string())?;
+        let list = self.configurations.load().map_err(|e| e.to_string())?;
         for config in &list.plugins {
             let name = plugin_type(config);
             plugin::find(&self.settings.bin_dirs, name).map_err(|reason| format!("plugin {name}: {reason}"))?;

@@ -89,7 +89,10 @@ mod tests {
         assert!(!install(dir.path(), &list).unwrap());
         assert_eq!(fs::read_to_string(&victim).unwrap(), "untouched");
         assert_eq!(
-            super::super::conflist::ConfList::load(dir.path()).unwrap().name,
+            super::super::conflist::Configurations::new(dir.path())
+                .load()
+                .unwrap()
+                .name,
             "orlop"
         );
     }

@@ -124,9 +124,6 @@ impl Call<'_> {
                 "plugin wrote to stderr"
             );
         }
-        if output.stdout.len() as u64 > MAX_OUTPUT {
-            return Err(self.failed(format!("printed more than {MAX_OUTPUT} bytes")));
-        }
         let blank = output.stdout.iter().all(u8::is_ascii_whitespace);
         let parsed = serde_json::from_slice::<Value>(&output.stdout);
         match (output.success, blank, parsed) {
@@ -207,8 +204,9 @@ async fn talk(child: &mut Child, input: &[u8]) -> io::Result<Output> {
             stdin.write_all(input).await.ok();
         }
     };
-    let ((), stdout, stderr) = tokio::join!(write, bounded(stdout, MAX_OUTPUT), bounded(stderr, MAX_STDERR));
-    let (stdout, stderr) = (stdout?, stderr?);
+    let read = async { tokio::try_join!(whole(stdout, MAX_OUTPUT), beginning(stderr, MAX_STDERR)) };
+    let ((), read) = tokio::join!(write, read);
+    let (stdout, stderr) = read?;
     let status = child.wait().await?;
     Ok(Output {
         success: status.success(),
@@ -218,13 +216,25 @@ async fn talk(child: &mut Child, input: &[u8]) -> io::Result<Output> {
     })
 }
 
-/// At most one byte more than `limit`; the rest is read and dropped, so that the writer does not block.
-async fn bounded(source: Option<impl AsyncRead + Unpin>, limit: u64) -> io::Result<Vec<u8>> {
+/// All of it; more than `limit` is an error at once, for it may have no end.
+async fn whole(source: Option<impl AsyncRead + Unpin>, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if let Some(source) = source {
+        source.take(limit + 1).read_to_end(&mut bytes).await?;
+    }
+    if bytes.len() as u64 > limit {
+        return Err(io::Error::other(format!("printed more than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// At most `limit`; the rest is read and dropped, so that the writer does not block.
+async fn beginning(source: Option<impl AsyncRead + Unpin>, limit: u64) -> io::Result<Vec<u8>> {
     let Some(mut source) = source else {
         return Ok(Vec::new());
     };
     let mut bytes = Vec::new();
-    (&mut source).take(limit + 1).read_to_end(&mut bytes).await?;
+    (&mut source).take(limit).read_to_end(&mut bytes).await?;
     tokio::io::copy(&mut source, &mut tokio::io::sink()).await?;
     Ok(bytes)
 }

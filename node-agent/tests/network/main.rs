@@ -15,6 +15,7 @@ use orlop_node::network::{CniNetwork, Network, NetworkError, Settings};
 use orlop_proto::node::v1::Route;
 use serde_json::{Value, json};
 
+mod interop;
 mod kernel;
 mod node;
 
@@ -122,11 +123,7 @@ fn a_new_agent_finds_what_the_old_one_made() {
 #[test]
 fn after_a_reboot_everything_is_made_anew() {
     on_node(async |node: Node| {
-        let network = node.network();
-        network
-            .configure(&welcome(&["10.244.1.0/24"]), &no_routes())
-            .await
-            .unwrap();
+        let network = node.configured().await;
         let pod = node.sandbox(&network, "a").await;
         network.add(&pod).await.unwrap();
         // A reboot: the namespace, the bridge and the boot id go; the cached result stays.
@@ -143,14 +140,9 @@ fn after_a_reboot_everything_is_made_anew() {
 #[test]
 fn an_add_that_was_cut_off_is_cleared_and_done_again() {
     on_node(async |node: Node| {
-        let network = node.network();
-        network
-            .configure(&welcome(&["10.244.1.0/24"]), &no_routes())
-            .await
-            .unwrap();
-        let own: Value = serde_json::from_slice(&fs::read(node.path("net.d/10-orlop.conflist")).unwrap()).unwrap();
+        let network = node.configured().await;
         node.script("slow", r#"[ "$CNI_COMMAND" = DEL ] || sleep 60"#);
-        chain(&node, "1.1.0", &[own["plugins"][0].clone(), json!({"type": "slow"})]);
+        chain(&node, "1.1.0", &[node.own_plugin(), json!({"type": "slow"})]);
         let pod = node.sandbox(&network, "a").await;
         let started = Instant::now();
         // As a killed agent does: the call ends in the middle.
@@ -180,14 +172,13 @@ fn a_plugin_that_hangs_is_killed_with_its_children_and_rolled_back() {
             .configure(&welcome(&["10.244.1.0/24"]), &no_routes())
             .await
             .unwrap();
-        let own: Value = serde_json::from_slice(&fs::read(node.path("net.d/10-orlop.conflist")).unwrap()).unwrap();
         let pids = node.path("pids");
         let hang = format!(
             "[ $CNI_COMMAND = DEL ] && exit 0; sleep 300 & echo $! >{}; wait",
             pids.display()
         );
         node.script("hang", &hang);
-        chain(&node, "1.1.0", &[own["plugins"][0].clone(), json!({"type": "hang"})]);
+        chain(&node, "1.1.0", &[node.own_plugin(), json!({"type": "hang"})]);
         let pod = node.sandbox(&network, "a").await;
         let error = network.add(&pod).await.unwrap_err().to_string();
         assert!(error.contains("plugin hang ADD: did not end within"), "{error}");
@@ -306,33 +297,6 @@ fn a_chain_runs_forth_and_back_with_the_results() {
 }
 
 #[test]
-fn reference_plugins_chain_after_ours() {
-    on_node(async |node: Node| {
-        let network = node.network();
-        network
-            .configure(&welcome(&["10.244.1.0/24"]), &no_routes())
-            .await
-            .unwrap();
-        let own: Value = serde_json::from_slice(&fs::read(node.path("net.d/10-orlop.conflist")).unwrap()).unwrap();
-        let tuning = json!({"type": "tuning", "sysctl": {"net.core.somaxconn": "321"}, "mtu": 1300});
-        chain(&node, "1.0.0", &[own["plugins"][0].clone(), tuning]);
-        let pod = node.sandbox(&network, "a").await;
-        network.add(&pod).await.unwrap();
-        let shown = inside(&pod.netns, || {
-            (
-                fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap(),
-                ip("link show eth0"),
-            )
-        });
-        assert_eq!(shown.0.trim(), "321");
-        assert!(shown.1.contains("mtu 1300"), "{}", shown.1);
-        network.check(&pod).await.unwrap();
-        network.del(&pod).await.unwrap();
-        assert_eq!((node.leases(), node.veths()), (0, 0));
-    });
-}
-
-#[test]
 fn a_failed_delete_is_remembered() {
     on_node(async |node: Node| {
         let network = node.network();
@@ -354,11 +318,7 @@ fn a_failed_delete_is_remembered() {
 #[test]
 fn what_nobody_wants_is_collected() {
     on_node(async |node: Node| {
-        let network = node.network();
-        network
-            .configure(&welcome(&["10.244.1.0/24"]), &no_routes())
-            .await
-            .unwrap();
+        let network = node.configured().await;
         let kept = node.sandbox(&network, "kept").await;
         network.add(&kept).await.unwrap();
         network.add(&node.sandbox(&network, "lost").await).await.unwrap();
@@ -409,11 +369,7 @@ fn many_at_once() {
 #[test]
 fn a_result_that_cannot_be_read_is_cleared_and_stops_no_other() {
     on_node(async |node: Node| {
-        let network = node.network();
-        network
-            .configure(&welcome(&["10.244.1.0/24"]), &no_routes())
-            .await
-            .unwrap();
+        let network = node.configured().await;
         for (id, garbage) in [("a", ""), ("b", "{\"pod\":"), ("c", "[]")] {
             let pod = node.sandbox(&network, id).await;
             network.add(&pod).await.unwrap();

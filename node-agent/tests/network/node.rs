@@ -115,6 +115,21 @@ impl Node {
         CniNetwork::new(self.settings())
     }
 
+    /// The same with control's ranges: its own configuration is written.
+    pub async fn configured(&self) -> CniNetwork {
+        let network = self.network();
+        let ranges = welcome(&["10.244.1.0/24"]);
+        network.configure(&ranges, &Default::default()).await.unwrap();
+        network
+    }
+
+    /// Our plugin's configuration as the agent wrote it, for chains that begin with it.
+    pub fn own_plugin(&self) -> serde_json::Value {
+        let bytes = fs::read(self.path("net.d/10-orlop.conflist")).unwrap();
+        let list: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        list["plugins"][0].clone()
+    }
+
     /// A sandbox with a namespace.
     pub async fn sandbox(&self, network: &CniNetwork, id: &str) -> PodNetwork {
         PodNetwork {
