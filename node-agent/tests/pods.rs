@@ -391,6 +391,65 @@ fn variables_limits_and_files_reach_the_container() {
     });
 }
 
+#[test]
+fn a_container_over_its_memory_limit_is_oom_killed() {
+    on_stage("a_container_over_its_memory_limit_is_oom_killed", async |stage| {
+        let mut node = Node::start(stage).await;
+        let eats = |name: &str, megabytes: &str, policy: &str| {
+            let mut pod = pod(name, &[("main", &["eat", megabytes], "fixture:1")]);
+            let spec = pod.spec.get_or_insert_default();
+            spec.restart_policy = policy.into();
+            let limits = [("memory".to_owned(), "32Mi".to_owned())];
+            spec.containers[0].resources.get_or_insert_default().limits = limits.into();
+            pod
+        };
+        node.want(&eats("once", "200", "Never"));
+        node.want(&eats("again", "200", "Always"));
+        node.want(&eats("modest", "4", "Always"));
+        let killed = |state: &Option<orlop_proto::core::v1::ContainerState>| {
+            let ended = state.clone().and_then(|state| state.terminated);
+            ended.is_some_and(|ended| (ended.exit_code, ended.reason.as_str()) == (137, "OOMKilled"))
+        };
+        let once = node.until("once", "fails", |status| status.phase == "Failed").await;
+        assert!(killed(&once.container_statuses[0].state), "{once:?}");
+        assert_eq!(once.container_statuses[0].restart_count, 0);
+        let again = node
+            .until("again", "is restarted twice", |status| {
+                status.container_statuses[0].restart_count >= 2 && status.container_statuses[0].last_state.is_some()
+            })
+            .await;
+        assert!(killed(&again.container_statuses[0].last_state), "{again:?}");
+        assert_eq!(again.phase, "Running");
+        // A kill that memory has nothing to do with is none of these.
+        node.until("modest", "runs", |status| running(status, "main")).await;
+        node.until_true("it took its memory", |node| {
+            node.log_lines("modest", "main")
+                .iter()
+                .any(|line| line.contains("took 4 MB"))
+        })
+        .await;
+        let pid = node.process("modest", "main").await.0;
+        node.kill(pid);
+        let modest = node
+            .until("modest", "is restarted", |status| {
+                status.container_statuses[0].restart_count == 1 && running(status, "main")
+            })
+            .await;
+        let ended = modest.container_statuses[0]
+            .last_state
+            .clone()
+            .unwrap()
+            .terminated
+            .unwrap();
+        assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "Error"));
+        for name in ["once", "again", "modest"] {
+            node.delete(name, 0).await;
+        }
+        node.until_empty().await;
+        node.assert_nothing_left();
+    });
+}
+
 fn running(status: &orlop_proto::core::v1::PodStatus, name: &str) -> bool {
     let container = status
         .container_statuses

@@ -50,6 +50,7 @@ pub fn up(nodes: u16, store: StoreEngine, port: u16) -> Result<()> {
         api_port: port,
         control_extra: String::new(),
         node_extra: String::new(),
+        containerd: std::collections::BTreeMap::new(),
     };
     images::write_fixture_image(&spec.static_binaries.join("orlop-fixture"), &orlop.join("images"))?;
     spec.write()?;

@@ -1,6 +1,7 @@
 //! A lab in the hands of a test: comes up with [`Lab::start`], goes down when it is dropped, and also when the test dies.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
@@ -33,6 +34,8 @@ pub struct Options {
     pub control_extra: String,
     /// Lines for `node.toml`.
     pub node_extra: String,
+    /// Nodes that run the containerd of the 2 series, which `cargo xtask setup` unpacked beside the machine's.
+    pub containerd_2: Vec<String>,
 }
 
 impl Default for Options {
@@ -42,6 +45,7 @@ impl Default for Options {
             store: StoreEngine::Embedded,
             control_extra: String::new(),
             node_extra: String::new(),
+            containerd_2: Vec::new(),
         }
     }
 }
@@ -93,6 +97,15 @@ pub fn static_binaries() -> PathBuf {
     repository().join(".orlop").join("static")
 }
 
+/// Which programs of containerd those nodes run.
+fn containerd_2(orlop: &Path, nodes: &[String]) -> Result<BTreeMap<String, PathBuf>> {
+    let programs = orlop.join("tools/containerd-2/usr/bin");
+    if !nodes.is_empty() && !programs.join("containerd").is_file() {
+        bail!("{} has no containerd: run cargo xtask setup", programs.display());
+    }
+    Ok(nodes.iter().map(|node| (node.clone(), programs.clone())).collect())
+}
+
 impl Lab {
     /// Brings up a lab. `name` tells its folder and logs apart from other tests' (lower-case letters, digits, dashes).
     pub fn start(name: &str, options: &Options) -> Result<Self> {
@@ -110,6 +123,7 @@ impl Lab {
             api_port: 0,
             control_extra: options.control_extra.clone(),
             node_extra: options.node_extra.clone(),
+            containerd: containerd_2(&orlop, &options.containerd_2)?,
         };
         images::write_fixture_image(&spec.static_binaries.join("orlop-fixture"), &orlop.join("images"))?;
         remove_earlier(&orlop.join("lab"), name)?;

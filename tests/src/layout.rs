@@ -1,6 +1,7 @@
 //! Where everything of a lab is: folders, names, addresses.
 
 use std::{
+    collections::BTreeMap,
     net::Ipv4Addr,
     path::{Path, PathBuf},
 };
@@ -41,6 +42,9 @@ pub struct Spec {
     pub control_extra: String,
     /// See `control_extra`.
     pub node_extra: String,
+    /// The folders of the containerd programs that members run, where these are not the machine's.
+    #[serde(default)]
+    pub containerd: BTreeMap<String, PathBuf>,
 }
 
 /// A member of the lab: one network namespace, mount namespace and cgroup namespace.

@@ -222,9 +222,27 @@ impl Runtime for Containerd {
                 self.client.version().version(self.client.request(())),
             )
             .await?;
-        Ok(format!(
-            "containerd://{}",
-            answer.version.split('~').next().unwrap_or(&answer.version)
-        ))
+        Ok(format!("containerd://{}", plain_version(&answer.version)))
+    }
+}
+
+/// What distributions and build systems add to a version says nothing of containerd: "1.6.20~ds1", "2.1.9+unknown", "v2.0.0".
+fn plain_version(version: &str) -> &str {
+    let end = version.find(['~', '+']).unwrap_or(version.len());
+    version[..end].trim_start_matches('v')
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_version_is_shown_without_what_builders_add() {
+        for (version, plain) in [
+            ("1.6.20~ds1", "1.6.20"),
+            ("2.1.9+unknown", "2.1.9"),
+            ("v2.0.0-rc.1", "2.0.0-rc.1"),
+            ("", ""),
+        ] {
+            assert_eq!(super::plain_version(version), plain);
+        }
     }
 }

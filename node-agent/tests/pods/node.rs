@@ -256,8 +256,14 @@ impl Node {
         self.containerd.wait().unwrap();
     }
 
+    /// Starts it again, and waits until it answers.
     pub fn start_containerd(&mut self) {
         self.containerd = spawn_containerd(&self.stage);
+        let begin = Instant::now();
+        while let Err(error) = std::os::unix::net::UnixStream::connect("/run/c.sock") {
+            assert!(begin.elapsed() < PATIENCE, "containerd does not come back: {error}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// The machine is switched off and on: processes, `/run`, interfaces and cgroups are gone, what is on disk stays.
@@ -570,10 +576,19 @@ fn commands() -> Vec<String> {
     .collect()
 }
 
+/// The configuration in the version that is the series' own: 3 with names of its own from 2.0 on.
 fn spawn_containerd(stage: &Stage) -> Child {
     let config = stage.dir.join("containerd.toml");
+    let (version, cri) = if stage.containerd == 1 {
+        (2, "\"io.containerd.grpc.v1.cri\"")
+    } else {
+        (
+            3,
+            "\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.runtime\", \"io.containerd.cri.v1.images\"",
+        )
+    };
     let text = format!(
-        "version = 2\nroot = \"{dir}/c\"\nstate = \"/run/c\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+        "version = {version}\nroot = \"{dir}/c\"\nstate = \"/run/c\"\ndisabled_plugins = [{cri}]\n\
          [grpc]\naddress = \"/run/c.sock\"\n[debug]\nlevel = \"warn\"\n",
         dir = stage.dir.display()
     );

@@ -11,6 +11,14 @@ use orlop_node::runtime::cgroup::Cgroups;
 
 /// Set in the inner process: the folder of the test's files.
 const INNER: &str = "ORLOP_TEST_STAGE";
+/// Set in the inner process: which containerd it is on.
+const SERIES: &str = "ORLOP_TEST_CONTAINERD";
+
+/// The containerds that pods are tested on, oldest and newest: the folder of its programs and its first number.
+fn containerds() -> [(Option<PathBuf>, u32); 2] {
+    let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.orlop/tools/containerd-2/usr/bin");
+    [(None, 1), (Some(unpacked), 2)]
+}
 
 /// Where a test plays.
 #[derive(Clone)]
@@ -23,6 +31,8 @@ pub struct Stage {
     pub fixture: PathBuf,
     /// A folder with the CNI plugin.
     pub cni_bin_dir: PathBuf,
+    /// The first number of containerd's version.
+    pub containerd: u32,
 }
 
 impl Stage {
@@ -34,6 +44,7 @@ impl Stage {
             pause: programs.join("orlop-pause"),
             fixture: programs.join("orlop-fixture"),
             cni_bin_dir: target.join("debug"),
+            containerd: env::var(SERIES).map_or(1, |series| series.parse().unwrap()),
         }
     }
 
@@ -44,7 +55,7 @@ impl Stage {
     }
 }
 
-/// Runs the test inside namespaces of its own; `name` is the test's own name.
+/// Runs the test inside namespaces of its own, once on each containerd; `name` is the test's own name.
 pub fn on_stage(name: &str, test: impl AsyncFnOnce(Stage)) {
     if let Ok(dir) = env::var(INNER) {
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -60,6 +71,34 @@ pub fn on_stage(name: &str, test: impl AsyncFnOnce(Stage)) {
         "this test needs root: namespaces, cgroups, mounts"
     );
     build();
+    for (programs, series) in containerds() {
+        play(name, programs.as_deref(), series);
+    }
+}
+
+/// Runs this program again for the one test, with these programs of containerd first in its PATH.
+fn play(name: &str, programs: Option<&Path>, series: u32) {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let folders = programs
+        .map(Path::to_owned)
+        .into_iter()
+        .chain(env::split_paths(&path))
+        .collect::<Vec<_>>();
+    let path = env::join_paths(folders).unwrap();
+    let version = Command::new("containerd")
+        .arg("--version")
+        .env("PATH", &path)
+        .output()
+        .unwrap();
+    let version = String::from_utf8_lossy(&version.stdout).trim().to_owned();
+    assert!(
+        version
+            .split(' ')
+            .nth(2)
+            .is_some_and(|number| number.starts_with(&format!("{series}."))),
+        "containerd {series}.x is wanted in {programs:?} or PATH, and what is there says {version:?}: run cargo xtask setup"
+    );
+    println!("on {version}");
     let dir = tempfile::Builder::new().prefix("ot").rand_bytes(5).tempdir().unwrap();
     let ended = Command::new("unshare")
         .args([
@@ -76,6 +115,8 @@ pub fn on_stage(name: &str, test: impl AsyncFnOnce(Stage)) {
         .arg(env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env(INNER, dir.path())
+        .env(SERIES, series.to_string())
+        .env("PATH", path)
         .stdin(Stdio::null())
         .status()
         .unwrap();
@@ -88,7 +129,10 @@ pub fn on_stage(name: &str, test: impl AsyncFnOnce(Stage)) {
             eprintln!("containerd: {line}");
         }
     }
-    assert!(ended.success(), "the test failed inside its namespaces: {ended}");
+    assert!(
+        ended.success(),
+        "the test failed inside its namespaces on {version}: {ended}"
+    );
     left.unwrap();
 }
 

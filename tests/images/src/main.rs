@@ -24,6 +24,7 @@ clients:  get IP PORT COUNT [mapped]   COUNT connections, one request each; prin
           connect IP PORT COUNT        connects and closes; prints 'count N seconds S p50_us P'
 others:   sleep                        until SIGTERM
           burn SECONDS                 one CPU busy, then sleep
+          eat MEGABYTES                takes that much memory, then sleep
           exit CODE [SECONDS]          ends with CODE after SECONDS
           tick MILLISECONDS            a numbered line to stdout every so often
           env                          prints the environment, then sleep";
@@ -72,6 +73,7 @@ fn run(words: &[&str]) -> Result<ExitCode, Error> {
         ["connect", ip, port, count] => bench::connect(ip.parse()?, port.parse()?, count.parse()?)?,
         ["sleep"] => sleep(),
         ["burn", seconds] => burn(seconds.parse()?),
+        ["eat", megabytes] => eat(megabytes.parse()?),
         ["exit", code] => return Ok(ExitCode::from(code.parse::<u8>()?)),
         ["exit", code, seconds] => {
             thread::sleep(Duration::from_secs_f64(seconds.parse()?));
@@ -115,6 +117,16 @@ fn sleep() -> ! {
     loop {
         thread::sleep(Duration::from_secs(3600));
     }
+}
+
+/// Each page is written to: memory that is only asked for is not taken.
+fn eat(megabytes: usize) -> ! {
+    let mut taken = Vec::new();
+    for _ in 0..megabytes {
+        taken.push(std::hint::black_box(vec![1u8; 1 << 20]));
+    }
+    println!("took {} MB", taken.len());
+    sleep()
 }
 
 fn burn(seconds: f64) -> ! {

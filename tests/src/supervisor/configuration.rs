@@ -87,20 +87,36 @@ pub fn containerd(spec: &Spec, name: &str) -> Result<Service> {
     let directory = spec.member_directory(name).join("containerd");
     fs::create_dir_all(&directory).context("making containerd's folder")?;
     let config = directory.join("config.toml");
+    // From 2.0 on the configuration has a version of its own, and CRI is several plugins.
+    let own = spec.containerd.get(name);
+    let (version, cri) = match own {
+        None => (2, ""),
+        Some(_) => (3, "\"io.containerd.cri.v1.runtime\", \"io.containerd.cri.v1.images\", "),
+    };
     let text = format!(
-        "version = 2\nroot = {:?}\nstate = \"/run/containerd\"\n\
-         disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.snapshotter.v1.btrfs\", \
+        "version = {version}\nroot = {:?}\nstate = \"/run/containerd\"\n\
+         disabled_plugins = [{cri}\"io.containerd.grpc.v1.cri\", \"io.containerd.snapshotter.v1.btrfs\", \
          \"io.containerd.snapshotter.v1.zfs\", \"io.containerd.snapshotter.v1.devmapper\", \"io.containerd.snapshotter.v1.aufs\"]\n\
          [grpc]\naddress = \"/run/containerd/containerd.sock\"\n",
         directory.join("root"),
     );
     fs::write(&config, text).context("writing containerd's configuration")?;
+    let program = own.map_or_else(|| "containerd".into(), |programs| programs.join("containerd"));
     let command = vec![
-        "containerd".to_owned(),
+        program.display().to_string(),
         "--config".to_owned(),
         config.display().to_string(),
     ];
-    Ok(service(spec, name, "containerd", command))
+    let mut service = service(spec, name, "containerd", command);
+    if let Some(programs) = own {
+        // Its shim is found by the PATH, and each has its own.
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let folders = [programs.clone()].into_iter().chain(std::env::split_paths(&path));
+        let path = std::env::join_paths(folders).context("a PATH for containerd")?;
+        let path = path.into_string().ok().context("the PATH is not UTF-8")?;
+        service.environment.push(("PATH".to_owned(), path));
+    }
+    Ok(service)
 }
 
 /// A node's agent. The CNI plugin is put where operators put it.

@@ -1,0 +1,119 @@
+//! Nodes with the oldest and the newest containerd in one cluster.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use orlop_proto::{
+    Resource,
+    core::v1::{Event, Node, Pod},
+};
+use orlop_tests::{
+    lab::{Lab, Options, output},
+    supervisor::Request,
+    workload::{client, pod, web},
+};
+
+#[test]
+fn one_cluster_of_containerd_1_and_2() -> Result<()> {
+    let lab = Lab::start(
+        "containerds",
+        &Options {
+            nodes: 2,
+            node_extra: "restart_backoff_ms = 200\nrestart_backoff_max_ms = 1000\n".to_owned(),
+            containerd_2: vec!["node2".to_owned()],
+            ..Options::default()
+        },
+    )?;
+    nodes_name_their_containerd(&lab)?;
+    lab.client
+        .apply(&(web("web", 4) + &client("client-node1", "node1") + &client("client-node2", "node2")))?;
+    let pods = lab.wait_for_pods("app=web", 4)?;
+    let address = lab.cluster_ip("web")?;
+    for node in ["node1", "node2"] {
+        let client = lab.wait_for_pod(&format!("client-{node}"))?;
+        lab.wait_for_answers(&client, &["get", &address, "80", "40"], &pods)
+            .with_context(|| format!("from {node}"))?;
+    }
+    let before = processes(&lab)?;
+    lab.request(&Request::Signal("node2/containerd".to_owned(), libc::SIGKILL))?;
+    lab.wait("containerd is back", Duration::from_secs(60), || {
+        Ok((lab.service("node2/containerd")?.starts == 2).then_some(()))
+    })?;
+    lab.client.apply(&pod("after", "node2", &["sleep"]))?;
+    lab.wait_for_pod("after")?;
+    ensure!(processes(&lab)? == before, "pods were restarted with containerd");
+    a_network_that_fails_shows_on_the_pod(&lab)?;
+    lab.client.delete("replicasets", "default", "web", None)?;
+    for name in ["client-node1", "client-node2", "after", "wired"] {
+        lab.client.delete("pods", "default", name, None)?;
+    }
+    lab.wait("all pods are gone", Duration::from_secs(60), || {
+        Ok(lab.client.list::<Pod>("default", "")?.is_empty().then_some(()))
+    })?;
+    lab.wait("containerd 2 has nothing left of them", Duration::from_secs(30), || {
+        let script = "ctr -n orlop containers ls -q; ctr -n orlop tasks ls -q; ctr -n orlop leases ls -q";
+        let left = output(lab.on_node("node2", &["sh", "-c", script])?)?;
+        ensure!(left.is_empty(), "{left}");
+        Ok(Some(()))
+    })?;
+    lab.finish()
+}
+
+fn nodes_name_their_containerd(lab: &Lab) -> Result<()> {
+    for (name, series) in [("node1", "containerd://1."), ("node2", "containerd://2.")] {
+        let node: Node = lab.client.get("", name)?.context("a node")?;
+        let info = node.status.and_then(|status| status.node_info).unwrap_or_default();
+        ensure!(
+            info.container_runtime_version.starts_with(series),
+            "{name} runs {}",
+            info.container_runtime_version
+        );
+    }
+    Ok(())
+}
+
+/// The first processes of all web servers and clients.
+fn processes(lab: &Lab) -> Result<Vec<(String, i32)>> {
+    let pods: Vec<Pod> = lab.client.list("default", "")?;
+    let mut found = Vec::new();
+    for pod in pods.iter().filter(|pod| pod.name() != "after") {
+        let node = pod
+            .spec
+            .as_ref()
+            .map(|spec| spec.node_name.as_str())
+            .unwrap_or_default();
+        found.push((pod.name().to_owned(), lab.pod_process(node, pod.uid())?));
+    }
+    Ok(found)
+}
+
+/// A plugin at the end of the chain prints garbage: the pod says so, and runs as soon as the plugin is gone.
+fn a_network_that_fails_shows_on_the_pod(lab: &Lab) -> Result<()> {
+    let root = Path::new("/proc")
+        .join(lab.members.get("node2")?.pid.to_string())
+        .join("root");
+    let bad = "cat /etc/cni/net.d/10-orlop.conflist | jq '.cniVersion = \"1.0.0\" | .plugins += [{\"type\": \"babble\"}]' \
+               >/etc/cni/net.d/.new && mv /etc/cni/net.d/.new /etc/cni/net.d/05-babble.conflist && \
+               printf '#!/bin/sh\\n[ $CNI_COMMAND = DEL ] || echo babble\\n' >/opt/cni/bin/babble && chmod 755 /opt/cni/bin/babble";
+    output(lab.on_node("node2", &["sh", "-c", bad])?)?;
+    ensure!(root.join("etc/cni/net.d/05-babble.conflist").exists());
+    lab.client.apply(&pod("wired", "node2", &["sleep"]))?;
+    lab.wait("an event tells of the plugin", Duration::from_secs(60), || {
+        let events: Vec<Event> = lab.client.list("default", "")?;
+        let about = |event: &&Event| {
+            event
+                .involved_object
+                .as_ref()
+                .is_some_and(|object| object.name == "wired")
+                && event.message.contains("plugin babble ADD")
+                && event.message.contains("not JSON")
+        };
+        Ok(events.iter().find(about).map(|event| event.reason.clone()))
+    })
+    .and_then(|reason| {
+        ensure!(reason == "FailedCreatePodSandBox", "{reason}");
+        Ok(())
+    })?;
+    output(lab.on_node("node2", &["rm", "/etc/cni/net.d/05-babble.conflist"])?)?;
+    lab.wait_for_pod("wired").map(drop)
+}
