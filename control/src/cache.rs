@@ -123,7 +123,8 @@ impl Default for CacheConfig {
     fn default() -> Self {
         Self {
             window_events: 8192,
-            window_age: Duration::from_secs(300),
+            // Who is further behind reads the store's log; a burst of changes is not to be held much longer than it took.
+            window_age: Duration::from_secs(30),
             kept_snapshots: 64,
             keep_for: Duration::from_secs(300),
         }

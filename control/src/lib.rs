@@ -9,6 +9,7 @@ pub mod events;
 pub mod kinds;
 pub mod link;
 pub mod manifest;
+pub mod memory;
 pub mod merge;
 pub mod metrics;
 pub mod model;

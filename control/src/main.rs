@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use hyper_util::rt::TokioIo;
-use orlop_control::{config::Config, run, server};
+use orlop_control::{config::Config, memory, run, server};
 use orlop_proto::cluster::v1::{CreateTokenRequest, RevokeTokenRequest, join_client::JoinClient};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
@@ -63,6 +63,7 @@ fn lifetime(text: &str) -> Result<jiff::SignedDuration, String> {
 }
 
 fn main() -> ExitCode {
+    memory::bound_arenas();
     let arguments = Arguments::parse();
     log_to_stderr(arguments.json);
     // Several TLS providers in one process would each have to be named everywhere; there is one.
@@ -101,6 +102,7 @@ fn start(arguments: Arguments) -> Result<()> {
 
 async fn serve(config: Config) -> Result<()> {
     raise_file_limit();
+    tokio::spawn(memory::give_back());
     let inherited = server::inherited().context("LISTEN_FDS")?;
     let shutdown = CancellationToken::new();
     let signals = shutdown.clone();

@@ -1,6 +1,10 @@
 //! The task that follows the store.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures::StreamExt as _;
 use tokio::sync::watch;
@@ -10,6 +14,8 @@ use crate::store::{Change, ChangeSet, Key, Record, Revision, Store, StoreError, 
 
 /// How many change sets are applied together when they are there.
 const BATCH: usize = 512;
+/// How often what is too old is forgotten.
+const TRIM: Duration = Duration::from_secs(1);
 /// Between attempts to reach the store.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -79,6 +85,7 @@ impl Follower {
     /// Returns the error that ended the watch.
     async fn follow(&self, watch: Watch) -> Option<StoreError> {
         let mut sets = watch.ready_chunks(BATCH);
+        let mut trimmed = Instant::now();
         while let Some(chunk) = sets.next().await {
             let mut failed = None;
             let mut done = Vec::with_capacity(chunk.len());
@@ -89,6 +96,11 @@ impl Follower {
                 }
             }
             self.apply(done);
+            // Also of kinds that nobody writes now, while others are written all the time.
+            if trimmed.elapsed() >= TRIM {
+                self.indexes.feeds().for_each(|(_, feed)| feed.trim());
+                trimmed = Instant::now();
+            }
             if failed.is_some() {
                 return failed;
             }
@@ -107,7 +119,6 @@ impl Follower {
         let Some(last) = sets.last().map(|set| set.revision) else {
             return;
         };
-        let idle = sets.iter().all(|set| set.changes.is_empty());
         let mut by_resource: HashMap<String, Vec<(Revision, Change)>> = HashMap::new();
         for set in sets {
             for change in set.changes {
@@ -125,9 +136,6 @@ impl Follower {
             if let Some(feed) = self.indexes.feed_of(&resource) {
                 feed.apply(changes);
             }
-        }
-        if idle {
-            self.indexes.feeds().for_each(|(_, feed)| feed.trim());
         }
         self.progress.send_modify(|progress| *progress = last.max(*progress));
     }

@@ -4,6 +4,7 @@
 //! result; nobody is told anything (not even of a conflict, which may be with a neighbour in the same commit) before that commit
 //! returned. A log of changes in the same file is what watches resume from; it is compacted by age and size.
 
+mod group;
 mod log;
 mod watch;
 mod writer;

@@ -1,6 +1,6 @@
 //! The writer thread: group commit.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -9,29 +9,22 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     COUNTERS, LOG, LOG_BYTES, RECORDS, REVISION, Request, Shared, full,
+    group::Gathering,
     log::{self, LogChange, LogEntry},
 };
 use crate::store::{ChangeSet, Expected, Revision, StoreError, Transaction, Write, frame};
-
-/// Transactions in one commit.
-const GROUP: usize = 2048;
-/// Bytes in one commit, about.
-const GROUP_BYTES: usize = 16 * 1024 * 1024;
 
 type Reply = oneshot::Sender<Result<Revision, StoreError>>;
 type Records<'a> = Table<'a, &'static str, (u64, &'static [u8])>;
 
 /// Runs until the queue is closed and empty.
 pub(super) fn run(shared: &Shared, mut queue: mpsc::Receiver<Request>) {
+    let mut gathering = Gathering::default();
     while let Some(first) = queue.blocking_recv() {
-        let mut bytes = first.transaction.bytes();
-        let mut group = vec![first];
-        while group.len() < GROUP && bytes < GROUP_BYTES {
-            let Ok(next) = queue.try_recv() else { break };
-            bytes += next.transaction.bytes();
-            group.push(next);
-        }
+        let group = gathering.gather(first, &mut queue);
+        let (count, begin) = (group.len(), Instant::now());
         commit(shared, group);
+        gathering.committed(count, begin.elapsed());
     }
 }
 
