@@ -34,6 +34,10 @@ pub struct Record {
     pub boot_id: String,
     /// The last plugin's result; `None` while, or if, the ADD did not end.
     pub result: Option<Value>,
+    /// How far an ADD came that failed: the result of the last plugin that did its part. Some plugins find by it what they
+    /// have to undo.
+    #[serde(default)]
+    pub reached: Option<Value>,
 }
 
 /// [`PodNetwork`], as it is kept.

@@ -92,30 +92,38 @@ impl CniNetwork {
                     namespace: None,
                     boot_id: String::new(),
                     result: None,
+                    reached: None,
                 }))
             }
             other => other,
         }
     }
 
-    /// Runs the list's ADDs, each with the result of the one before.
-    async fn add_list(&self, list: &ConfList, pod: &PodNetwork) -> Result<Value, NetworkError> {
-        let mut previous: Option<Value> = None;
+    /// Runs the list's ADDs, each with the result of the one before; that result stays in `reached`, also when the next fails.
+    async fn add_list(
+        &self,
+        list: &ConfList,
+        pod: &PodNetwork,
+        reached: &mut Option<Value>,
+    ) -> Result<NetworkStatus, NetworkError> {
         for config in &list.plugins {
-            let given = self.run(list, config, "ADD", Some(pod), previous.as_ref()).await?;
-            let plugin = plugin_type(config);
-            let bad = |reason: &str| NetworkError::Exec {
-                plugin: plugin.into(),
-                command: "ADD",
-                reason: reason.into(),
-            };
+            let given = self.run(list, config, "ADD", Some(pod), reached.as_ref()).await?;
+            let bad = |reason: &str| no_result(config, reason);
             match given {
-                Some(Value::Object(object)) => previous = Some(Value::Object(object)),
+                Some(Value::Object(object)) => *reached = Some(Value::Object(object)),
                 Some(_) => return Err(bad("printed what is no result")),
                 None => return Err(bad("printed no result")),
             }
         }
-        previous.ok_or_else(|| NetworkError::NotConfigured("a network without plugins".into()))
+        let (Some(value), Some(last)) = (&*reached, list.plugins.last()) else {
+            return Err(NetworkError::NotConfigured("a network without plugins".into()));
+        };
+        result::status(value, &pod.netns).map_err(|reason| {
+            // To DEL it would make no more sense than to us.
+            let error = no_result(last, &reason);
+            *reached = None;
+            error
+        })
     }
 
     /// Runs the list's DELs in reverse, all of them even if some fail.
@@ -188,7 +196,8 @@ impl CniNetwork {
             // The specification: no namespace any more, no path of it.
             pod.netns = PathBuf::new();
         }
-        self.del_list(&record.list, &pod, record.result.as_ref()).await?;
+        let previous = record.result.as_ref().or(record.reached.as_ref());
+        self.del_list(&record.list, &pod, previous).await?;
         self.attachments.remove(sandbox_id)
     }
 
@@ -258,38 +267,22 @@ impl Network for CniNetwork {
             namespace,
             boot_id,
             result: None,
+            reached: None,
         };
         self.attachments.write(&record)?;
-        let added = match self.add_list(&record.list, pod).await {
-            Ok(value) => match result::status(&value, &pod.netns) {
-                Ok(status) => Ok((value, status)),
-                Err(reason) => {
-                    let plugin = record
-                        .list
-                        .plugins
-                        .last()
-                        .map(plugin_type)
-                        .unwrap_or_default()
-                        .to_owned();
-                    Err(NetworkError::Exec {
-                        plugin,
-                        command: "ADD",
-                        reason,
-                    })
-                }
-            },
-            Err(error) => Err(error),
-        };
-        match added {
-            Ok((value, status)) => {
-                record.result = Some(value);
+        let mut reached = None;
+        match self.add_list(&record.list, pod, &mut reached).await {
+            Ok(status) => {
+                record.result = reached;
                 self.attachments.write(&record)?;
                 tracing::debug!(sandbox = pod.sandbox_id, addresses = ?status.addresses, "network added");
                 Ok(status)
             }
             Err(error) => {
                 // The record stays if this fails, and the caller's DEL does it again.
-                if let Err(undo) = self.del_recorded(&pod.sandbox_id).await {
+                record.reached = reached;
+                let noted = self.attachments.write(&record);
+                if let Err(undo) = noted.and(self.del_recorded(&pod.sandbox_id).await) {
                     tracing::warn!(sandbox = pod.sandbox_id, error = %undo, "a failed ADD is not rolled back yet");
                 }
                 Err(error)
@@ -415,6 +408,14 @@ impl Network for CniNetwork {
             }
         }
         Ok(())
+    }
+}
+
+fn no_result(config: &Map<String, Value>, reason: &str) -> NetworkError {
+    NetworkError::Exec {
+        plugin: plugin_type(config).to_owned(),
+        command: "ADD",
+        reason: reason.to_owned(),
     }
 }
 

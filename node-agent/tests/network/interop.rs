@@ -195,7 +195,7 @@ fn rules() -> String {
 }
 
 #[test]
-fn what_ours_did_is_undone_when_a_reference_plugin_fails() {
+fn a_reference_plugin_that_fails_undoes_the_whole_chain() {
     on_node(async |node: Node| {
         let network = node.configured().await;
         let broken = json!({"type": "tuning", "sysctl": {"net.no.such": "1"}});
@@ -215,6 +215,8 @@ fn what_ours_did_is_undone_when_a_reference_plugin_fails() {
             "{error}"
         );
         assert_eq!((node.leases(), node.veths()), (0, 0));
+        // The firewall's DEL finds its rules by the addresses of the result that the ADD had come to.
+        assert!(!rules().contains("10.244.1."), "{}", rules());
     });
 }
 
