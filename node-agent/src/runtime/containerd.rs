@@ -25,6 +25,7 @@ mod container;
 mod content;
 mod events;
 mod garbage;
+mod hung;
 mod images;
 mod labels;
 mod observe;
@@ -95,6 +96,7 @@ pub struct Containerd {
     /// Which life of the agent this is.
     life: String,
     changed: Arc<Notify>,
+    hung: hung::Hung,
     /// Ended with the value: the event subscription.
     subscription: tokio::task::JoinHandle<()>,
 }
@@ -126,6 +128,7 @@ impl Containerd {
             options,
             cgroups,
             changed,
+            hung: hung::Hung::default(),
             subscription,
         })
     }

@@ -3,24 +3,18 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
-    time::Duration,
 };
 
 use containerd_client::{
-    services::v1::{
-        Container, GetRequest, ListContainersRequest, ListRequest, ListTasksRequest, snapshots::UsageRequest,
-    },
-    types::v1::{Process, Status},
+    services::v1::{Container, ListContainersRequest, ListRequest, snapshots::UsageRequest},
+    types::v1::Status,
 };
 use jiff::Timestamp;
 
-use super::{Containerd, client::Refusal as _, labels};
+use super::{Containerd, hung::Task, labels};
 use crate::runtime::{
     Exit, Observed, ObservedContainer, ObservedPod, ObservedSandbox, PodId, ProcessState, RuntimeError, files,
 };
-
-/// A shim that does not answer in this time hangs.
-const SHIM_DEADLINE: Duration = Duration::from_secs(3);
 
 impl Containerd {
     /// See [`crate::runtime::Runtime::observe`].
@@ -31,23 +25,11 @@ impl Containerd {
             .client
             .call("listing containers", self.client.containers().list(request))
             .await?;
-        let request = self.client.request(ListTasksRequest::default());
-        let tasks = self
-            .client
-            .call("listing tasks", self.client.tasks().list(request))
-            .await?;
-        let mut tasks: HashMap<String, Process> = tasks
-            .tasks
-            .into_iter()
-            .map(|task| (task_id(&task).to_owned(), task))
-            .collect();
+        let containers = records.containers.iter().map(|record| record.id.clone()).collect();
+        let tasks = self.hung.tasks(&self.client, &self.changed, containers).await?;
         let mut observed = Observed::default();
         for record in records.containers {
-            let task = match tasks.remove(&record.id) {
-                Some(task) => Task::Is(task),
-                None => self.ask_for_task(&record.id).await,
-            };
-            self.add(&mut observed, &record, &task);
+            self.add(&mut observed, &record, tasks.get(&record.id).unwrap_or(&Task::Unknown));
         }
         for pod in observed.pods.values_mut() {
             pod.sandboxes
@@ -79,27 +61,6 @@ impl Containerd {
             }
         }
         Ok(usage)
-    }
-
-    /// The list leaves out tasks whose shim does not answer: only a clear "not found" means that there is none.
-    async fn ask_for_task(&self, id: &str) -> Task {
-        let request = self.client.request(GetRequest {
-            container_id: id.to_owned(),
-            exec_id: String::new(),
-        });
-        match self
-            .client
-            .call_within(SHIM_DEADLINE, "looking for a task", self.client.tasks().get(request))
-            .await
-            .found()
-        {
-            Ok(Some(answer)) => answer.process.map_or(Task::Unknown, Task::Is),
-            Ok(None) => Task::IsNot,
-            Err(error) => {
-                tracing::warn!(container = id, %error, "a task's state is not known");
-                Task::Unknown
-            }
-        }
     }
 
     fn add(&self, observed: &mut Observed, record: &Container, task: &Task) {
@@ -210,21 +171,6 @@ impl Containerd {
             observed.pods.entry(id.uid.clone()).or_insert_with(|| empty(id)).remains = true;
         }
         Ok(())
-    }
-}
-
-enum Task {
-    Is(Process),
-    IsNot,
-    Unknown,
-}
-
-/// containerd 1.6 gives the id of a container's first process as `id`, and `container_id` not at all.
-fn task_id(task: &Process) -> &str {
-    if task.container_id.is_empty() {
-        &task.id
-    } else {
-        &task.container_id
     }
 }
 
