@@ -134,6 +134,17 @@ impl Client {
         T::from_object(stored.context("replacing an object")?.into_inner()).context("an object of another kind")
     }
 
+    /// The store's revision, as a list of a kind tells it.
+    pub fn list_revision(&self, resource: &str) -> Result<u64> {
+        let request = ListRequest {
+            resource: resource.to_owned(),
+            limit: 1,
+            ..ListRequest::default()
+        };
+        let list = self.runtime.block_on(self.objects().list(request))?.into_inner();
+        Ok(list.resource_version.parse()?)
+    }
+
     /// One object; `None` when it is not there.
     pub fn get<T: Resource>(&self, namespace: &str, name: &str) -> Result<Option<T>> {
         let request = GetRequest {

@@ -47,6 +47,7 @@ pub fn up(nodes: u16, store: StoreEngine, port: u16) -> Result<()> {
         static_binaries: lab::static_binaries(),
         nodes,
         store,
+        etcd_members: 1,
         api_port: port,
         control_extra: String::new(),
         node_extra: String::new(),

@@ -30,6 +30,8 @@ pub struct Options {
     pub nodes: u16,
     /// Control's store.
     pub store: StoreEngine,
+    /// How many members etcd has, when it is the store.
+    pub etcd_members: u16,
     /// Lines for `control.toml` (tables, or keys before them).
     pub control_extra: String,
     /// Lines for `node.toml`.
@@ -43,6 +45,7 @@ impl Default for Options {
         Self {
             nodes: 3,
             store: StoreEngine::Embedded,
+            etcd_members: 1,
             control_extra: String::new(),
             node_extra: String::new(),
             containerd_2: Vec::new(),
@@ -120,6 +123,7 @@ impl Lab {
             static_binaries: static_binaries(),
             nodes: options.nodes,
             store: options.store,
+            etcd_members: options.etcd_members,
             api_port: 0,
             control_extra: options.control_extra.clone(),
             node_extra: options.node_extra.clone(),

@@ -36,6 +36,9 @@ pub struct Spec {
     pub nodes: u16,
     /// Control's store.
     pub store: StoreEngine,
+    /// How many members etcd has, when it is the store: 1 to 9.
+    #[serde(default = "one")]
+    pub etcd_members: u16,
     /// The API's port at 127.0.0.1 of the host; 0: the lab takes a free one and writes it here.
     pub api_port: u16,
     /// Lines that are added to `control.toml` and `node.toml`.
@@ -45,6 +48,20 @@ pub struct Spec {
     /// The folders of the containerd programs that members run, where these are not the machine's.
     #[serde(default)]
     pub containerd: BTreeMap<String, PathBuf>,
+}
+
+fn one() -> u16 {
+    1
+}
+
+/// A direction on a member's cable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Way {
+    /// What the member sends.
+    FromMember,
+    /// What the member is sent.
+    ToMember,
 }
 
 /// A member of the lab: one network namespace, mount namespace and cgroup namespace.
@@ -107,6 +124,18 @@ impl Spec {
     /// The names of the nodes.
     pub fn node_names(&self) -> Vec<String> {
         (1..=self.nodes).map(|index| format!("node{index}")).collect()
+    }
+
+    /// etcd's services: the first is plain "etcd".
+    pub fn etcd_names(&self) -> Vec<String> {
+        let name = |index: u16| {
+            if index == 1 {
+                "etcd".to_owned()
+            } else {
+                format!("etcd{index}")
+            }
+        };
+        (1..=self.etcd_members).map(name).collect()
     }
 
     /// A member's durable folder.

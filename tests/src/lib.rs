@@ -6,6 +6,7 @@
 
 pub mod cgroup;
 pub mod client;
+pub mod faults;
 pub mod images;
 pub mod lab;
 pub mod layout;

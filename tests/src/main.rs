@@ -7,6 +7,7 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use orlop_tests::{
+    faults::{campaign::Campaign, plan::Kind},
     lab,
     layout::StoreEngine,
     namespaces::{Target, enter, hold},
@@ -46,6 +47,20 @@ enum Command {
         /// The command.
         #[arg(last = true, required = true)]
         command: Vec<String>,
+    },
+    /// Rounds of seeded faults in labs of their own; `cargo xtask soak`.
+    Soak {
+        /// Decides every fault.
+        seed: u64,
+        /// Rounds with each store.
+        #[arg(long, default_value_t = 10)]
+        rounds: u64,
+        /// Only with this store: embedded or etcd.
+        #[arg(long, value_parser = parse_store)]
+        store: Option<StoreEngine>,
+        /// Only these faults, in an order that the seed chooses: kill-shim,hang-shim.
+        #[arg(long, value_enum, value_delimiter = ',')]
+        only: Vec<Kind>,
     },
     /// Runs a lab from its folder (internal).
     #[command(hide = true)]
@@ -111,6 +126,12 @@ fn run(command: Command) -> Result<()> {
             Ok(())
         }
         Command::Exec { node, pod, command } => demo::exec(&node, pod.as_deref(), &command),
+        Command::Soak {
+            seed,
+            rounds,
+            store,
+            only,
+        } => soak(seed, rounds, store, &only),
         Command::Supervise { directory, tied } => supervise(&directory, tied),
         Command::Hold { name, cgroup, keep } => hold(&name, &cgroup, &keep),
         Command::Enter {
@@ -133,6 +154,28 @@ fn run(command: Command) -> Result<()> {
             &command,
         ),
     }
+}
+
+fn soak(seed: u64, rounds: u64, store: Option<StoreEngine>, only: &[Kind]) -> Result<()> {
+    let all = [&Kind::PROCESSES[..], &Kind::ETCD, &Kind::NETWORK].concat();
+    let kinds = if only.is_empty() { all } else { only.to_vec() };
+    let both = [StoreEngine::Embedded, StoreEngine::Etcd];
+    for engine in both
+        .into_iter()
+        .filter(|engine| store.is_none_or(|store| store == *engine))
+    {
+        let campaign = Campaign {
+            name: "soak".to_owned(),
+            seed,
+            rounds,
+            kinds: kinds.clone(),
+            store: engine,
+            nodes: 3,
+        };
+        campaign.run()?;
+    }
+    println!("seed {seed}: everything held");
+    Ok(())
 }
 
 /// The demo's folder.

@@ -210,7 +210,9 @@ impl Supervisor {
         let control = self.members.get("control")?;
         let inside = network::listen_in(control.pid, CONTROL_ADDRESS, API_PORT)?;
         if self.spec.store == StoreEngine::Etcd {
-            self.add(configuration::etcd(&self.spec)?)?;
+            for member in configuration::etcd(&self.spec)? {
+                self.add(member)?;
+            }
         }
         configuration::write_control(&self.spec)?;
         let listeners = vec![OwnedFd::from(outside), inside];

@@ -104,6 +104,7 @@ impl Lab {
     pub fn begin(&self, pod: &Pod, arguments: &[&str]) -> Result<Child> {
         let mut command = self.fixture(pod, arguments)?;
         command
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

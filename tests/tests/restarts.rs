@@ -1,6 +1,6 @@
 //! What dies comes back, and what need not be disturbed is not: containers, pods, the agent, control.
 
-use std::{collections::BTreeMap, fs, thread, time::Duration};
+use std::{fs, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use orlop_proto::{
@@ -8,6 +8,7 @@ use orlop_proto::{
     core::v1::{Event, Pod},
 };
 use orlop_tests::{
+    faults::pods::processes,
     lab::{Lab, Options, output, pod_is_ready},
     layout::StoreEngine,
     supervisor::Request,
@@ -15,30 +16,6 @@ use orlop_tests::{
 };
 
 const SIGKILL: i32 = 9;
-
-/// Everything about running containers that a restart of the agent must not change: pid -> start time in clock ticks.
-fn processes(lab: &Lab, pods: &[Pod]) -> Result<BTreeMap<i32, String>> {
-    let mut found = BTreeMap::new();
-    let root = &orlop_tests::cgroup::hierarchies()?[0].mount;
-    for pod in pods {
-        let node = pod.spec.as_ref().map(|spec| spec.node_name.clone()).unwrap_or_default();
-        for entry in fs::read_dir(root.join(lab.pod_cgroup(&node, pod.uid())))?.flatten() {
-            if entry.file_name() == "exec" || !entry.path().is_dir() {
-                continue;
-            }
-            for pid in fs::read_to_string(entry.path().join("cgroup.procs"))?.lines() {
-                let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-                let start = stat
-                    .rsplit(") ")
-                    .next()
-                    .and_then(|rest| rest.split(' ').nth(19))
-                    .context("a start time")?;
-                found.insert(pid.parse()?, start.to_owned());
-            }
-        }
-    }
-    Ok(found)
-}
 
 /// The ids of the programs that are pinned on a node.
 fn program_ids(lab: &Lab, node: &str) -> Result<Vec<String>> {

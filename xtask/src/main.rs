@@ -57,6 +57,20 @@ enum Task {
         /// A part of the tests' names.
         filter: Option<String>,
     },
+    /// Rounds of faults in a lab, chosen by a seed, with everything checked that has to hold meanwhile.
+    Soak {
+        /// Decides every fault.
+        seed: u64,
+        /// Rounds with each store.
+        #[arg(long, default_value_t = 10)]
+        rounds: u64,
+        /// Only with this store: embedded or etcd.
+        #[arg(long)]
+        store: Option<String>,
+        /// Only these faults: kill-shim,hang-shim,...
+        #[arg(long)]
+        only: Option<String>,
+    },
     /// Measures; the last line is one JSON object.
     Bench {
         /// connect, program, cni, start, schedule, control, store
@@ -87,6 +101,12 @@ fn main() -> ExitCode {
         Task::Down => lab(&["down".to_owned()]),
         Task::Exec { node, pod, command } => exec(node, pod, command),
         Task::Test { filter } => test(filter.as_deref()).map(|()| ExitCode::SUCCESS),
+        Task::Soak {
+            seed,
+            rounds,
+            store,
+            only,
+        } => soak(seed, rounds, store, only),
         Task::Bench { name, options } => bench(&name, &options),
         Task::Peers => peers::build().map(|()| ExitCode::SUCCESS),
         Task::Tidy { check } => tidy::tidy(check).map(|()| ExitCode::SUCCESS),
@@ -171,6 +191,20 @@ fn test(filter: Option<&str>) -> Result<()> {
 
 /// Benchmarks that run the real Kubernetes or etcd 3.6 beside ours. Without them ours is measured alone.
 const NEED_PEERS: &[&str] = &["connect", "program", "schedule", "control", "store"];
+
+fn soak(seed: u64, rounds: u64, store: Option<String>, only: Option<String>) -> Result<ExitCode> {
+    setup::setup()?;
+    build::everything(build::Profile::Dev)?;
+    let mut soak = Command::new(build::Profile::Dev.folder().join("orlop-lab"));
+    soak.args(["soak", &seed.to_string(), "--rounds", &rounds.to_string()]);
+    if let Some(store) = store {
+        soak.args(["--store", &store]);
+    }
+    if let Some(only) = only {
+        soak.args(["--only", &only]);
+    }
+    status(&mut soak)
+}
 
 fn bench(name: &str, options: &[String]) -> Result<ExitCode> {
     setup::setup()?;

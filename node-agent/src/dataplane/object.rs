@@ -4,5 +4,6 @@
 /// The object, aligned as an ELF parser wants it.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/orlop-ebpf.o"));
 
-/// A hash of the object: tells whether the pinned programs are these.
-pub const ID: &str = env!("ORLOP_BPF_ID");
+/// A hash of the object: tells whether the pinned programs are these. The word before it makes it easy to find in the binary, for
+/// tests that want an agent of another version.
+pub const ID: &str = concat!("orlop-ebpf ", env!("ORLOP_BPF_ID"));

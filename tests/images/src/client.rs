@@ -129,12 +129,28 @@ pub fn download(ip: Ipv4Addr, port: u16, bytes: u64) -> Result<(), Error> {
     Ok(())
 }
 
+/// Whether the time is over: SECONDS after now, or, with "stdin", when that ends.
+pub fn until(time: &str) -> Result<impl Fn() -> bool + use<>, Error> {
+    let ended = Arc::new(AtomicU64::new(0));
+    let end = if time == "stdin" {
+        let ended = ended.clone();
+        thread::spawn(move || {
+            let _ = std::io::stdin().read_to_end(&mut Vec::new());
+            ended.store(1, Ordering::Relaxed);
+        });
+        None
+    } else {
+        Some(Instant::now() + Duration::from_secs_f64(time.parse()?))
+    };
+    Ok(move || ended.load(Ordering::Relaxed) == 1 || end.is_some_and(|end| Instant::now() >= end))
+}
+
 /// One connection, a request every 20 ms; the first loss ends it with an error.
-pub fn hold(ip: Ipv4Addr, port: u16, seconds: f64) -> Result<(), Error> {
+pub fn hold(ip: Ipv4Addr, port: u16, time: &str) -> Result<(), Error> {
     let stream = connect(ip, port, false)?;
-    let end = Instant::now() + Duration::from_secs_f64(seconds);
+    let over = until(time)?;
     let mut requests = 0u64;
-    while Instant::now() < end {
+    while !over() {
         request(&stream, "/").map_err(|error| format!("lost after {requests} requests: {error}"))?;
         requests += 1;
         thread::sleep(Duration::from_millis(20));
@@ -144,12 +160,15 @@ pub fn hold(ip: Ipv4Addr, port: u16, seconds: f64) -> Result<(), Error> {
 }
 
 /// New connections at a fixed rate, whatever becomes of the earlier ones.
-pub fn load(ip: Ipv4Addr, port: u16, rate: f64, seconds: f64) -> Result<(), Error> {
+pub fn load(ip: Ipv4Addr, port: u16, rate: f64, time: &str) -> Result<(), Error> {
+    // With a time, the number of requests is known beforehand, however late the machine is.
+    let planned = time.parse::<f64>().ok().map(|seconds| rate * seconds);
+    let over = until(time)?;
     let lost = Arc::new(AtomicU64::new(0));
     let begin = Instant::now();
     let mut threads = Vec::new();
     let mut sent = 0u32;
-    while f64::from(sent) < rate * seconds {
+    while planned.map_or_else(|| !over(), |planned| f64::from(sent) < planned) {
         let due = begin + Duration::from_secs_f64(f64::from(sent) / rate);
         thread::sleep(due.saturating_duration_since(Instant::now()));
         let lost = lost.clone();

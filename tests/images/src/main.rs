@@ -17,8 +17,8 @@ clients:  get IP PORT COUNT [mapped]   COUNT connections, one request each; prin
           udp-one IP PORT COUNT        COUNT datagrams from one unconnected socket
           peername IP PORT [mapped]    connects and prints getpeername
           download IP PORT BYTES       reads BYTES from /bytes/N
-          hold IP PORT SECONDS         one connection, a request every 20 ms; prints 'requests N'; fails on the first loss
-          load IP PORT RATE SECONDS    open loop: RATE new connections a second; prints 'sent N lost N'
+          hold IP PORT SECONDS|stdin   one connection, a request every 20 ms; prints 'requests N'; fails on the first loss
+          load IP PORT RATE SECONDS|stdin  open loop: RATE new connections a second; prints 'sent N lost N'; stdin: until that ends
           crr|rr|bulk IP PORT SECONDS  a benchmark slice; prints 'count N seconds S p50_us P'
           slices KIND IP PORT SECONDS  such a slice for every line on stdin, rr and bulk on one connection
           connect IP PORT COUNT        connects and closes; prints 'count N seconds S p50_us P'
@@ -62,8 +62,8 @@ fn run(words: &[&str]) -> Result<ExitCode, Error> {
         ["peername", ip, port] => client::peername(ip.parse()?, port.parse()?, false)?,
         ["peername", ip, port, "mapped"] => client::peername(ip.parse()?, port.parse()?, true)?,
         ["download", ip, port, bytes] => client::download(ip.parse()?, port.parse()?, bytes.parse()?)?,
-        ["hold", ip, port, seconds] => client::hold(ip.parse()?, port.parse()?, seconds.parse()?)?,
-        ["load", ip, port, rate, seconds] => client::load(ip.parse()?, port.parse()?, rate.parse()?, seconds.parse()?)?,
+        ["hold", ip, port, time] => client::hold(ip.parse()?, port.parse()?, time)?,
+        ["load", ip, port, rate, time] => client::load(ip.parse()?, port.parse()?, rate.parse()?, time)?,
         [kind @ ("crr" | "rr" | "bulk"), ip, port, seconds] => {
             bench::slice(kind, ip.parse()?, port.parse()?, seconds.parse()?)?;
         }

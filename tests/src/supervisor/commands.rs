@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::{Supervisor, network};
+use crate::layout::Way;
 
 /// What the supervisor can be asked for.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -31,6 +32,10 @@ pub enum Request {
     Signal(String, i32),
     /// Pulls (false) or plugs a member's cable.
     Link(String, bool),
+    /// Loses everything that goes one way on a member's cable; `None`: nothing is lost any more.
+    Lose(String, Option<Way>),
+    /// Ends a service and starts another program in its place, with the same arguments: as an upgrade on a host does.
+    Replace(String, PathBuf),
     /// Takes the lab down.
     Shutdown,
 }
@@ -140,6 +145,8 @@ impl Supervisor {
             Request::Start(name) => self.service(&name).map(super::Supervised::resume),
             Request::Signal(name, signal) => self.service(&name).and_then(|service| service.signal(signal)),
             Request::Link(member, up) => network::set_link(&self.members, &member, up),
+            Request::Lose(member, way) => network::lose(&self.members, &member, way),
+            Request::Replace(name, program) => self.service(&name).map(|service| service.replace(program)),
             Request::Shutdown => Ok(()),
         };
         outcome.map_or_else(|error| Response::Failed(format!("{error:#}")), |()| Response::Done)

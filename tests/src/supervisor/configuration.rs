@@ -25,8 +25,13 @@ pub fn write_control(spec: &Spec) -> Result<()> {
     let directory = spec.member_directory("control");
     fs::create_dir_all(directory.join("data")).context("making control's folder")?;
     let store = match spec.store {
-        StoreEngine::Embedded => "[store]\nengine = \"embedded\"\n",
-        StoreEngine::Etcd => "[store]\nengine = \"etcd\"\n[store.etcd]\nendpoints = [\"http://127.0.0.1:2379\"]\n",
+        StoreEngine::Embedded => "[store]\nengine = \"embedded\"\n".to_owned(),
+        StoreEngine::Etcd => {
+            let endpoints: Vec<String> = (1..=spec.etcd_members)
+                .map(|index| etcd_url(index, ETCD_CLIENTS))
+                .collect();
+            format!("[store]\nengine = \"etcd\"\n[store.etcd]\nendpoints = {endpoints:?}\n")
+        }
     };
     let text = format!(
         "data_dir = {:?}\nunix_socket = \"/run/orlop/control.sock\"\n\
@@ -48,19 +53,46 @@ pub fn control(spec: &Spec) -> Service {
     service(spec, "control", "control", command)
 }
 
-/// etcd beside control, reachable from there alone.
-pub fn etcd(spec: &Spec) -> Result<Service> {
-    let data = spec.member_directory("control").join("etcd");
-    fs::create_dir_all(&data).context("making etcd's folder")?;
-    let mut command = vec!["etcd".to_owned(), "--data-dir".to_owned(), data.display().to_string()];
-    for (flag, url) in [
-        ("--listen-client-urls", "http://127.0.0.1:2379"),
-        ("--advertise-client-urls", "http://127.0.0.1:2379"),
-        ("--listen-peer-urls", "http://127.0.0.1:2380"),
-    ] {
-        command.extend([flag.to_owned(), url.to_owned()]);
+/// The port on which etcd's first member serves clients; each further member is ten higher.
+const ETCD_CLIENTS: u16 = 2379;
+/// The same for its peers.
+const ETCD_PEERS: u16 = 2380;
+
+fn etcd_url(index: u16, first: u16) -> String {
+    format!("http://127.0.0.1:{}", first + 10 * (index - 1))
+}
+
+/// All members of etcd, beside control and reachable from there alone.
+pub fn etcd(spec: &Spec) -> Result<Vec<Service>> {
+    let names = spec.etcd_names();
+    let peers: Vec<String> = (1..)
+        .zip(&names)
+        .map(|(index, name)| format!("{name}={}", etcd_url(index, ETCD_PEERS)))
+        .collect();
+    let mut services = Vec::new();
+    for (index, name) in (1..).zip(&names) {
+        let data = spec.member_directory("control").join(name);
+        fs::create_dir_all(&data).context("making etcd's folder")?;
+        let (clients, own_peers) = (etcd_url(index, ETCD_CLIENTS), etcd_url(index, ETCD_PEERS));
+        let mut command = vec!["etcd".to_owned()];
+        let data = data.display().to_string();
+        for (flag, value) in [
+            ("--name", name.as_str()),
+            ("--data-dir", &data),
+            ("--listen-client-urls", &clients),
+            ("--advertise-client-urls", &clients),
+            ("--listen-peer-urls", &own_peers),
+            ("--initial-advertise-peer-urls", &own_peers),
+            ("--initial-cluster", &peers.join(",")),
+            // A busy machine is late now and then: that alone makes no election.
+            ("--heartbeat-interval", "200"),
+            ("--election-timeout", "2000"),
+        ] {
+            command.extend([flag.to_owned(), value.to_owned()]);
+        }
+        services.push(service(spec, "control", name, command));
     }
-    Ok(service(spec, "control", "etcd", command))
+    Ok(services)
 }
 
 /// Writes `node.toml`.

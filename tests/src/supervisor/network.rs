@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
 
 use crate::{
-    layout::{Member, Members},
+    layout::{Member, Members, Way},
     namespaces::run_tool,
 };
 
@@ -54,6 +54,24 @@ pub fn set_link(members: &Members, member: &str, up: bool) -> Result<()> {
         &["link", "set", &port, if up { "up" } else { "down" }],
     )
     .map(drop)
+}
+
+/// Loses everything that goes one way on a member's cable, or nothing any more. The switch loses it: neither end can tell.
+pub fn lose(members: &Members, member: &str, way: Option<Way>) -> Result<()> {
+    let (switch, table) = (members.get("switch")?, format!("lose-{}", members.get(member)?.name));
+    let port = format!("to-{member}");
+    // Made before it is removed, so that there always is one to remove.
+    let mut script = format!("add table netdev {table}\ndelete table netdev {table}\n");
+    if let Some(way) = way {
+        let hook = match way {
+            Way::FromMember => "ingress",
+            Way::ToMember => "egress",
+        };
+        script += &format!(
+            "table netdev {table} {{\nchain lost {{\ntype filter hook {hook} device \"{port}\" priority 0; policy drop;\n}}\n}}\n"
+        );
+    }
+    in_network_of(switch, "nft", &[&script]).map(drop)
 }
 
 fn in_network_of(member: &Member, program: &str, arguments: &[&str]) -> Result<String> {

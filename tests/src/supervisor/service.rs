@@ -6,7 +6,7 @@ use std::{
         fd::{AsRawFd, OwnedFd},
         unix::process::{CommandExt, ExitStatusExt},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
@@ -41,6 +41,8 @@ struct State {
     pid: Option<i32>,
     starts: u32,
     last_exit: String,
+    /// Started instead of the one that the service names.
+    program: Option<PathBuf>,
 }
 
 /// A service and the thread that keeps it running.
@@ -96,6 +98,13 @@ impl Supervised {
         self.changed.notify_all();
     }
 
+    /// Ends it, and starts another program in its place.
+    pub fn replace(&self, program: PathBuf) {
+        self.stop();
+        self.lock().program = Some(program);
+        self.resume();
+    }
+
     /// Sends a signal to the process, if it runs; the supervisor starts it again if it dies of it.
     pub fn signal(&self, signal: i32) -> Result<()> {
         let signal = Signal::try_from(signal).context("no such signal")?;
@@ -135,7 +144,7 @@ impl Supervised {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
             // Under the lock, so that `stop` either sees the process or prevents it.
-            let child = self.spawn();
+            let child = self.spawn(state.program.as_deref());
             state.starts += 1;
             state.pid = child.as_ref().ok().and_then(|child| i32::try_from(child.id()).ok());
             drop(state);
@@ -155,7 +164,7 @@ impl Supervised {
         }
     }
 
-    fn spawn(&self) -> Result<Child> {
+    fn spawn(&self, program: Option<&Path>) -> Result<Child> {
         let name = format!("{}-{}.log", self.service.member, self.service.name);
         let log = OpenOptions::new()
             .create(true)
@@ -170,9 +179,11 @@ impl Supervised {
             "--cgroup",
             &self.service.cgroup,
         ]);
-        command
-            .args(["--listen-fds", &self.service.listeners.len().to_string(), "--"])
-            .args(&self.service.command);
+        command.args(["--listen-fds", &self.service.listeners.len().to_string(), "--"]);
+        match (program, self.service.command.split_first()) {
+            (Some(program), Some((_, arguments))) => command.arg(program).args(arguments),
+            _ => command.args(&self.service.command),
+        };
         command.envs(self.service.environment.iter().map(|(name, value)| (name, value)));
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let listeners: Vec<i32> = self.service.listeners.iter().map(AsRawFd::as_raw_fd).collect();

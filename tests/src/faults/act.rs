@@ -1,0 +1,263 @@
+//! Acting a planned fault out, and waiting until its end. Makes no choices but that of the pod whose shim is hit: the first.
+
+use std::{
+    fs,
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use orlop_proto::{
+    Resource,
+    core::v1::{Node, Pod},
+};
+
+use super::{
+    plan::{Fault, Part},
+    pods::{node_of, processes},
+    vigil::{PREY, PREY_COUNT, RECOVERY, Vigil},
+};
+use crate::{
+    lab::{node_is_ready, output, pod_is_ready},
+    layout::Way,
+    supervisor::Request,
+    workload,
+};
+
+/// A dead node is NotReady within this time, and its pods run elsewhere within the other.
+const NOT_READY: Duration = Duration::from_secs(20);
+/// See [`NOT_READY`].
+const ELSEWHERE: Duration = Duration::from_secs(60);
+/// What stands before the id of the agent's kernel programs, in its binary: `node-agent/src/dataplane/object.rs`.
+const PROGRAMS_ID: &[u8] = b"orlop-ebpf ";
+
+impl Vigil<'_> {
+    /// Acts a fault out and waits until the lab is well again.
+    pub fn suffer(&mut self, fault: &Fault) -> Result<()> {
+        match fault {
+            Fault::Kill(Part::Service(name)) => self.kill_service(name),
+            Fault::Kill(Part::Shim) => self.kill_shim(),
+            Fault::Hang(Part::Service(name), time) => self.hang(std::slice::from_ref(name), *time),
+            Fault::Hang(Part::Shim, time) => self.hang_shim(*time),
+            Fault::Cut(node, way, time) => self.cut(node, *way, |_| {
+                thread::sleep(*time);
+                Ok(())
+            }),
+            Fault::CutUntilReplaced(node, way) => {
+                let node = node.clone();
+                self.cut(&node, *way, |vigil| vigil.wait_until_replaced(&node))
+            }
+            Fault::LoseQuorum(members, time) => self.hang(members, *time),
+            Fault::Replace(name) => self.replace(name),
+        }
+        .and_then(|()| self.goes_on(fault))
+        .and_then(|()| self.settle())
+        .with_context(|| format!("after {fault:?}"))
+    }
+
+    /// The node whose agent or containerd was hit starts a pod again.
+    fn goes_on(&mut self, fault: &Fault) -> Result<()> {
+        let (Fault::Kill(Part::Service(name)) | Fault::Hang(Part::Service(name), _) | Fault::Replace(name)) = fault
+        else {
+            return Ok(());
+        };
+        match name.split_once('/') {
+            Some((node, "agent" | "containerd")) => {
+                let took = self.start_probe(node)?;
+                self.measured("a new pod there was ready after", took, None);
+                self.remove_probe()
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Starts one more pod on a node; how long that took.
+    fn start_probe(&mut self, node: &str) -> Result<Duration> {
+        let since = Instant::now();
+        self.wait("a new pod is accepted", |lab| {
+            lab.client.apply(&workload::client("probe", node)).map(Some)
+        })?;
+        self.wait("a new pod is ready", |lab| {
+            Ok(lab.client.get::<Pod>("default", "probe")?.filter(pod_is_ready))
+        })?;
+        Ok(since.elapsed())
+    }
+
+    fn remove_probe(&mut self) -> Result<()> {
+        self.lab.client.delete("pods", "default", "probe", Some(1))?;
+        self.wait("the probe is gone", |lab| {
+            Ok(lab.client.get::<Pod>("default", "probe")?.is_none().then_some(()))
+        })
+    }
+
+    fn kill_service(&mut self, name: &str) -> Result<()> {
+        let starts = self.lab.service(name)?.starts;
+        self.lab
+            .request(&Request::Signal(name.to_owned(), Signal::SIGKILL as i32))?;
+        self.lab.wait("it is started again", RECOVERY, || {
+            let now = self.lab.service(name)?;
+            Ok((now.starts > starts && now.pid.is_some()).then_some(()))
+        })
+    }
+
+    fn hang(&mut self, names: &[String], time: Duration) -> Result<()> {
+        for name in names {
+            self.lab
+                .request(&Request::Signal(name.clone(), Signal::SIGSTOP as i32))?;
+        }
+        thread::sleep(time);
+        for name in names {
+            self.lab
+                .request(&Request::Signal(name.clone(), Signal::SIGCONT as i32))?;
+        }
+        Ok(())
+    }
+
+    /// A pod that may be hit, and the pid of its shim: the parent of its pause.
+    fn shim(&self) -> Result<(Pod, Pid)> {
+        let pods: Vec<Pod> = self.lab.client.list("default", PREY)?;
+        let pod = pods.into_iter().next().context("a pod that may be hit")?;
+        let pid = self.lab.pod_process(node_of(&pod), pod.uid())?;
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let parent = status
+            .lines()
+            .find_map(|line| line.strip_prefix("PPid:"))
+            .context("a parent")?;
+        let shim = Pid::from_raw(parent.trim().parse()?);
+        let command = fs::read_to_string(format!("/proc/{shim}/cmdline"))?;
+        ensure!(
+            command.contains("containerd-shim"),
+            "process {shim} is no shim: {command:?}"
+        );
+        Ok((pod, shim))
+    }
+
+    /// That pod alone restarts: it stays the same pod. Of the others `settle` sees to the calm ones.
+    fn kill_shim(&mut self) -> Result<()> {
+        let (pod, shim) = self.shim()?;
+        let others: Vec<Pod> = self.lab.client.list::<Pod>("default", PREY)?;
+        let others: Vec<Pod> = others.into_iter().filter(|other| other.uid() != pod.uid()).collect();
+        let before = processes(self.lab, &others)?;
+        let own = processes(self.lab, std::slice::from_ref(&pod))?;
+        kill(shim, Signal::SIGKILL)?;
+        let since = Instant::now();
+        self.wait("the pod of a killed shim runs anew", |lab| {
+            let now: Pod = lab.client.get("default", pod.name())?.context("the pod is gone")?;
+            ensure!(now.uid() == pod.uid(), "the pod was replaced");
+            let processes = processes(lab, std::slice::from_ref(&now))?;
+            let anew = processes.len() >= own.len() && processes.keys().all(|pid| !own.contains_key(pid));
+            Ok((anew && pod_is_ready(&now)).then_some(()))
+        })?;
+        self.measured("the pod of a killed shim ran anew after", since.elapsed(), None);
+        ensure!(
+            processes(self.lab, &others)? == before,
+            "another pod's processes changed"
+        );
+        Ok(())
+    }
+
+    /// While a shim hangs, its node goes on with all other pods; afterwards its pod is as it was.
+    fn hang_shim(&mut self, time: Duration) -> Result<()> {
+        let (pod, shim) = self.shim()?;
+        let own = processes(self.lab, std::slice::from_ref(&pod))?;
+        kill(shim, Signal::SIGSTOP)?;
+        let started = self.start_probe(node_of(&pod));
+        thread::sleep(time);
+        kill(shim, Signal::SIGCONT)?;
+        let took = started.context("a pod beside one whose shim hangs")?;
+        self.measured("a pod beside a hung shim was ready after", took, None);
+        self.remove_probe()?;
+        ensure!(
+            processes(self.lab, std::slice::from_ref(&pod))? == own,
+            "the pod whose shim hung was restarted"
+        );
+        Ok(())
+    }
+
+    fn cut(&mut self, node: &str, way: Option<Way>, meanwhile: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        let cable = |up: bool| match way {
+            None => Request::Link(node.to_owned(), up),
+            Some(way) => Request::Lose(node.to_owned(), (!up).then_some(way)),
+        };
+        self.lab.request(&cable(false))?;
+        let outcome = meanwhile(self);
+        self.lab.request(&cable(true))?;
+        outcome
+    }
+
+    fn wait_until_replaced(&mut self, node: &str) -> Result<()> {
+        let since = Instant::now();
+        self.wait("a node that is cut off is NotReady", |lab| {
+            let found: Node = lab.client.get("", node)?.context("the node's object is gone")?;
+            Ok((!node_is_ready(&found)).then_some(()))
+        })?;
+        self.measured(
+            "a node that is cut off was NotReady after",
+            since.elapsed(),
+            Some(NOT_READY),
+        );
+        self.wait("its pods run elsewhere", |lab| {
+            let pods: Vec<Pod> = lab.client.list("default", PREY)?;
+            let elsewhere = |pod: &&Pod| pod_is_ready(pod) && !pod.is_deleting() && node_of(pod) != node;
+            Ok((pods.iter().filter(elsewhere).count() == PREY_COUNT).then_some(()))
+        })?;
+        self.measured("its pods ran elsewhere after", since.elapsed(), Some(ELSEWHERE));
+        Ok(())
+    }
+
+    /// Stops the agent and starts another version of it: the same program, whose kernel programs count as others, so that they
+    /// are replaced under the traffic as by an upgrade.
+    fn replace(&mut self, name: &str) -> Result<()> {
+        let node = name.split('/').next().unwrap_or_default();
+        let folder = format!("/sys/fs/bpf/orlop/{node}/programs");
+        let programs = || output(self.lab.on_node(node, &["ls", &folder])?);
+        let (starts, before) = (self.lab.service(name)?.starts, programs()?);
+        let next = another_version(
+            self.lab.spec.binaries.join("orlop-node"),
+            &self.lab.spec.directory,
+            starts,
+        )?;
+        self.lab.request(&Request::Replace(name.to_owned(), next))?;
+        self.lab.wait(
+            "another version has put its programs in the place of the old ones",
+            RECOVERY,
+            || {
+                let now = programs()?;
+                Ok((now != before && now.lines().count() == 1).then_some(()))
+            },
+        )
+    }
+}
+
+/// A copy of the agent with another id of its kernel programs.
+fn another_version(agent: PathBuf, directory: &std::path::Path, version: u32) -> Result<PathBuf> {
+    let mut bytes = fs::read(&agent).with_context(|| format!("reading {}", agent.display()))?;
+    let id = format!("{version:016x}");
+    let places: Vec<usize> = bytes
+        .windows(PROGRAMS_ID.len() + id.len())
+        .enumerate()
+        .filter(|(_, window)| {
+            let (mark, id) = window.split_at(PROGRAMS_ID.len());
+            mark == PROGRAMS_ID && id.iter().all(u8::is_ascii_hexdigit)
+        })
+        .map(|(place, _)| place + PROGRAMS_ID.len())
+        .collect();
+    ensure!(
+        !places.is_empty(),
+        "{} does not tell the id of its programs",
+        agent.display()
+    );
+    for place in places {
+        bytes[place..place + id.len()].copy_from_slice(id.as_bytes());
+    }
+    let path = directory.join(format!("orlop-node-{version}"));
+    fs::write(&path, bytes)?;
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(&path, executable)?;
+    Ok(path)
+}

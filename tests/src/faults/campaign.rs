@@ -1,0 +1,120 @@
+//! Rounds of faults in one lab: one round of a kind in the tests, many in `cargo xtask soak`.
+
+use anyhow::{Context, Result, bail, ensure};
+use std::time::Duration;
+
+use super::{
+    plan::{self, Kind, Shape},
+    vigil::{RECOVERY, Vigil},
+};
+use crate::{
+    lab::{Lab, Options, output},
+    layout::StoreEngine,
+    supervisor::Request,
+};
+
+/// What to go through.
+#[derive(Debug, Clone)]
+pub struct Campaign {
+    /// Names the lab.
+    pub name: String,
+    /// Decides everything else together with the round's number.
+    pub seed: u64,
+    /// How many rounds.
+    pub rounds: u64,
+    /// Which faults each round has.
+    pub kinds: Vec<Kind>,
+    /// Control's store; etcd has three members then.
+    pub store: StoreEngine,
+    /// How many nodes: 2 or more; with network faults 3 or more, the last one's cable is cut.
+    pub nodes: u16,
+}
+
+impl Campaign {
+    /// Goes through all rounds. The first violation ends it; then the lab's folder stays.
+    pub fn run(&self) -> Result<()> {
+        println!("seed {}: {} rounds over {:?}", self.seed, self.rounds, self.store);
+        let options = Options {
+            nodes: self.nodes,
+            store: self.store,
+            etcd_members: 3,
+            ..Options::default()
+        };
+        let lab = Lab::start(&self.name, &options)?;
+        for round in 0..self.rounds {
+            self.round(&lab, round)
+                .with_context(|| format!("seed {} round {round} of {:?}", self.seed, self.store))?;
+        }
+        lab.finish()
+    }
+
+    fn round(&self, lab: &Lab, round: u64) -> Result<()> {
+        let nodes = lab.spec.node_names();
+        let with_etcd = self.store == StoreEngine::Etcd;
+        let etcd = |name: String| format!("control/{name}");
+        let shape = Shape {
+            remote: nodes.last().cloned().unwrap_or_default(),
+            etcd: if with_etcd {
+                lab.spec.etcd_names().into_iter().map(etcd).collect()
+            } else {
+                Vec::new()
+            },
+            nodes,
+        };
+        let mut vigil = Vigil::begin(lab, self.seed, round)?;
+        for fault in plan::round(self.seed, round, &shape, &self.kinds) {
+            println!("   round {round}: {fault:?}");
+            vigil.suffer(&fault)?;
+        }
+        if with_etcd {
+            sleep_through_a_compaction(&mut vigil)?;
+        }
+        for figure in vigil
+            .figures
+            .iter()
+            .filter(|figure| figure.bar.is_some_and(|bar| figure.took > bar))
+        {
+            println!("   above its bar: {figure:?}");
+        }
+        let violations = vigil.finish()?;
+        if !violations.is_empty() {
+            let told: Vec<&str> = violations.iter().take(20).map(String::as_str).collect();
+            bail!("{} violations: {}", violations.len(), told.join("; "));
+        }
+        Ok(())
+    }
+}
+
+/// A watcher that was away while etcd forgot where it was is told so, and misses nothing: it begins with a list.
+fn sleep_through_a_compaction(vigil: &mut Vigil<'_>) -> Result<()> {
+    println!("   a watcher sleeps through a compaction");
+    vigil.recorder.sleeper().sleep();
+    let (lab, lists) = (vigil.lab, vigil.recorder.sleeper().lists());
+    for _ in 0..3 {
+        vigil.recorder.wait_for_writes()?;
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    let revision = lab.client.list_revision("namespaces")?;
+    ensure!(
+        revision > vigil.recorder.sleeper().at(),
+        "nothing was written meanwhile"
+    );
+    let body = format!("{{\"revision\": \"{revision}\"}}");
+    output(lab.on_node(
+        "control",
+        &["curl", "-sSf", "-d", &body, "http://127.0.0.1:2379/v3/kv/compaction"],
+    )?)
+    .context("compacting etcd")?;
+    // Control's own window of events would still bridge the gap: a new control has none.
+    let control = "control/control";
+    let starts = lab.service(control)?.starts;
+    lab.request(&Request::Signal(control.to_owned(), 9))?;
+    lab.wait("control is started again", RECOVERY, || {
+        Ok((lab.service(control)?.starts > starts && lab.client.ready().is_ok()).then_some(()))
+    })?;
+    vigil.recorder.sleeper().wake();
+    lab.wait("the sleeper is told that its revision is compacted", RECOVERY, || {
+        Ok((vigil.recorder.sleeper().lists() > lists).then_some(()))
+    })?;
+    vigil.settle()
+}

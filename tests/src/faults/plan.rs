@@ -1,0 +1,176 @@
+//! Which faults a round has, in which order, on whom and for how long: a pure function of the seed.
+
+use std::time::Duration;
+
+use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
+
+use crate::layout::Way;
+
+/// A part of the lab that can be killed or stopped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// A supervised service: "control/control", "node1/agent", "node1/containerd", "control/etcd2".
+    Service(String),
+    /// The shim of one of the pods that faults may hit.
+    Shim,
+}
+
+/// What is done to the lab.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// kill -9.
+    Kill(Part),
+    /// SIGSTOP, and SIGCONT after this time.
+    Hang(Part, Duration),
+    /// A node's cable loses everything for this time: both ways, or one.
+    Cut(String, Option<Way>, Duration),
+    /// As [`Fault::Cut`], until the node is NotReady and its pods run elsewhere; then the cable is healed.
+    CutUntilReplaced(String, Option<Way>),
+    /// All but a minority of etcd's members (these services) stop for this time.
+    LoseQuorum(Vec<String>, Duration),
+    /// Another version of the agent takes the place of this one.
+    Replace(String),
+}
+
+/// The kinds of faults.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, clap::ValueEnum)]
+#[expect(missing_docs, reason = "the names are those of `Fault` and `Part`")]
+pub enum Kind {
+    KillControl,
+    HangControl,
+    KillAgent,
+    HangAgent,
+    KillContainerd,
+    HangContainerd,
+    KillShim,
+    HangShim,
+    KillEtcd,
+    HangEtcd,
+    LoseQuorum,
+    ReplaceAgent,
+    CutBriefly,
+    CutUntilReplaced,
+}
+
+impl Kind {
+    /// What befalls processes.
+    pub const PROCESSES: [Self; 9] = [
+        Self::KillControl,
+        Self::HangControl,
+        Self::KillAgent,
+        Self::HangAgent,
+        Self::KillContainerd,
+        Self::HangContainerd,
+        Self::KillShim,
+        Self::HangShim,
+        Self::ReplaceAgent,
+    ];
+    /// What befalls etcd.
+    pub const ETCD: [Self; 3] = [Self::KillEtcd, Self::HangEtcd, Self::LoseQuorum];
+    /// What befalls the network.
+    pub const NETWORK: [Self; 2] = [Self::CutBriefly, Self::CutUntilReplaced];
+}
+
+/// Whom faults can hit.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    /// Nodes whose processes are hit; the calm pods and their client run on the first two.
+    pub nodes: Vec<String>,
+    /// The node whose cable is cut: none of the calm pods is there.
+    pub remote: String,
+    /// etcd's services; empty with the embedded store.
+    pub etcd: Vec<String>,
+}
+
+/// One round: each kind once, in an order, on targets and for times that the seed chooses.
+pub fn round(seed: u64, round: u64, shape: &Shape, kinds: &[Kind]) -> Vec<Fault> {
+    let mut random = StdRng::seed_from_u64(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(round));
+    let mut kinds: Vec<Kind> = kinds.to_vec();
+    if shape.etcd.is_empty() {
+        kinds.retain(|kind| !Kind::ETCD.contains(kind));
+    }
+    kinds.shuffle(&mut random);
+    kinds.into_iter().map(|kind| fault(&mut random, kind, shape)).collect()
+}
+
+fn fault(random: &mut StdRng, kind: Kind, shape: &Shape) -> Fault {
+    let control = || Part::Service("control/control".to_owned());
+    let node = one_of(random, &shape.nodes);
+    let on_node = |name: &str| Part::Service(format!("{node}/{name}"));
+    let brief = Duration::from_millis(random.random_range(1_000..4_000));
+    match kind {
+        Kind::KillControl => Fault::Kill(control()),
+        Kind::HangControl => Fault::Hang(control(), brief),
+        Kind::KillAgent => Fault::Kill(on_node("agent")),
+        Kind::HangAgent => Fault::Hang(on_node("agent"), brief),
+        Kind::KillContainerd => Fault::Kill(on_node("containerd")),
+        Kind::HangContainerd => Fault::Hang(on_node("containerd"), brief),
+        Kind::KillShim => Fault::Kill(Part::Shim),
+        Kind::HangShim => Fault::Hang(Part::Shim, brief),
+        Kind::KillEtcd => Fault::Kill(Part::Service(one_of(random, &shape.etcd))),
+        Kind::HangEtcd => Fault::Hang(Part::Service(one_of(random, &shape.etcd)), brief),
+        Kind::LoseQuorum => {
+            let mut members = shape.etcd.clone();
+            members.shuffle(random);
+            members.truncate(members.len().div_ceil(2).max(1));
+            Fault::LoseQuorum(members, brief)
+        }
+        Kind::ReplaceAgent => Fault::Replace(format!("{node}/agent")),
+        Kind::CutBriefly => Fault::Cut(shape.remote.clone(), way(random), brief),
+        Kind::CutUntilReplaced => Fault::CutUntilReplaced(shape.remote.clone(), way(random)),
+    }
+}
+
+fn one_of(random: &mut StdRng, names: &[String]) -> String {
+    names
+        .get(random.random_range(0..names.len().max(1)))
+        .cloned()
+        .unwrap_or_default()
+}
+
+fn way(random: &mut StdRng) -> Option<Way> {
+    [None, Some(Way::FromMember), Some(Way::ToMember)][random.random_range(0..3)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape() -> Shape {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        Shape {
+            nodes: names(&["node1", "node2", "node3"]),
+            remote: "node3".to_owned(),
+            etcd: names(&["control/etcd", "control/etcd2", "control/etcd3"]),
+        }
+    }
+
+    fn all() -> Vec<Kind> {
+        [&Kind::PROCESSES[..], &Kind::ETCD, &Kind::NETWORK].concat()
+    }
+
+    #[test]
+    fn a_round_is_a_function_of_its_seed() {
+        assert_eq!(round(7, 3, &shape(), &all()), round(7, 3, &shape(), &all()));
+        assert_ne!(round(7, 3, &shape(), &all()), round(7, 4, &shape(), &all()));
+        assert_ne!(round(7, 3, &shape(), &all()), round(8, 3, &shape(), &all()));
+    }
+
+    #[test]
+    fn each_kind_happens_once_and_quorum_is_really_lost() {
+        for seed in 0..50 {
+            let faults = round(seed, 0, &shape(), &all());
+            assert_eq!(faults.len(), all().len());
+            let lost = faults.iter().find_map(|fault| match fault {
+                Fault::LoseQuorum(members, _) => Some(members.clone()),
+                _ => None,
+            });
+            assert_eq!(lost.map(|members| members.len()), Some(2), "two of three");
+            let embedded = Shape {
+                etcd: Vec::new(),
+                ..shape()
+            };
+            assert_eq!(round(seed, 0, &embedded, &all()).len(), all().len() - Kind::ETCD.len());
+        }
+    }
+}

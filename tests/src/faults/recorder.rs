@@ -1,0 +1,227 @@
+//! Writers and watchers that go on through every fault, and record what they did and saw for [`super::history::check`].
+
+mod watcher;
+mod writer;
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use orlop_proto::{
+    Resource,
+    api::v1::{ListRequest, objects_client::ObjectsClient},
+    coordination::v1::Lease,
+};
+use tokio::{
+    runtime::{Builder, Runtime},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint};
+
+use super::history::{Change, History, Outcome, Seen, Snapshot, Write};
+use crate::layout::Members;
+pub use watcher::Watcher;
+
+/// No call takes longer; what has no answer by then is unknown.
+const CALL: Duration = Duration::from_secs(4);
+/// How many write at the same time, each its own keys.
+const WRITERS: usize = 4;
+/// After a fault everything goes on within this time.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// What all tasks share.
+struct Shared {
+    channel: Channel,
+    namespace: String,
+    clock: AtomicU64,
+    writes: Mutex<Vec<Write>>,
+}
+
+impl Shared {
+    fn objects(&self) -> ObjectsClient<Channel> {
+        ObjectsClient::new(self.channel.clone())
+    }
+
+    fn now(&self) -> u64 {
+        self.clock.fetch_add(1, Ordering::SeqCst)
+    }
+
+    /// Everything that is there, at one revision.
+    async fn list(&self) -> Result<Snapshot> {
+        let request = ListRequest {
+            resource: Lease::KIND.resource.to_owned(),
+            namespace: self.namespace.clone(),
+            ..ListRequest::default()
+        };
+        let list = tokio::time::timeout(CALL, self.objects().list(request))
+            .await??
+            .into_inner();
+        let mut objects = BTreeMap::new();
+        for lease in list.items.into_iter().filter_map(Lease::from_object) {
+            objects.insert(
+                lease.name().to_owned(),
+                (value(&lease), revision(&lease.meta().resource_version)?),
+            );
+        }
+        let revision = revision(&list.resource_version)?;
+        Ok(Snapshot { revision, objects })
+    }
+}
+
+fn value(lease: &Lease) -> String {
+    lease
+        .spec
+        .as_ref()
+        .map(|spec| spec.holder_identity.clone())
+        .unwrap_or_default()
+}
+
+fn revision(text: &str) -> Result<u64> {
+    text.parse().with_context(|| format!("{text:?} is no revision"))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The running writers and watchers.
+pub struct Recorder {
+    runtime: Runtime,
+    shared: Arc<Shared>,
+    stop: CancellationToken,
+    writers: Vec<JoinHandle<()>>,
+    /// One that only resumes when it must, one that does after every fault, one that sleeps through a compaction.
+    watchers: Vec<Watcher>,
+}
+
+impl Recorder {
+    /// Begins to write Leases in a namespace of its own, which must exist, and to watch them.
+    pub fn begin(members: &Members, namespace: &str, seed: u64) -> Result<Self> {
+        let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let socket = format!(
+            "unix:///proc/{}/root/run/orlop/control.sock",
+            members.get("control")?.pid
+        );
+        let endpoint = Endpoint::from_shared(socket)?.connect_timeout(CALL);
+        let channel = runtime.block_on(async { endpoint.connect_lazy() });
+        let shared = Arc::new(Shared {
+            channel,
+            namespace: namespace.to_owned(),
+            clock: AtomicU64::new(0),
+            writes: Mutex::default(),
+        });
+        let base = runtime.block_on(shared.list()).context("the recorder's first list")?;
+        let stop = CancellationToken::new();
+        let watchers = (0..3)
+            .map(|_| Watcher::begin(&runtime, &shared, base.clone()))
+            .collect();
+        let writers = (0..WRITERS)
+            .map(|index| runtime.spawn(writer::run(shared.clone(), stop.child_token(), index, seed)))
+            .collect();
+        let recorder = Self {
+            runtime,
+            shared,
+            stop,
+            writers,
+            watchers,
+        };
+        recorder.wait_for_writes()?;
+        Ok(recorder)
+    }
+
+    /// The watcher that resumes after every fault does so now.
+    pub fn resume_one(&self) {
+        self.watchers[1].interrupt();
+    }
+
+    /// The watcher that sleeps through a compaction.
+    pub fn sleeper(&self) -> &Watcher {
+        &self.watchers[2]
+    }
+
+    /// Waits until a write that begins from now on is acknowledged; how long that took.
+    pub fn wait_for_writes(&self) -> Result<Duration> {
+        let (since, from) = (Instant::now(), self.shared.now());
+        loop {
+            let acknowledged = lock(&self.shared.writes)
+                .iter()
+                .rev()
+                .any(|write| write.begun > from && matches!(write.outcome, Outcome::Acknowledged(_)));
+            if acknowledged {
+                return Ok(since.elapsed());
+            }
+            ensure!(since.elapsed() < PATIENCE, "no write was acknowledged for {PATIENCE:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Ends the writers, waits until every watcher was told of everything, and returns what was recorded.
+    pub fn finish(mut self) -> Result<History> {
+        self.stop.cancel();
+        for writer in std::mem::take(&mut self.writers) {
+            self.runtime.block_on(writer).context("a writer panicked")?;
+        }
+        self.mark("before-the-end")?;
+        let end = self
+            .runtime
+            .block_on(self.shared.list())
+            .context("the list at the end")?;
+        // Who was told of this one was told of everything in the list, too.
+        let last = self.mark("after-the-end")?;
+        let since = Instant::now();
+        while let Some(late) = self.watchers.iter().position(|watcher| watcher.at() < last) {
+            if since.elapsed() > PATIENCE {
+                bail!(
+                    "watcher {late} was told nothing after revision {} for {PATIENCE:?}",
+                    self.watchers[late].at()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(History {
+            writes: lock(&self.shared.writes).clone(),
+            watchers: self.watchers.iter().map(Watcher::story).collect(),
+            end,
+        })
+    }
+
+    /// One more write, tried under new names until it is acknowledged; its revision.
+    fn mark(&self, name: &str) -> Result<u64> {
+        let since = Instant::now();
+        for attempt in 0.. {
+            let key = format!("{name}-{attempt}");
+            let change = Change::Put(key.clone());
+            let made = self.runtime.block_on(writer::write(&self.shared, key, change, true));
+            if let Outcome::Acknowledged(revision) = made {
+                return Ok(revision);
+            }
+            ensure!(
+                since.elapsed() < PATIENCE,
+                "the last write was not acknowledged for {PATIENCE:?}"
+            );
+        }
+        bail!("unreachable: the attempts have no end")
+    }
+}
+
+/// (acknowledged, refused, unknown) writes, and how often watchers began anew: resumed, or with a list.
+pub fn summary(history: &History) -> String {
+    let count = |wanted: fn(&Outcome) -> bool| history.writes.iter().filter(|write| wanted(&write.outcome)).count();
+    let seen = |wanted: fn(&Seen) -> bool| history.watchers.iter().flatten().filter(|seen| wanted(seen)).count();
+    format!(
+        "{} writes acknowledged, {} refused, {} unknown; {} events, {} watches resumed, {} begun with a list",
+        count(|outcome| matches!(outcome, Outcome::Acknowledged(_))),
+        count(|outcome| matches!(outcome, Outcome::Refused)),
+        count(|outcome| matches!(outcome, Outcome::Unknown)),
+        seen(|seen| matches!(seen, Seen::Event { .. })),
+        seen(|seen| matches!(seen, Seen::Resumed(_))),
+        seen(|seen| matches!(seen, Seen::Listed(_))),
+    )
+}
