@@ -141,10 +141,14 @@ fn a_dead_sandbox_is_replaced_and_deletion_keeps_its_grace() {
             })
             .await;
 
-            let deleted = node.delete("web", 30).await;
-            assert!(
-                deleted < Duration::from_secs(10),
-                "SIGTERM ends it long before its grace: {deleted:?}"
+            node.until_it_heeds_sigterm("web", "web").await;
+            node.delete("web", 30).await;
+            let ended = node.status("web").container_statuses[0].state.clone().unwrap();
+            let ended = ended.terminated.unwrap();
+            assert_eq!(
+                (ended.exit_code, ended.reason.as_str()),
+                (0, "Completed"),
+                "SIGTERM ends it, not SIGKILL"
             );
             node.until_empty().await;
             node.assert_nothing_left();
@@ -163,6 +167,7 @@ fn a_container_is_asked_to_end_by_its_images_stop_signal() {
             node.want(&pod(name, &[("main", &["sleep"], image)]));
             node.until(name, "is ready", |status| condition(status, "Ready") == "True")
                 .await;
+            node.until_it_heeds_sigterm(name, "main").await;
             node.delete(name, 30).await;
             let status = node.status(name);
             let ended = status.container_statuses[0].state.clone().unwrap().terminated.unwrap();

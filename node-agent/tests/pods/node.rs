@@ -419,6 +419,18 @@ impl Node {
         running.unwrap_or_else(|| panic!("{container} does not run: {found:#?}"))
     }
 
+    /// Waits until a container's process has its handler of SIGTERM: the first process of a pid namespace does not get a signal
+    /// that it has none for, and a started container may not have come to that yet.
+    pub async fn until_it_heeds_sigterm(&self, pod: &str, container: &str) {
+        let pid = self.process(pod, container).await.0;
+        self.until_true("it handles SIGTERM", |_| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+            u64::from_str_radix(caught.trim(), 16).unwrap() & 1 << (libc::SIGTERM - 1) != 0
+        })
+        .await;
+    }
+
     pub async fn pause_pid(&self, pod: &str) -> u32 {
         let observed = self.observed().await;
         let found = &observed.pods[&format!("uid-of-{pod}")];
