@@ -96,7 +96,7 @@ pub async fn run(config: Config, inherited: Vec<Listener>, shutdown: Cancellatio
     }
 
     let (routes, sources) = services(&parts, &store, &authority).await?;
-    let readiness = Readiness::default();
+    let readiness = Readiness::over(Arc::clone(&store));
     let keys = NodeKeys::new(Arc::clone(&store));
     let front = Front::new(
         routes,

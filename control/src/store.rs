@@ -13,7 +13,7 @@ pub mod memory;
 
 mod frame;
 
-use std::{collections::HashSet, fmt, pin::Pin};
+use std::{collections::HashSet, fmt, path::PathBuf, pin::Pin};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -245,9 +245,42 @@ pub enum StoreError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The engine's disk is full, or fails. The engine goes on by itself when that is over.
+    #[error("the store {} cannot be used: {reason}; {effect}", .path.display())]
+    Disk {
+        /// The engine's file.
+        path: PathBuf,
+        /// Whether it is for want of space.
+        full: bool,
+        /// What that means for who is told.
+        effect: DiskEffect,
+        /// What the disk said.
+        reason: String,
+    },
     /// The engine failed, or cannot be reached. Whether the write happened is unknown when `commit` returns this.
     #[error("store unavailable: {0}")]
     Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// What a failing disk did to an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskEffect {
+    /// The write was under way.
+    Unknown,
+    /// The write was not begun.
+    NotWritten,
+    /// A read failed.
+    NotRead,
+}
+
+impl fmt::Display for DiskEffect {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Unknown => "whether the write happened is unknown",
+            Self::NotWritten => "nothing was written",
+            Self::NotRead => "nothing was read",
+        })
+    }
 }
 
 /// A durable, ordered, watchable map.
@@ -263,4 +296,8 @@ pub trait Store: Send + Sync + 'static {
     async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch, StoreError>;
     /// The revision of the last write.
     async fn revision(&self) -> Result<Revision, StoreError>;
+    /// Why writes fail or wait now, for people; `None` when they do not, or when only a write would tell.
+    fn trouble(&self) -> Option<String> {
+        None
+    }
 }

@@ -169,6 +169,8 @@ pub(super) fn of_store(error: &StoreError) -> Status {
         StoreError::Future { .. } => Status::failed_precondition(error.to_string()),
         StoreError::TooLarge(reason) => invalid("object", &format!("is too large to be stored: {reason}")),
         StoreError::Damaged { .. } => Status::data_loss(error.to_string()),
+        StoreError::Disk { full: true, .. } => Status::resource_exhausted(error.to_string()),
+        StoreError::Disk { .. } => Status::unavailable(error.to_string()),
         StoreError::Unavailable(source) => {
             tracing::warn!(error = source.to_string(), "store unavailable");
             Status::unavailable("the store is unavailable; whether a write happened is unknown")

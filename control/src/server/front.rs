@@ -26,24 +26,39 @@ use super::{
     identity::{Access, Identity},
     metrics::Method,
 };
-use crate::pki::NodeKeys;
+use crate::{pki::NodeKeys, store::Store};
 
 /// Prometheus text (the classic format, whole lines) that comes behind the server's own.
 pub type MetricsSource = Arc<dyn Fn() -> String + Send + Sync>;
 
 /// Whether control can serve; starts with "no".
-#[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<AtomicBool>);
+#[derive(Clone, Default)]
+pub struct Readiness {
+    ready: Arc<AtomicBool>,
+    store: Option<Arc<dyn Store>>,
+}
 
 impl Readiness {
+    /// As long as this store has trouble, control is not healthy.
+    pub fn over(store: Arc<dyn Store>) -> Self {
+        Self {
+            ready: Arc::default(),
+            store: Some(store),
+        }
+    }
+
     /// Says yes or no.
     pub fn set(&self, ready: bool) {
-        self.0.store(ready, Ordering::Release);
+        self.ready.store(ready, Ordering::Release);
     }
 
     /// What was said last.
     pub fn get(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.ready.load(Ordering::Acquire)
+    }
+
+    fn trouble(&self) -> Option<String> {
+        self.store.as_ref().and_then(|store| store.trouble())
     }
 }
 
@@ -219,9 +234,15 @@ impl Front {
         let readable = *request.method() == HttpMethod::GET || *request.method() == HttpMethod::HEAD;
         match request.uri().path() {
             _ if !readable => text(StatusCode::METHOD_NOT_ALLOWED, "only GET, or gRPC\n"),
-            "/healthz" | "/livez" => text(StatusCode::OK, "ok\n"),
-            "/readyz" if self.readiness.get() => text(StatusCode::OK, "ok\n"),
-            "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
+            // A restart heals no disk.
+            "/livez" => text(StatusCode::OK, "ok\n"),
+            page @ ("/healthz" | "/readyz") => match self.readiness.trouble() {
+                Some(trouble) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{trouble}\n")),
+                None if page == "/readyz" && !self.readiness.get() => {
+                    text(StatusCode::SERVICE_UNAVAILABLE, "starting\n")
+                }
+                None => text(StatusCode::OK, "ok\n"),
+            },
             "/metrics" if matches!(identity, Identity::Admin { .. }) => self.prometheus(),
             "/metrics" => {
                 tracing::warn!(target: "audit", caller = identity.describe(), page = "/metrics", "page refused");

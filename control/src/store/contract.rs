@@ -1,6 +1,7 @@
 //! What all engines promise. Every test runs over the embedded engine, over a real etcd that it starts itself, and over the
 //! simulations' engine.
 
+mod disk;
 mod embedded;
 mod etcd;
 mod memory;

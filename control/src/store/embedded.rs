@@ -2,8 +2,10 @@
 //!
 //! A writer thread takes all transactions that wait into one durable redb commit. Each keeps its own conditions, revision and
 //! result; nobody is told anything (not even of a conflict, which may be with a neighbour in the same commit) before that commit
-//! returned. A log of changes in the same file is what watches resume from; it is compacted by age and size.
+//! returned. A log of changes in the same file is what watches resume from; it is compacted by age and size. When the disk
+//! is full or fails, writes are refused with the reason and the file is opened again until that works, see [`disk`].
 
+mod disk;
 mod group;
 mod log;
 mod watch;
@@ -11,15 +13,16 @@ mod writer;
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use async_trait::async_trait;
-use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use redb::{Database, ReadTransaction, ReadableDatabase as _, ReadableTable as _, TableDefinition};
 use tokio::sync::{broadcast, mpsc, oneshot, watch as latest};
 
-use super::{ChangeSet, Key, Listing, Record, Revision, Store, StoreError, Transaction, Watch, frame};
+use self::disk::{Disk, Opener};
+use super::{ChangeSet, DiskEffect, Key, Listing, Record, Revision, Store, StoreError, Transaction, Watch, frame};
 
 /// Key with prefix -> revision of the last write, framed value.
 const RECORDS: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("records_v1");
@@ -45,6 +48,8 @@ pub struct EmbeddedConfig {
     pub cache_bytes: usize,
     /// How often a watch that has nothing to tell gives a bookmark.
     pub bookmark_interval: Duration,
+    /// After a failure of the disk, the first wait before the file is opened again; doubles up to two seconds.
+    pub reopen_wait: Duration,
 }
 
 impl Default for EmbeddedConfig {
@@ -54,6 +59,7 @@ impl Default for EmbeddedConfig {
             log_bytes: 64 * 1024 * 1024,
             cache_bytes: 16 * 1024 * 1024,
             bookmark_interval: Duration::from_secs(2),
+            reopen_wait: Duration::from_millis(100),
         }
     }
 }
@@ -89,12 +95,14 @@ pub struct EmbeddedStore {
 }
 
 struct Shared {
-    database: Database,
+    disk: Disk,
     config: EmbeddedConfig,
     /// The last revision whose commit returned.
     revision: latest::Sender<Revision>,
     /// What each commit changed, sent after `revision` was set.
     live: broadcast::Sender<Arc<Vec<ChangeSet>>>,
+    /// Wakes the writer when a read finds that the database is to be opened again. Weak: it does not keep the writer alive.
+    wake: OnceLock<mpsc::WeakSender<Request>>,
 }
 
 struct Request {
@@ -110,25 +118,21 @@ const LIVE: usize = 1024;
 impl EmbeddedStore {
     /// Opens or creates the file, exclusively.
     pub fn open(path: &Path, config: EmbeddedConfig) -> Result<Self, OpenError> {
-        let broken = |source: Box<dyn std::error::Error + Send + Sync>| OpenError::Database {
-            path: path.to_owned(),
-            source,
-        };
-        let database = redb::Builder::new()
-            .set_cache_size(config.cache_bytes)
-            .create(path)
-            .map_err(|error| match error {
-                redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
-                other => broken(Box::new(other)),
-            })?;
-        let revision = prepare(&database).map_err(|error| broken(Box::new(error)))?;
+        let opener = disk::file(path, config.cache_bytes);
+        Self::open_with(path, opener, config)
+    }
+
+    fn open_with(path: &Path, opener: Opener, config: EmbeddedConfig) -> Result<Self, OpenError> {
+        let (disk, revision) = Disk::open(path, opener)?;
         let shared = Arc::new(Shared {
-            database,
+            disk,
             config,
             revision: latest::Sender::new(revision),
             live: broadcast::Sender::new(LIVE),
+            wake: OnceLock::new(),
         });
         let (requests, queue) = mpsc::channel(QUEUE);
+        shared.wake.get_or_init(|| requests.downgrade());
         let writer = std::thread::Builder::new()
             .name("store-writer".to_owned())
             .spawn({
@@ -146,9 +150,23 @@ impl EmbeddedStore {
 
 #[cfg(test)]
 impl EmbeddedStore {
+    /// As [`Self::open`], over what a test puts in the file's place.
+    pub(super) fn open_on<B: redb::StorageBackend>(
+        path: &Path,
+        backend: impl Fn() -> B + Send + Sync + 'static,
+        config: EmbeddedConfig,
+    ) -> Result<Self, OpenError> {
+        let opener: Opener = Box::new(move |_| redb::Builder::new().create_with_backend(backend()));
+        Self::open_with(path, opener, config)
+    }
+
+    fn database(&self) -> Arc<Database> {
+        self.shared.disk.database().expect("an open database")
+    }
+
     /// Forgets the log up to a revision.
     pub(super) fn compact_to(&self, revision: Revision) -> Result<(), redb::Error> {
-        let transaction = self.shared.database.begin_write()?;
+        let transaction = self.database().begin_write()?;
         transaction.open_table(LOG)?.retain(|at, _| at > revision)?;
         transaction.open_table(COUNTERS)?.insert(COMPACTED, revision)?;
         Ok(transaction.commit()?)
@@ -156,7 +174,7 @@ impl EmbeddedStore {
 
     /// Writes bytes without a frame, as a revision of its own.
     pub(super) fn write_raw(&self, key: &Key, bytes: &[u8]) -> Result<(), redb::Error> {
-        let transaction = self.shared.database.begin_write()?;
+        let transaction = self.database().begin_write()?;
         let revision = {
             let mut counters = transaction.open_table(COUNTERS)?;
             let revision = counters.get(REVISION)?.map_or(0, |guard| guard.value()) + 1;
@@ -189,15 +207,14 @@ fn prepare(database: &Database) -> Result<Revision, redb::Error> {
     let revision = {
         transaction.open_table(RECORDS)?;
         transaction.open_table(LOG)?;
-        let counters = transaction.open_table(COUNTERS)?;
-        counters.get(REVISION)?.map_or(0, |guard| guard.value())
+        let mut counters = transaction.open_table(COUNTERS)?;
+        let revision = counters.get(REVISION)?.map_or(0, |guard| guard.value());
+        // A commit that failed half-way may stand in the file and not be synced yet: with this it is, before anybody sees it.
+        counters.insert(REVISION, revision)?;
+        revision
     };
     transaction.commit()?;
     Ok(revision)
-}
-
-fn unavailable(error: impl Into<redb::Error>) -> StoreError {
-    StoreError::Unavailable(Box::new(error.into()))
 }
 
 /// The key as redb has it.
@@ -211,48 +228,105 @@ fn short(full: &str) -> Key {
 }
 
 impl Shared {
+    /// Reads from the database as it is now.
+    fn read<T>(&self, work: impl FnOnce(&ReadTransaction) -> Result<T, ReadError>) -> Result<T, StoreError> {
+        let database = self.disk.database()?;
+        let outcome = database
+            .begin_read()
+            .map_err(ReadError::from)
+            .and_then(|read| work(&read));
+        drop(database);
+        outcome.map_err(|error| match error {
+            ReadError::Store(error) => error,
+            ReadError::Engine(error) => self.unreadable(error),
+        })
+    }
+
+    /// A read failed: if that was the disk, the writer opens the database again.
+    fn unreadable(&self, error: redb::Error) -> StoreError {
+        if !matches!(
+            error,
+            redb::Error::Io(_) | redb::Error::PreviousIo | redb::Error::LockPoisoned(_)
+        ) {
+            return StoreError::Unavailable(Box::new(error));
+        }
+        self.disk.failed(&error);
+        if let Some(requests) = self.wake.get().and_then(mpsc::WeakSender::upgrade) {
+            let (reply, _nobody) = oneshot::channel();
+            let transaction = Transaction::default();
+            // A full queue wakes the writer as well.
+            let _ = requests.try_send(Request { transaction, reply });
+        }
+        self.disk.told(DiskEffect::NotRead)
+    }
+
     fn get(&self, key: &Key) -> Result<Option<Record>, StoreError> {
-        let read = self.database.begin_read().map_err(unavailable)?;
-        let records = read.open_table(RECORDS).map_err(unavailable)?;
-        let Some(guard) = records.get(full(key).as_str()).map_err(unavailable)? else {
-            return Ok(None);
-        };
-        let (revision, framed) = guard.value();
-        Ok(Some(Record {
-            key: key.clone(),
-            value: frame::unframe(key, framed)?,
-            revision,
-        }))
+        self.read(|read| {
+            let records = read.open_table(RECORDS)?;
+            let Some(guard) = records.get(full(key).as_str())? else {
+                return Ok(None);
+            };
+            let (revision, framed) = guard.value();
+            Ok(Some(Record {
+                key: key.clone(),
+                value: frame::unframe(key, framed)?,
+                revision,
+            }))
+        })
     }
 
     fn list(&self, prefix: &str) -> Result<Listing, StoreError> {
         let start = format!("{}{prefix}", frame::PREFIX);
-        let read = self.database.begin_read().map_err(unavailable)?;
-        let counters = read.open_table(COUNTERS).map_err(unavailable)?;
-        let revision = counters
-            .get(REVISION)
-            .map_err(unavailable)?
-            .map_or(0, |guard| guard.value());
-        let table = read.open_table(RECORDS).map_err(unavailable)?;
-        let mut records = Vec::new();
-        for row in table.range(start.as_str()..).map_err(unavailable)? {
-            let (key, value) = row.map_err(unavailable)?;
-            if !key.value().starts_with(&start) {
-                break;
+        self.read(|read| {
+            let counters = read.open_table(COUNTERS)?;
+            let revision = counters.get(REVISION)?.map_or(0, |guard| guard.value());
+            let table = read.open_table(RECORDS)?;
+            let mut records = Vec::new();
+            for row in table.range(start.as_str()..)? {
+                let (key, value) = row?;
+                if !key.value().starts_with(&start) {
+                    break;
+                }
+                let (written, framed) = value.value();
+                let key = short(key.value());
+                if let Some(value) = frame::unframe_or_report(&key, framed) {
+                    records.push(Record {
+                        key,
+                        value,
+                        revision: written,
+                    });
+                }
             }
-            let (written, framed) = value.value();
-            let key = short(key.value());
-            if let Some(value) = frame::unframe_or_report(&key, framed) {
-                records.push(Record {
-                    key,
-                    value,
-                    revision: written,
-                });
-            }
-        }
-        Ok(Listing { revision, records })
+            Ok(Listing { revision, records })
+        })
     }
 }
+
+/// Why a read failed.
+enum ReadError {
+    /// It is told as it is.
+    Store(StoreError),
+    /// redb could not read.
+    Engine(redb::Error),
+}
+
+impl From<StoreError> for ReadError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+/// redb has an error type for each step, and all of them become one.
+macro_rules! engine_errors {
+    ($($error:ty),*) => {
+        $(impl From<$error> for ReadError {
+            fn from(error: $error) -> Self {
+                Self::Engine(error.into())
+            }
+        })*
+    };
+}
+engine_errors!(redb::TransactionError, redb::TableError, redb::StorageError);
 
 /// Runs what may wait for the disk outside of the async threads.
 async fn blocking<T: Send + 'static>(
@@ -298,5 +372,9 @@ impl Store for EmbeddedStore {
 
     async fn revision(&self) -> Result<Revision, StoreError> {
         Ok(*self.shared.revision.borrow())
+    }
+
+    fn trouble(&self) -> Option<String> {
+        self.shared.disk.trouble()
     }
 }

@@ -73,7 +73,9 @@ impl Lifecycle {
     }
 
     pub(super) async fn look(&mut self, now: Instant) {
-        let fresh = matches!(self.registry.cache().catch_up(FRESH_WITHIN).await, Ok(true));
+        // Where leases cannot be written nobody is silent.
+        let writable = self.registry.store().trouble().is_none();
+        let fresh = writable && matches!(self.registry.cache().catch_up(FRESH_WITHIN).await, Ok(true));
         let mut nodes: Vec<Arc<Node>> = self.nodes.snapshot().objects.values().cloned().collect();
         let leases = self.leases.snapshot();
         let with_leases = nodes
@@ -81,7 +83,7 @@ impl Lifecycle {
             .map(|node| (&**node, leases.get(LEASES, node.name()).map(|lease| &**lease)));
         self.monitor.observe(with_leases, now, fresh);
         if !fresh {
-            tracing::warn!("the store cannot be read: nothing is said about nodes");
+            tracing::warn!("the store cannot be read or written: nothing is said about nodes");
             return;
         }
         let silent: HashSet<String> = nodes

@@ -94,6 +94,40 @@ async fn what_is_no_database_is_refused() {
 }
 
 #[tokio::test]
+async fn a_file_whose_making_was_cut_off_is_made_again() {
+    // Nothing of it, its first page, all of it; and the same when the name was taken by an empty file.
+    for (left, named) in [(0, false), (4096, false), (1 << 20, false), (4096, true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store.redb");
+        std::fs::write(dir.path().join("store.new"), vec![0_u8; left]).unwrap();
+        if named {
+            std::fs::write(&path, []).unwrap();
+        }
+        let store: Arc<dyn Store> = Arc::new(open(&path));
+        assert_eq!(write(&store, put("pods/a", "1")).await, 1);
+        assert!(!dir.path().join("store.new").exists());
+        drop(store);
+        let again: Arc<dyn Store> = Arc::new(open(&path));
+        assert_eq!(value(&again, "pods/a").await, Some(("1".to_owned(), 1)));
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_another_process_makes_is_left_to_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store.redb");
+    let other = std::fs::File::create(dir.path().join("store.new")).unwrap();
+    other.lock().unwrap();
+    let refused = EmbeddedStore::open(&path, EmbeddedConfig::default())
+        .map(drop)
+        .unwrap_err();
+    assert!(matches!(refused, OpenError::InUse { .. }), "{refused}");
+    assert!(!path.exists());
+    drop(other);
+    drop(open(&path));
+}
+
+#[tokio::test]
 async fn the_log_is_compacted_by_size_and_by_age() {
     let dir = tempfile::tempdir().unwrap();
     for config in [

@@ -3,9 +3,9 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use prost::Message as _;
-use redb::{ReadableDatabase as _, ReadableTable as _, Table};
+use redb::{ReadableTable as _, Table};
 
-use super::{COMPACTED, COUNTERS, LOG, LOG_BYTES, Shared, short, unavailable};
+use super::{COMPACTED, COUNTERS, LOG, LOG_BYTES, Shared, short};
 use crate::store::{ChangeSet, Key, Revision, StoreError, frame};
 
 /// What one revision changed.
@@ -97,30 +97,28 @@ fn first(log: &Table<'_, u64, &'static [u8]>) -> Result<Option<(Revision, u64, u
 
 /// The next changes after a revision, all keys. Empty: there are none.
 pub(super) fn read(shared: &Shared, after: Revision) -> Result<Vec<ChangeSet>, StoreError> {
-    let read = shared.database.begin_read().map_err(unavailable)?;
-    let counters = read.open_table(COUNTERS).map_err(unavailable)?;
-    let compacted = counters
-        .get(COMPACTED)
-        .map_err(unavailable)?
-        .map_or(0, |guard| guard.value());
-    if after < compacted {
-        return Err(StoreError::Compacted {
-            requested: after,
-            oldest: compacted,
-        });
-    }
-    let log = read.open_table(LOG).map_err(unavailable)?;
-    let mut sets = Vec::new();
-    for row in log.range(after + 1..).map_err(unavailable)?.take(CHUNK) {
-        let (revision, value) = row.map_err(unavailable)?;
-        let entry = LogEntry::decode(value.value()).map_err(|error| {
-            let key = Key::internal("log", &revision.value().to_string());
-            StoreError::Damaged {
-                key,
-                reason: error.to_string(),
-            }
-        })?;
-        sets.push(entry.into_set(revision.value()));
-    }
-    Ok(sets)
+    shared.read(|read| {
+        let compacted = read
+            .open_table(COUNTERS)?
+            .get(COMPACTED)?
+            .map_or(0, |guard| guard.value());
+        if after < compacted {
+            let (requested, oldest) = (after, compacted);
+            return Err(StoreError::Compacted { requested, oldest }.into());
+        }
+        let log = read.open_table(LOG)?;
+        let mut sets = Vec::new();
+        for row in log.range(after + 1..)?.take(CHUNK) {
+            let (revision, value) = row?;
+            let entry = LogEntry::decode(value.value()).map_err(|error| {
+                let key = Key::internal("log", &revision.value().to_string());
+                StoreError::Damaged {
+                    key,
+                    reason: error.to_string(),
+                }
+            })?;
+            sets.push(entry.into_set(revision.value()));
+        }
+        Ok(sets)
+    })
 }

@@ -1,6 +1,10 @@
-//! The writer thread: group commit.
+//! The writer thread: group commit; and what it does when the disk fails.
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -12,46 +16,123 @@ use super::{
     group::Gathering,
     log::{self, LogChange, LogEntry},
 };
-use crate::store::{ChangeSet, Expected, Revision, StoreError, Transaction, Write, frame};
+use crate::store::{ChangeSet, DiskEffect, Expected, Revision, StoreError, Transaction, Write, frame};
 
 type Reply = oneshot::Sender<Result<Revision, StoreError>>;
 type Records<'a> = Table<'a, &'static str, (u64, &'static [u8])>;
 
+/// Between attempts to open the database again, at most.
+const RETRY_MAX: Duration = Duration::from_secs(2);
+/// While there is no database, who comes is refused within this time.
+const REFUSE_WITHIN: Duration = Duration::from_millis(20);
+
 /// Runs until the queue is closed and empty.
 pub(super) fn run(shared: &Shared, mut queue: mpsc::Receiver<Request>) {
     let mut gathering = Gathering::default();
+    let mut wait = shared.config.reopen_wait;
     while let Some(first) = queue.blocking_recv() {
         let group = gathering.gather(first, &mut queue);
         let (count, begin) = (group.len(), Instant::now());
-        commit(shared, group);
-        gathering.committed(count, begin.elapsed());
+        if commit(shared, group) {
+            gathering.committed(count, begin.elapsed());
+            wait = shared.config.reopen_wait;
+        } else {
+            recover(shared, &mut queue, &mut wait);
+        }
     }
 }
 
-fn commit(shared: &Shared, group: Vec<Request>) {
+/// Opens the database again until that works; whoever comes meanwhile is refused with the reason. `wait` goes on from the
+/// last outage when no commit came through since.
+fn recover(shared: &Shared, queue: &mut mpsc::Receiver<Request>, wait: &mut Duration) {
+    let told = *shared.revision.borrow();
+    let mut attempts = 0_u32;
+    loop {
+        if !refuse(shared, queue, Instant::now() + *wait) {
+            return;
+        }
+        *wait = (*wait * 2).min(RETRY_MAX);
+        attempts += 1;
+        match shared
+            .disk
+            .reopen(told)
+            .map(|revision| (revision, catch_up(shared, told)))
+        {
+            Ok((revision, Ok(()))) => {
+                tracing::info!(revision, told, attempts, "the store is open again");
+                return;
+            }
+            Ok((_, Err(error))) => tracing::warn!(%error, "the store was opened again and cannot be read"),
+            // The first time it was said by the commit that failed.
+            Err(error) if attempts.is_power_of_two() => tracing::warn!(%error, attempts, "the store stays closed"),
+            Err(_) => {}
+        }
+    }
+}
+
+/// Refuses all that come until then. `false` when nobody can come any more.
+fn refuse(shared: &Shared, queue: &mut mpsc::Receiver<Request>, until: Instant) -> bool {
+    loop {
+        match queue.try_recv() {
+            // Who no longer waits does not want the answer.
+            Ok(request) => drop(request.reply.send(Err(shared.disk.told(DiskEffect::NotWritten)))),
+            Err(mpsc::error::TryRecvError::Disconnected) => return false,
+            Err(mpsc::error::TryRecvError::Empty) => {
+                let left = until.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return true;
+                }
+                std::thread::sleep(left.min(REFUSE_WITHIN));
+            }
+        }
+    }
+}
+
+/// Shows what a commit that was reported as failed left in the file after all.
+fn catch_up(shared: &Shared, told: Revision) -> Result<(), StoreError> {
+    let mut seen = told;
+    loop {
+        let sets = log::read(shared, seen)?;
+        let Some(last) = sets.last() else { return Ok(()) };
+        seen = last.revision;
+        publish(shared, sets);
+    }
+}
+
+/// First the revision, then the changes: a watch that subscribes in between reads the log up to the revision.
+fn publish(shared: &Shared, sets: Vec<ChangeSet>) {
+    if let Some(last) = sets.last() {
+        shared.revision.send_replace(last.revision);
+        // Nobody watches: nothing to send.
+        let _ = shared.live.send(Arc::new(sets));
+    }
+}
+
+/// `false` when the database is to be opened again.
+fn commit(shared: &Shared, group: Vec<Request>) -> bool {
     let (transactions, replies): (Vec<Transaction>, Vec<Reply>) = group
         .into_iter()
         .map(|request| (request.transaction, request.reply))
         .unzip();
-    match write(shared, &transactions) {
+    shared.disk.writing(true);
+    let written = write(shared, &transactions);
+    shared.disk.writing(false);
+    match written {
         Ok((results, sets)) => {
-            if let Some(last) = sets.last() {
-                // First the revision, then the changes: a watch that subscribes in between reads the log up to the revision.
-                shared.revision.send_replace(last.revision);
-                // Nobody watches: nothing to send.
-                let _ = shared.live.send(Arc::new(sets));
-            }
+            publish(shared, sets);
             for (reply, result) in replies.into_iter().zip(results) {
                 // Who no longer waits does not want the answer.
                 let _ = reply.send(result);
             }
+            true
         }
         Err(error) => {
-            tracing::error!(%error, transactions = replies.len(), "a commit failed");
-            let error = Arc::new(error);
+            shared.disk.failed(&error);
+            tracing::error!(%error, transactions = replies.len(), "a commit failed; the store is opened again");
             for reply in replies {
-                let _ = reply.send(Err(StoreError::Unavailable(Box::new(error.clone()))));
+                let _ = reply.send(Err(shared.disk.told(DiskEffect::Unknown)));
             }
+            false
         }
     }
 }
@@ -60,7 +141,8 @@ type Written = (Vec<Result<Revision, StoreError>>, Vec<ChangeSet>);
 
 /// One redb transaction for all of the group.
 fn write(shared: &Shared, transactions: &[Transaction]) -> Result<Written, redb::Error> {
-    let mut transaction = shared.database.begin_write()?;
+    let database = shared.disk.database().map_err(|_| redb::Error::PreviousIo)?;
+    let mut transaction = database.begin_write()?;
     transaction.set_durability(Durability::Immediate)?;
     transaction.set_quick_repair(true);
     let mut results = Vec::with_capacity(transactions.len());
