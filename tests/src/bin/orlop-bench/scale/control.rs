@@ -69,6 +69,8 @@ const WATCH_CONNECTIONS: usize = 20;
 /// Connections that are opened to see what one takes.
 const PROBES: usize = 500;
 const PATIENCE: Duration = Duration::from_secs(180);
+/// Events of the burst of starts are held for 30 s.
+const SETTLE: Duration = Duration::from_secs(35);
 
 pub async fn run(place: Place, options: Options) -> Result<()> {
     let mut report = Report::new("control");
@@ -123,7 +125,7 @@ async fn own(place: &Place, options: &Options, report: &mut Report) -> Result<()
         options.pods,
         begin.elapsed().as_secs_f64()
     );
-    tokio::time::sleep(Duration::from_secs(10)).await;
+    tokio::time::sleep(SETTLE).await;
     let (cpu, begin) = (control.cpu_seconds()?, Instant::now());
     tokio::time::sleep(Duration::from_secs(10)).await;
     let busy = (control.cpu_seconds()? - cpu) / begin.elapsed().as_secs_f64();
@@ -407,7 +409,7 @@ async fn peer(place: &Place, options: &Options, report: &mut Report) -> Result<(
         sizes(options),
         rate(options.pods, begin.elapsed().as_secs_f64())
     );
-    tokio::time::sleep(Duration::from_secs(5)).await;
+    tokio::time::sleep(SETTLE).await;
     let loaded = peer.memory()?;
     report.add(Figure::new(MEMORY, sizes(options), megabytes(loaded.resident), "MB").of(KUBERNETES));
     report.add(
