@@ -181,6 +181,7 @@ pub async fn run_parts(
     });
 
     let sources = node_status::Sources {
+        ledger: handle.ledger(),
         runtime: Arc::clone(&runtime),
         network: Arc::clone(&network),
         dataplane: Arc::clone(&dataplane),

@@ -177,8 +177,16 @@ impl Ledger {
         for pod in pods {
             let uid = pod.metadata.as_ref().map_or("", |meta| meta.uid.as_str());
             let path = dir.join(file_name(uid)?);
-            let temporary = write_temporary(&path, &pod.encode_to_vec())?;
-            renames.push((temporary, path));
+            match write_temporary(&path, &pod.encode_to_vec()) {
+                Ok(temporary) => renames.push((temporary, path)),
+                Err(error) => {
+                    // They would only take space on a disk that may have none.
+                    for (temporary, _) in renames {
+                        let _ = fs::remove_file(temporary);
+                    }
+                    return Err(error);
+                }
+            }
         }
         for (temporary, path) in renames {
             fs::rename(&temporary, &path).map_err(|source| LedgerError::Io { path, source })?;
@@ -341,9 +349,13 @@ fn write_temporary(path: &Path, body: &[u8]) -> Result<PathBuf, LedgerError> {
         file.write_all(body)?;
         file.sync_all()
     };
-    write().map_err(|source| LedgerError::Io {
-        path: temporary.clone(),
-        source,
+    write().map_err(|source| {
+        // What is half-written would only take space on a disk that may have none.
+        let _ = fs::remove_file(&temporary);
+        LedgerError::Io {
+            path: temporary.clone(),
+            source,
+        }
     })?;
     Ok(temporary)
 }

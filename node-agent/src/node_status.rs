@@ -6,7 +6,10 @@ use orlop_proto::{
     core::v1::{NodeAddress, NodeCondition, NodeStatus, NodeSystemInfo},
     quantity::{Quantity, format_memory},
 };
-use tokio::time::{Instant, sleep};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -29,6 +32,8 @@ const PID_PRESSURE_PERCENT: u64 = 90;
 
 /// What the status is made from.
 pub struct Sources {
+    /// Why the ledger cannot be written.
+    pub ledger: watch::Receiver<Option<String>>,
     /// The containers.
     pub runtime: Arc<dyn Runtime>,
     /// The pods' network.
@@ -61,6 +66,8 @@ pub struct Machine {
 /// How the parts of the node do: `Err` says what is wrong.
 #[derive(Debug, Clone)]
 pub struct Health {
+    /// The ledger.
+    pub ledger: Result<(), String>,
     /// The container runtime; its version.
     pub runtime: Result<String, String>,
     /// The network.
@@ -73,7 +80,9 @@ pub struct Health {
 pub async fn run(config: Config, address: IpAddr, sources: Sources, reports: Reports, stop: CancellationToken) {
     let mut last: Option<(NodeStatus, Instant)> = None;
     loop {
+        let ledger = sources.ledger.borrow().clone();
         let health = Health {
+            ledger: ledger.map_or(Ok(()), Err),
             runtime: sources.runtime.version().await.map_err(|error| error.to_string()),
             network: sources.network.ready().await,
             dataplane: sources.dataplane.health(),
@@ -182,6 +191,21 @@ fn conditions(disk_percent: u64, machine: &Machine, health: &Health) -> Vec<Node
     } else {
         condition("Ready", false, "AgentNotReady", &problems.join("; "))
     };
+    // Pods that run are not disturbed by a ledger that cannot be written, so the node stays Ready; new ones are to go elsewhere.
+    let disk = match &health.ledger {
+        Err(error) => condition(
+            "DiskPressure",
+            true,
+            "LedgerNotWritten",
+            &format!("new orders are not acted on: {error}"),
+        ),
+        Ok(()) => pressure(
+            "DiskPressure",
+            machine.disk_free < machine.disk_total / 100 * disk_percent,
+            ("DiskFull", &format!("less than {disk_percent} % of the disk are free")),
+            ("NoDiskPressure", "the disk has free space"),
+        ),
+    };
     vec![
         pressure(
             "MemoryPressure",
@@ -189,12 +213,7 @@ fn conditions(disk_percent: u64, machine: &Machine, health: &Health) -> Vec<Node
             ("InsufficientMemory", "less than 100Mi are available"),
             ("SufficientMemory", "memory is available"),
         ),
-        pressure(
-            "DiskPressure",
-            machine.disk_free < machine.disk_total / 100 * disk_percent,
-            ("DiskFull", &format!("less than {disk_percent} % of the disk are free")),
-            ("NoDiskPressure", "the disk has free space"),
-        ),
+        disk,
         pressure(
             "PIDPressure",
             machine.pids > machine.pids_max / 100 * PID_PRESSURE_PERCENT,
@@ -318,6 +337,7 @@ mod tests {
 
     fn healthy() -> Health {
         Health {
+            ledger: Ok(()),
             runtime: Ok("containerd://1.6.20".into()),
             network: Ok(()),
             dataplane: Ok(()),
@@ -371,6 +391,13 @@ mod tests {
         let ready = of(&status(&config, address, &machine(), &health), "Ready");
         assert_eq!(ready.status, "False");
         assert_eq!(ready.message, "network: no range yet; dataplane: not loaded");
+        let unwritten = Health {
+            ledger: Err("pods/a.tmp: No space left".into()),
+            ..healthy()
+        };
+        let status_now = status(&config, address, &machine(), &unwritten);
+        assert_eq!(of(&status_now, "DiskPressure").reason, "LedgerNotWritten");
+        assert_eq!(of(&status_now, "Ready").status, "True");
         let full = Machine {
             disk_free: 1 << 30,
             memory_available: 1 << 20,

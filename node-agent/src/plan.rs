@@ -125,6 +125,24 @@ pub struct Progress {
     pub attached: BTreeSet<String>,
 }
 
+impl Progress {
+    /// The wall clock was set by this much: every wait lasts as long as it did.
+    pub fn shift(&mut self, by: SignedDuration) {
+        let failures = self
+            .failures
+            .values_mut()
+            .flat_map(BTreeMap::values_mut)
+            .map(|failure| &mut failure.at);
+        let stops = self
+            .stops
+            .values_mut()
+            .flat_map(|stop| std::iter::once(&mut stop.asked_at).chain(stop.killed_at.as_mut()));
+        for time in failures.chain(stops) {
+            *time = time.checked_add(by).unwrap_or(*time);
+        }
+    }
+}
+
 /// What an action is about.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Subject {

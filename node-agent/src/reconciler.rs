@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
@@ -24,9 +24,11 @@ use crate::{
     runtime::{Observed, ObservedPod, PodId, Runtime},
 };
 
+mod clock;
 mod events;
 mod execute;
 
+use clock::Clock;
 use events::Events;
 use execute::{Done, Executor, Failed};
 
@@ -161,6 +163,7 @@ impl Reconciler {
     async fn run(mut self, mut done: mpsc::UnboundedReceiver<Done>, stop: CancellationToken) {
         let changed = self.inputs.runtime.changed();
         let mut wait = Duration::ZERO;
+        let mut clock = Clock::new(Timestamp::now(), Instant::now());
         loop {
             // Every branch is cancel-safe: a permit of Notify, a version of watch and a message of mpsc are only taken by the
             // branch that is chosen.
@@ -176,6 +179,11 @@ impl Reconciler {
                     None
                 }
             };
+            let step = clock.step(Timestamp::now(), Instant::now());
+            if !step.is_zero() {
+                tracing::warn!(seconds = step.as_secs(), "the wall clock was set");
+                self.progress.shift(step);
+            }
             let more = std::iter::from_fn(|| done.try_recv().ok());
             for ended in ended.into_iter().chain(more).collect::<Vec<_>>() {
                 self.settle(ended);

@@ -53,6 +53,7 @@ pub struct Applied {
 pub struct ApplierHandle {
     inputs: mpsc::Sender<Input>,
     applied: watch::Receiver<Applied>,
+    ledger: watch::Receiver<Option<String>>,
 }
 
 impl ApplierHandle {
@@ -69,6 +70,11 @@ impl ApplierHandle {
     /// Follows how far it is.
     pub fn applied(&self) -> watch::Receiver<Applied> {
         self.applied.clone()
+    }
+
+    /// Why the ledger cannot be written; `None` while it can.
+    pub fn ledger(&self) -> watch::Receiver<Option<String>> {
+        self.ledger.clone()
     }
 }
 
@@ -91,7 +97,14 @@ pub struct Applier {
     resync: bool,
     services_dirty: Option<Instant>,
     retry: Option<(Instant, Duration)>,
+    /// Why pods, ranges and routes, and why services could not be written the last time.
+    unwritten: [Option<String>; 2],
+    trouble: watch::Sender<Option<String>>,
 }
+
+/// Places in [`Applier::unwritten`].
+const STATE: usize = 0;
+const SERVICES: usize = 1;
 
 impl Applier {
     /// `desired` is what the ledger held; it is published at once.
@@ -104,6 +117,7 @@ impl Applier {
         let (sender, inputs) = mpsc::channel(64);
         let (applied, applied_receiver) = watch::channel(Applied::default());
         let (publish, published) = watch::channel(Arc::new(desired.clone()));
+        let (trouble, ledger_trouble) = watch::channel(None);
         let applier = Self {
             inputs,
             applied,
@@ -121,12 +135,15 @@ impl Applier {
             batch: Batch::default(),
             services_dirty: None,
             retry: None,
+            unwritten: [None, None],
+            trouble,
         };
         (
             applier,
             ApplierHandle {
                 inputs: sender,
                 applied: applied_receiver,
+                ledger: ledger_trouble,
             },
             published,
         )
@@ -290,6 +307,7 @@ impl Applier {
         });
         match written.await {
             Ok(Ok(generation)) => {
+                self.note(STATE, None);
                 self.generation = Some(generation);
                 self.batch.written();
                 self.unwired |= next.routes != self.desired.routes || next.ranges != self.desired.ranges;
@@ -297,7 +315,12 @@ impl Applier {
                 (true, changed)
             }
             Ok(Err(error)) => {
-                tracing::error!(error = %Chain(&error), "the ledger cannot be written; what it is to hold is not acted on");
+                let error = Chain(&error).to_string();
+                tracing::error!(
+                    error,
+                    "the ledger cannot be written; what it is to hold is not acted on"
+                );
+                self.note(STATE, Some(error));
                 (false, false)
             }
             Err(error) => {
@@ -305,6 +328,14 @@ impl Applier {
                 (false, false)
             }
         }
+    }
+
+    /// Notes how a write of the ledger went, for the node's condition.
+    fn note(&mut self, part: usize, error: Option<String>) {
+        self.unwritten[part] = error;
+        let trouble = self.unwritten.iter().flatten().next().cloned();
+        self.trouble
+            .send_if_modified(|told| std::mem::replace(told, trouble.clone()) != trouble);
     }
 
     /// A service's change wakes nobody: containers that start later read it.
@@ -338,10 +369,11 @@ impl Applier {
             Ok(Err(error)) => Some(Chain(&error).to_string()),
             Err(error) => Some(error.to_string()),
         };
-        if let Some(error) = failed {
+        if let Some(error) = &failed {
             tracing::warn!(error, "services could not be written to the ledger; trying again");
             self.services_dirty = Some(Instant::now() + RETRY_MAX);
         }
+        self.note(SERVICES, failed);
     }
 }
 
