@@ -1,5 +1,7 @@
 //! `control.toml`: every key has a default, an unknown key is an error.
 
+mod leader;
+
 use std::{
     net::{Ipv4Addr, SocketAddr, SocketAddrV4},
     path::{Path, PathBuf},
@@ -10,6 +12,8 @@ use ipnet::Ipv4Net;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
 use crate::{link::LEASE_INTERVAL, model::endpoint_address, registry::RegistryConfig};
+
+pub use leader::LeaderConfig;
 
 /// How pods call the API, apart from its address.
 const SERVICE_NAMES: [&str; 4] = [
@@ -54,6 +58,8 @@ pub struct Config {
     pub pod_cidr: Ipv4Net,
     /// How large a node's pod range is.
     pub pod_cidr_prefix: u8,
+    /// Which of several replicas leads.
+    pub leader: LeaderConfig,
     /// When a node counts as lost.
     pub node: NodeConfig,
     /// Certificates' lives.
@@ -168,6 +174,7 @@ impl Default for Config {
             service_cidr: net([10, 96, 0, 0], 12),
             pod_cidr: net([10, 244, 0, 0], 16),
             pod_cidr_prefix: 24,
+            leader: LeaderConfig::default(),
             node: NodeConfig::default(),
             pki: PkiConfig::default(),
             limits: Limits::default(),
@@ -317,6 +324,7 @@ impl Config {
         if !(self.node.eviction_rate > 0.0 && self.node.eviction_rate <= MAX_EVICTION_RATE) {
             return invalid("node.eviction_rate", "must be more than 0 and at most 1000");
         }
+        self.leader.check()?;
         if self.store.engine == Engine::Etcd && self.store.etcd.endpoints.is_empty() {
             return invalid("store.etcd.endpoints", "is empty");
         }

@@ -7,6 +7,7 @@ pub mod config;
 pub mod controllers;
 pub mod events;
 pub mod kinds;
+pub mod leader;
 pub mod link;
 pub mod manifest;
 pub mod memory;

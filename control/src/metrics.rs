@@ -1,4 +1,9 @@
 //! The latest measurements of every node: `orlop.metrics.v1.Metrics` and Prometheus text. Nothing here is stored.
+//!
+//! A node reports to the replica that it is connected to. The service asks the other replicas for what they have; the Prometheus
+//! text is of this replica's nodes alone, since who scrapes it scrapes every replica.
+
+mod peers;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -8,12 +13,14 @@ use std::{
 
 use async_trait::async_trait;
 use orlop_proto::metrics::v1::{
-    BackendMetrics, ListNodesRequest, ListNodesResponse, ListPodsRequest, ListPodsResponse, ListServicesRequest,
-    ListServicesResponse, NodeReport, ServiceMetrics,
+    BackendMetrics, LatestReport, ListNodesRequest, ListNodesResponse, ListPodsRequest, ListPodsResponse,
+    ListReportsRequest, ListReportsResponse, ListServicesRequest, ListServicesResponse, NodeReport, ServiceMetrics,
     metrics_server::{Metrics, MetricsServer},
 };
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
+
+pub use peers::Peers;
 
 /// A node that has not measured for this long is no longer shown.
 const STALE: Duration = Duration::from_secs(60);
@@ -22,6 +29,7 @@ const STALE: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, Default)]
 pub struct NodeMetricsStore {
     nodes: Arc<Mutex<HashMap<Arc<str>, Kept>>>,
+    peers: Option<Arc<Peers>>,
 }
 
 #[derive(Debug)]
@@ -48,7 +56,35 @@ impl NodeMetricsStore {
         self.lock().remove(node);
     }
 
-    /// All reports that are not stale, in the order of the nodes' names.
+    /// Knows other replicas, and answers for their nodes too.
+    #[must_use]
+    pub fn with_peers(peers: Peers) -> Self {
+        Self {
+            peers: Some(Arc::new(peers)),
+            ..Self::default()
+        }
+    }
+
+    /// The reports of this replica's and the other replicas' nodes, in the order of the nodes' names.
+    async fn all_reports(&self) -> Vec<Arc<NodeReport>> {
+        let Some(peers) = &self.peers else {
+            return self.reports();
+        };
+        latest(self.aged().into_iter().chain(peers.reports().await))
+    }
+
+    /// This replica's reports with their ages.
+    fn aged(&self) -> Vec<LatestReport> {
+        let mut nodes = self.lock();
+        nodes.retain(|_, kept| kept.at.elapsed() < STALE);
+        let aged = nodes.values().map(|kept| LatestReport {
+            report: Some(NodeReport::clone(&kept.report)),
+            age_ms: u64::try_from(kept.at.elapsed().as_millis()).unwrap_or(u64::MAX),
+        });
+        aged.collect()
+    }
+
+    /// All of this replica's reports that are not stale, in the order of the nodes' names.
     pub fn reports(&self) -> Vec<Arc<NodeReport>> {
         let mut nodes = self.lock();
         nodes.retain(|_, kept| kept.at.elapsed() < STALE);
@@ -69,6 +105,21 @@ impl NodeMetricsStore {
     fn lock(&self) -> MutexGuard<'_, HashMap<Arc<str>, Kept>> {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The last that was heard of every node: one that has changed its replica is known at two.
+fn latest(reports: impl Iterator<Item = LatestReport>) -> Vec<Arc<NodeReport>> {
+    let mut latest: BTreeMap<String, (u64, NodeReport)> = BTreeMap::new();
+    for LatestReport { report, age_ms } in reports {
+        let Some(report) = report else { continue };
+        let Some(name) = report.node.as_ref().map(|node| node.name.clone()) else {
+            continue;
+        };
+        if latest.get(&name).is_none_or(|(age, _)| age_ms < *age) {
+            latest.insert(name, (age_ms, report));
+        }
+    }
+    latest.into_values().map(|(_, report)| Arc::new(report)).collect()
 }
 
 /// Connections by service, summed over the nodes.
@@ -118,7 +169,7 @@ fn takes(filter: &str, value: &str) -> bool {
 impl Metrics for NodeMetricsStore {
     async fn list_nodes(&self, request: Request<ListNodesRequest>) -> Result<Response<ListNodesResponse>, Status> {
         let request = request.into_inner();
-        let reports = self.reports();
+        let reports = self.all_reports().await;
         let nodes = reports.iter().filter_map(|report| report.node.clone());
         let items = nodes.filter(|node| takes(&request.name, &node.name)).collect();
         Ok(Response::new(ListNodesResponse { items }))
@@ -126,7 +177,7 @@ impl Metrics for NodeMetricsStore {
 
     async fn list_pods(&self, request: Request<ListPodsRequest>) -> Result<Response<ListPodsResponse>, Status> {
         let request = request.into_inner();
-        let reports = self.reports();
+        let reports = self.all_reports().await;
         let mut items: Vec<_> = reports
             .iter()
             .flat_map(|report| &report.pods)
@@ -142,9 +193,13 @@ impl Metrics for NodeMetricsStore {
         request: Request<ListServicesRequest>,
     ) -> Result<Response<ListServicesResponse>, Status> {
         let request = request.into_inner();
-        let mut items = services(&self.reports());
+        let mut items = services(&self.all_reports().await);
         items.retain(|service| takes(&request.namespace, &service.namespace) && takes(&request.name, &service.name));
         Ok(Response::new(ListServicesResponse { items }))
+    }
+
+    async fn list_reports(&self, _: Request<ListReportsRequest>) -> Result<Response<ListReportsResponse>, Status> {
+        Ok(Response::new(ListReportsResponse { items: self.aged() }))
     }
 }
 
@@ -218,6 +273,25 @@ mod tests {
         assert_eq!(names(&store), ["a"]);
         store.remove("a");
         assert!(store.reports().is_empty());
+    }
+
+    #[test]
+    fn a_node_that_changed_its_replica_counts_once() {
+        let aged = |node: &str, connections, age_ms| LatestReport {
+            report: Some(report(node, connections)),
+            age_ms,
+        };
+        let reports = latest(
+            [
+                aged("b", 1, 900),
+                aged("a", 2, 30_000),
+                aged("a", 3, 1000),
+                aged("a", 4, 2000),
+            ]
+            .into_iter(),
+        );
+        assert_eq!(reports.len(), 2);
+        assert_eq!(services(&reports)[0].connections, 4);
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! The cluster's own certificate authority, join tokens, and the service by which machines become nodes.
 //!
 //! The CA belongs to a `data_dir`. Several control replicas over one etcd must have the same one: copy `pki/ca.crt` and
-//! `pki/ca.key` to every replica's `data_dir/pki` before its first start. Tokens and node keys are in the store, so any
-//! replica that has the CA serves them.
+//! `pki/ca.key` to every replica's `data_dir/pki` before its first start. The CA's key never is in the store; its certificate's hash
+//! is, so that a replica with another CA, or none, does not begin. Tokens and node keys are in the store, so any replica serves them.
 
 mod authority;
+mod cluster;
 mod files;
 mod join;
 mod node_keys;
@@ -13,6 +14,7 @@ mod token;
 use std::path::PathBuf;
 
 pub use authority::{Authority, Issued, ServerIdentity};
+pub use cluster::{claim_authority, cluster_authority};
 pub use join::JoinService;
 pub use node_keys::{KeyHash, NodeKeys};
 pub use token::{Token, TokenError};
@@ -38,6 +40,18 @@ pub enum PkiError {
         path: PathBuf,
         /// In what way.
         reason: String,
+    },
+    /// The replicas of this store have another CA.
+    #[error(
+        "the control replicas of this store have the CA {theirs}, and this one has {}: copy ca.crt and ca.key from another \
+         replica's data_dir/pki to this one's, and remove its other files",
+        ours.as_deref().unwrap_or("none")
+    )]
+    OtherAuthority {
+        /// The hash of ours, if there is one.
+        ours: Option<String>,
+        /// The hash of theirs.
+        theirs: String,
     },
     /// A certificate could not be made.
     #[error("certificate")]

@@ -13,12 +13,16 @@ mod delete;
 mod dynamic;
 mod error;
 mod kinds;
+mod leadership;
 mod pods;
 #[cfg(test)]
 mod tests;
 mod write;
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use ipnet::Ipv4Net;
 
@@ -31,6 +35,7 @@ pub(crate) use codec::decode;
 pub use delete::{DeleteOptions, FOREGROUND, ORPHAN, Preconditions, Propagation};
 pub use error::{FieldError, RegistryError};
 pub use kinds::Registered;
+pub use leadership::Term;
 pub use pods::Binding;
 pub(crate) use write::generated_prefix;
 
@@ -71,6 +76,8 @@ pub struct Registry {
     cache: Cache,
     config: Arc<RegistryConfig>,
     fence: Option<Fence>,
+    /// Writes that a fence refused.
+    refused: Arc<AtomicU64>,
 }
 
 impl Registry {
@@ -81,6 +88,7 @@ impl Registry {
             cache,
             config: Arc::new(config),
             fence: None,
+            refused: Arc::default(),
         }
     }
 
@@ -91,6 +99,11 @@ impl Registry {
             fence: Some(fence),
             ..self.clone()
         }
+    }
+
+    /// Writes of this process that were refused because their leader's claim was lost.
+    pub fn fenced_writes(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
     }
 
     /// The cache.

@@ -3,7 +3,7 @@
 //! The order is that of the data: store, cache, registry, then those who act on the cache, then those who let others in.
 //! The end is the reverse: first nobody comes in any more, then nobody acts, then the store is closed.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, net::SocketAddrV4, sync::Arc, time::Duration};
 
 use orlop_proto::{FILE_DESCRIPTOR_SET, cluster::v1::join_server::JoinServer};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -16,9 +16,10 @@ use crate::{
     config::{Config, Engine},
     controllers::{self, ControllerConfig, api_endpoints::ApiEndpointTimes},
     events::Recorder,
+    leader::{self, Election},
     link::{Link, LinkConfig},
-    metrics::NodeMetricsStore,
-    pki::{Authority, JoinService, NodeKeys, PkiError},
+    metrics::{NodeMetricsStore, Peers},
+    pki::{Authority, JoinService, NodeKeys, PkiError, claim_authority, cluster_authority},
     registry::Registry,
     scheduler,
     server::{Front, Listener, MetricsSource, Readiness, Server, ServerTls, bind},
@@ -72,13 +73,16 @@ pub struct Parts {
 pub async fn run(config: Config, inherited: Vec<Listener>, shutdown: CancellationToken) -> Result<(), RunError> {
     let config = Arc::new(config);
     std::fs::create_dir_all(&config.data_dir)?;
-    let authority = Arc::new(Authority::open(&config.pki_dir(), &config.pki)?);
-    authority.admin()?;
+    let local = local_authority(&config)?;
     // Bound before the store is read: whoever connects early waits for the answer instead of being refused.
     let listeners = bind(&config, inherited).await?;
     let advertised = advertise::endpoint(&config, &listeners);
-    let tls = ServerTls::new(Arc::clone(&authority), &config.certificate_names(advertised))?;
     let store = open_store(&config).await?;
+    let authority = tokio::select! {
+        authority = open_authority(&config, local, &*store) => Arc::new(authority?),
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    let tls = ServerTls::new(Arc::clone(&authority), &config.certificate_names(advertised))?;
     // Waits for as long as the store cannot be reached; whoever wants the end need not.
     let cache = tokio::select! {
         cache = Cache::start(Arc::clone(&store)) => cache,
@@ -95,7 +99,12 @@ pub async fn run(config: Config, inherited: Vec<Listener>, shutdown: Cancellatio
         return Ok(());
     }
 
-    let (routes, sources) = services(&parts, &store, &authority).await?;
+    let election = election(&parts)?;
+    let (routes, mut sources) = services(&parts, &store, &authority, advertised).await?;
+    if let Some(election) = &election {
+        let (standing, registry) = (election.standing(), parts.registry.clone());
+        sources.push(Arc::new(move || standing.prometheus(registry.fenced_writes())));
+    }
     let readiness = Readiness::over(Arc::clone(&store));
     let keys = NodeKeys::new(Arc::clone(&store));
     let front = Front::new(
@@ -108,7 +117,7 @@ pub async fn run(config: Config, inherited: Vec<Listener>, shutdown: Cancellatio
     );
     let server = Server::new(front, tls, config.limits.clone());
     parts.tasks.spawn(server.tls().keep_fresh(shutdown.clone()));
-    start_controllers(&parts);
+    start_controllers(&parts, election);
     parts.tasks.spawn(controllers::api_endpoints::run(
         parts.registry.clone(),
         advertised,
@@ -156,17 +165,73 @@ async fn open_store(config: &Config) -> Result<Arc<dyn Store>, RunError> {
     }
 }
 
-/// Starts those who act on the cache.
-fn start_controllers(parts: &Parts) {
-    let recorder = Recorder::start(parts.registry.clone(), parts.shutdown.clone());
+/// The CA, made if need be: it is there before anybody can connect. Not over etcd, where other replicas may have one.
+fn local_authority(config: &Config) -> Result<Option<Authority>, PkiError> {
+    if config.store.engine == Engine::Etcd {
+        return Ok(None);
+    }
+    let authority = Authority::open(&config.pki_dir(), &config.pki)?;
+    authority.admin()?;
+    Ok(Some(authority))
+}
+
+/// The CA. All replicas over one etcd have the same one, and only the first of them makes it.
+async fn open_authority(config: &Config, local: Option<Authority>, store: &dyn Store) -> Result<Authority, PkiError> {
+    if let Some(local) = local {
+        return Ok(local);
+    }
+    let directory = config.pki_dir();
+    if !Authority::is_in(&directory)
+        && let Some(theirs) = until_reached(|| async { Ok(cluster_authority(store).await?) }).await?
+    {
+        return Err(PkiError::OtherAuthority { ours: None, theirs });
+    }
+    let authority = Authority::open(&directory, &config.pki)?;
+    let hash = authority.hash();
+    until_reached(|| claim_authority(store, &hash)).await?;
+    authority.admin()?;
+    Ok(authority)
+}
+
+/// Asks until the store answers.
+async fn until_reached<T, F>(ask: impl Fn() -> F) -> Result<T, PkiError>
+where
+    F: Future<Output = Result<T, PkiError>>,
+{
+    loop {
+        match ask().await {
+            Err(PkiError::Store(error)) => tracing::warn!(%error, "the cluster's CA cannot be asked for"),
+            other => return other,
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// With a store that several processes share, this replica's part in who leads.
+fn election(parts: &Parts) -> io::Result<Option<Election>> {
+    if parts.config.store.engine == Engine::Embedded {
+        return Ok(None);
+    }
+    let identity = leader::identity(&parts.config.data_dir)?;
+    let times = parts.config.leader.clone();
+    let election = Election::new(parts.registry.clone(), identity, times, parts.shutdown.clone());
+    Ok(Some(election))
+}
+
+/// Starts those who act on the cache: at once when nobody else can, otherwise whenever this replica leads.
+fn start_controllers(parts: &Parts, election: Option<Election>) {
     let config = ControllerConfig::from(&*parts.config);
-    let mut tasks = controllers::spawn(&parts.registry, &recorder, &config, &parts.shutdown);
-    tasks.push(scheduler::spawn(
-        parts.registry.clone(),
-        recorder,
-        parts.shutdown.clone(),
-    ));
-    for task in tasks {
+    let lead = move |registry: &Registry, over: &CancellationToken| {
+        let recorder = Recorder::start(registry.clone(), over.clone());
+        let mut tasks = controllers::spawn(registry, &recorder, &config, over);
+        tasks.push(scheduler::spawn(registry.clone(), recorder, over.clone()));
+        tasks
+    };
+    if let Some(election) = election {
+        parts.tasks.spawn(election.run(lead));
+        return;
+    }
+    for task in lead(&parts.registry, &parts.shutdown) {
         parts.tasks.spawn(async move {
             if let Err(error) = task.await {
                 tracing::error!(%error, "a controller ended");
@@ -194,6 +259,7 @@ async fn services(
     parts: &Parts,
     store: &Arc<dyn Store>,
     authority: &Arc<Authority>,
+    advertised: Option<SocketAddrV4>,
 ) -> Result<(Routes, Vec<MetricsSource>), RunError> {
     let limits = &parts.config.limits;
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -216,7 +282,12 @@ async fn services(
     };
     let objects = ObjectsService::new(parts.registry.clone(), parts.shutdown.clone());
     let join = JoinService::new(Arc::clone(store), Arc::clone(authority));
-    let metrics = NodeMetricsStore::default();
+    let metrics = match parts.config.store.engine {
+        Engine::Embedded => NodeMetricsStore::default(),
+        Engine::Etcd => {
+            NodeMetricsStore::with_peers(Peers::new(parts.registry.cache(), advertised, Arc::clone(authority)))
+        }
+    };
     let link_config = LinkConfig {
         lease_duration: parts.config.node.lease_duration,
         ..LinkConfig::default()

@@ -6,7 +6,7 @@
 //! write. Watches are ordered, gap-free, never split a revision, and can be resumed after any revision that is not compacted.
 
 #[cfg(test)]
-mod contract;
+pub(crate) mod contract;
 pub mod embedded;
 pub mod etcd;
 pub mod memory;

@@ -9,7 +9,7 @@ use orlop_proto::{
     Resource,
     api::v1::{
         ApplyRequest, ApplyResult, CreateRequest, DeleteRequest, GetRequest, ListRequest, Object, UpdateRequest,
-        apply_request::Input, objects_client::ObjectsClient,
+        WatchRequest, apply_request::Input, objects_client::ObjectsClient,
     },
     cluster::v1::{CreateTokenRequest, join_client::JoinClient},
     metrics::v1::{
@@ -32,18 +32,20 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to a lab's control.
+    /// Connects to a lab's control; the first one, when there are several.
     pub fn connect(members: &Members) -> Result<Self> {
+        Self::connect_to(members, "control")
+    }
+
+    /// Connects to one of a lab's control replicas.
+    pub fn connect_to(members: &Members, replica: &str) -> Result<Self> {
         // With a thread of its own, so that the connection answers control's pings between two calls.
         let runtime = Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .context("starting a runtime")?;
-        let socket = format!(
-            "unix:///proc/{}/root/run/orlop/control.sock",
-            members.get("control")?.pid
-        );
+        let socket = format!("unix:///proc/{}/root/run/orlop/control.sock", members.get(replica)?.pid);
         let endpoint = Endpoint::from_shared(socket)?
             .timeout(Duration::from_secs(300))
             .connect_timeout(Duration::from_secs(5));
@@ -157,6 +159,47 @@ impl Client {
             Err(status) if status.code() == tonic::Code::NotFound => Ok(None),
             Err(status) => Err(status).with_context(|| format!("getting {} {namespace}/{name}", T::KIND.resource)),
         }
+    }
+
+    /// The changes of a kind after one revision and up to another: (what, name, resourceVersion).
+    pub fn history(&self, resource: &str, after: u64, until: u64) -> Result<Vec<(String, String, String)>> {
+        let request = WatchRequest {
+            resource: resource.to_owned(),
+            resource_version: after.to_string(),
+            allow_watch_bookmarks: true,
+            ..WatchRequest::default()
+        };
+        self.runtime.block_on(async {
+            let mut stream = self.objects().watch(request).await?.into_inner();
+            let mut seen = Vec::new();
+            while let Some(event) = stream.message().await? {
+                let version: u64 = event.resource_version.parse().context("a resourceVersion")?;
+                if version > until {
+                    break;
+                }
+                if let Some(object) = event.object {
+                    let name = object.meta().map(|meta| meta.name.clone());
+                    seen.push((event.r#type, name.unwrap_or_default(), event.resource_version));
+                }
+                if version == until {
+                    break;
+                }
+            }
+            Ok(seen)
+        })
+    }
+
+    /// The store's revision as this replica knows it, after it has caught up.
+    pub fn revision(&self) -> Result<u64> {
+        let request = ListRequest {
+            resource: "namespaces".to_owned(),
+            ..ListRequest::default()
+        };
+        let list = self
+            .runtime
+            .block_on(self.objects().list(request))
+            .context("listing namespaces")?;
+        list.into_inner().resource_version.parse().context("a resourceVersion")
     }
 
     /// Deletes an object; what is not there is no error.

@@ -26,7 +26,7 @@ const REPLICAS: usize = 6;
 const ID: &str = "demo";
 
 /// Brings the demo up, and ends with proof that it works.
-pub fn up(nodes: u16, store: StoreEngine, port: u16) -> Result<()> {
+pub fn up(nodes: u16, store: StoreEngine, controls: u16, port: u16) -> Result<()> {
     let begin = Instant::now();
     if Lock::take(ID)?.is_none() {
         bail!("the demo is up already: cargo xtask down");
@@ -48,6 +48,7 @@ pub fn up(nodes: u16, store: StoreEngine, port: u16) -> Result<()> {
         nodes,
         store,
         etcd_members: 1,
+        controls,
         api_port: port,
         control_extra: String::new(),
         node_extra: String::new(),
@@ -70,7 +71,7 @@ pub fn up(nodes: u16, store: StoreEngine, port: u16) -> Result<()> {
         )
     })?;
     println!(
-        "\nUp after {:.1} s: one control plane, {nodes} nodes. It stays until `cargo xtask down`.",
+        "\nUp after {:.1} s: {controls} control, {nodes} nodes. It stays until `cargo xtask down`.",
         begin.elapsed().as_secs_f64()
     );
     println!(

@@ -32,6 +32,8 @@ pub struct Options {
     pub store: StoreEngine,
     /// How many members etcd has, when it is the store.
     pub etcd_members: u16,
+    /// How many control replicas; more than one only over etcd.
+    pub controls: u16,
     /// Lines for `control.toml` (tables, or keys before them).
     pub control_extra: String,
     /// Lines for `node.toml`.
@@ -46,6 +48,7 @@ impl Default for Options {
             nodes: 3,
             store: StoreEngine::Embedded,
             etcd_members: 1,
+            controls: 1,
             control_extra: String::new(),
             node_extra: String::new(),
             containerd_2: Vec::new(),
@@ -124,6 +127,7 @@ impl Lab {
             nodes: options.nodes,
             store: options.store,
             etcd_members: options.etcd_members,
+            controls: options.controls,
             api_port: 0,
             control_extra: options.control_extra.clone(),
             node_extra: options.node_extra.clone(),

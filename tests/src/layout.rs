@@ -39,6 +39,9 @@ pub struct Spec {
     /// How many members etcd has, when it is the store: 1 to 9.
     #[serde(default = "one")]
     pub etcd_members: u16,
+    /// How many control replicas: `control`, `control2`, ...; more than one only over etcd.
+    #[serde(default = "one")]
+    pub controls: u16,
     /// The API's port at 127.0.0.1 of the host; 0: the lab takes a free one and writes it here.
     pub api_port: u16,
     /// Lines that are added to `control.toml` and `node.toml`.
@@ -108,6 +111,23 @@ impl Members {
 pub const CONTROL_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 10);
 /// The API's port.
 pub const API_PORT: u16 = 6443;
+
+/// The most control replicas that a lab can have: their addresses lie below the nodes'.
+pub const MAX_CONTROLS: u16 = 5;
+
+/// The name of a control replica; they count from 1.
+pub fn control_name(index: u16) -> String {
+    match index {
+        1 => "control".to_owned(),
+        index => format!("control{index}"),
+    }
+}
+
+/// A control replica's address on the bridge.
+pub fn control_address(index: u16) -> Ipv4Addr {
+    let [a, b, c, d] = CONTROL_ADDRESS.octets();
+    Ipv4Addr::new(a, b, c, d - u8::try_from(index - 1).unwrap_or(0))
+}
 
 /// A node's address on the bridge; nodes count from 1.
 pub fn node_address(index: u16) -> Ipv4Addr {

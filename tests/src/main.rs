@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use orlop_tests::{
     faults::{campaign::Campaign, plan::Kind},
     lab,
-    layout::StoreEngine,
+    layout::{MAX_CONTROLS, StoreEngine},
     namespaces::{Target, enter, hold},
     supervisor::{supervise, sweep},
 };
@@ -31,6 +31,9 @@ enum Command {
         /// Control's store: embedded or etcd.
         #[arg(long, default_value = "embedded", value_parser = parse_store)]
         store: StoreEngine,
+        /// How many control replicas; more than one only over etcd.
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_CONTROLS)))]
+        controls: u16,
         /// The API's port at 127.0.0.1.
         #[arg(long, default_value_t = 6443)]
         port: u16,
@@ -117,7 +120,12 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<()> {
     match command {
-        Command::Up { nodes, store, port } => demo::up(nodes, store, port),
+        Command::Up {
+            nodes,
+            store,
+            controls,
+            port,
+        } => demo::up(nodes, store, controls, port),
         Command::Down => {
             demo::down()?;
             for id in sweep()? {

@@ -28,7 +28,7 @@ pub use commands::{Request, Response, ServiceStatus, send};
 
 use crate::{
     cgroup,
-    layout::{API_PORT, CONTROL_ADDRESS, Member, Members, Spec, StoreEngine, node_address},
+    layout::{API_PORT, MAX_CONTROLS, Member, Members, Spec, StoreEngine, control_address, control_name, node_address},
 };
 use service::{Service, Supervised};
 
@@ -153,7 +153,9 @@ impl Supervisor {
     fn start(&mut self) -> Result<()> {
         say("namespaces");
         self.make_member("switch", None)?;
-        self.make_member("control", Some(CONTROL_ADDRESS))?;
+        for index in 1..=self.spec.controls {
+            self.make_member(&control_name(index), Some(control_address(index)))?;
+        }
         for index in 1..=self.spec.nodes {
             self.make_member(&format!("node{index}"), Some(node_address(index)))?;
         }
@@ -207,26 +209,45 @@ impl Supervisor {
         let outside = TcpListener::bind(("127.0.0.1", self.spec.api_port))
             .with_context(|| format!("listening on 127.0.0.1:{}: is another lab up?", self.spec.api_port))?;
         self.members.api_port = outside.local_addr()?.port();
-        let control = self.members.get("control")?;
-        let inside = network::listen_in(control.pid, CONTROL_ADDRESS, API_PORT)?;
+        if self.spec.controls > 1 && self.spec.store == StoreEngine::Embedded {
+            bail!("several control replicas share an etcd: the embedded store has one process");
+        }
+        if !(1..=MAX_CONTROLS).contains(&self.spec.controls) {
+            bail!(
+                "{} control replicas: there can be 1 to {MAX_CONTROLS}",
+                self.spec.controls
+            );
+        }
         if self.spec.store == StoreEngine::Etcd {
             for member in configuration::etcd(&self.spec)? {
                 self.add(member)?;
             }
         }
-        configuration::write_control(&self.spec)?;
-        let listeners = vec![OwnedFd::from(outside), inside];
-        let mut service = configuration::control(&self.spec);
-        for listener in &listeners {
-            service.listeners.push(service::duplicated(listener)?);
+        let mut outside = Some(OwnedFd::from(outside));
+        for index in 1..=self.spec.controls {
+            self.start_replica(index, outside.take())?;
         }
-        self._listeners = listeners;
+        Ok(())
+    }
+
+    /// One control replica. The first makes the CA; the others are given it, as operators do.
+    fn start_replica(&mut self, index: u16, outside: Option<OwnedFd>) -> Result<()> {
+        let name = control_name(index);
+        let inside = network::listen_in(self.members.get(&name)?.pid, control_address(index), API_PORT)?;
+        configuration::write_control(&self.spec, index)?;
+        let mut service = configuration::control(&self.spec, &name);
+        for listener in outside.into_iter().chain([inside]) {
+            service.listeners.push(service::duplicated(&listener)?);
+            self._listeners.push(listener);
+        }
         self.add(service)?;
-        configuration::wait_for_control(&self.members, Instant::now() + Duration::from_secs(60)).with_context(|| {
-            let log = fs::read_to_string(self.spec.directory.join("logs/control-control.log")).unwrap_or_default();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        configuration::wait_for_control(&self.members, &name, deadline).with_context(|| {
+            let path = self.spec.directory.join(format!("logs/{name}-control.log"));
+            let log = fs::read_to_string(path).unwrap_or_default();
             let tail: Vec<&str> = log.lines().rev().take(5).collect();
             format!(
-                "control did not come up; its log ends: {}",
+                "{name} did not come up; its log ends: {}",
                 tail.into_iter().rev().collect::<Vec<_>>().join(" | ")
             )
         })

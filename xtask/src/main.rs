@@ -32,6 +32,9 @@ enum Task {
         /// Control's store: embedded or etcd.
         #[arg(long, default_value = "embedded")]
         store: String,
+        /// How many control replicas; more than one only with `--store etcd`.
+        #[arg(long, default_value_t = 1)]
+        controls: u16,
         /// The API's port at 127.0.0.1.
         #[arg(long, default_value_t = 6443)]
         port: u16,
@@ -95,9 +98,10 @@ fn main() -> ExitCode {
         Task::Up {
             nodes,
             store,
+            controls,
             port,
             release,
-        } => up(nodes, &store, port, release),
+        } => up(nodes, &store, controls, port, release),
         Task::Down => lab(&["down".to_owned()]),
         Task::Exec { node, pod, command } => exec(node, pod, command),
         Task::Test { filter } => test(filter.as_deref()).map(|()| ExitCode::SUCCESS),
@@ -117,7 +121,7 @@ fn main() -> ExitCode {
     })
 }
 
-fn up(nodes: u16, store: &str, port: u16, release: bool) -> Result<ExitCode> {
+fn up(nodes: u16, store: &str, controls: u16, port: u16, release: bool) -> Result<ExitCode> {
     setup::setup()?;
     let profile = if release {
         build::Profile::Release
@@ -132,6 +136,8 @@ fn up(nodes: u16, store: &str, port: u16, release: bool) -> Result<ExitCode> {
         &nodes.to_string(),
         "--store",
         store,
+        "--controls",
+        &controls.to_string(),
         "--port",
         &port.to_string(),
     ]

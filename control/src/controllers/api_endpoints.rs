@@ -129,13 +129,7 @@ impl ApiEndpoints {
     }
 
     fn leases(&self) -> Vec<Arc<Lease>> {
-        let snapshot = self.leases.snapshot();
-        snapshot
-            .in_namespace(NAMESPACE)
-            .map(|(_, lease)| lease)
-            .filter(|lease| lease.meta().labels.get(LABEL).is_some_and(|value| value == IDENTITY))
-            .cloned()
-            .collect()
+        identities(&self.leases)
     }
 
     /// The slices whose names begin as ours do.
@@ -260,6 +254,21 @@ impl ApiEndpoints {
 
 fn lease_name(own: SocketAddrV4) -> String {
     format!("{IDENTITY}-{}-{}", own.ip(), own.port())
+}
+
+/// Where the replicas are reached, by the cache.
+pub(crate) fn replicas(leases: &Reader<Lease>) -> BTreeSet<SocketAddrV4> {
+    endpoints(&identities(leases))
+}
+
+fn identities(leases: &Reader<Lease>) -> Vec<Arc<Lease>> {
+    let snapshot = leases.snapshot();
+    snapshot
+        .in_namespace(NAMESPACE)
+        .map(|(_, lease)| lease)
+        .filter(|lease| lease.meta().labels.get(LABEL).is_some_and(|value| value == IDENTITY))
+        .cloned()
+        .collect()
 }
 
 /// What the Leases say; what is none of ours in content is passed over.

@@ -123,6 +123,11 @@ impl Authority {
         })
     }
 
+    /// Whether a directory has a CA, or a part of one.
+    pub fn is_in(directory: &Path) -> bool {
+        ["ca.crt", "ca.key"].iter().any(|file| directory.join(file).exists())
+    }
+
     /// The CA's certificate.
     pub fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
@@ -176,6 +181,19 @@ impl Authority {
             || self.leaf("orlop-admin", Some(MASTERS), ExtendedKeyUsagePurpose::ClientAuth),
         )?;
         Ok(())
+    }
+
+    /// The certificate and key by which this replica asks the others, as an administrator; made anew when they are near their end.
+    ///
+    /// # Errors
+    /// When files cannot be read or written.
+    pub fn replica(&self) -> Result<(CertificateDer<'static>, PrivateKeyDer<'static>), PkiError> {
+        let (certificate, key, _) = self.own(
+            "replica",
+            |_| true,
+            || self.leaf("orlop-control", Some(MASTERS), ExtendedKeyUsagePurpose::ClientAuth),
+        )?;
+        Ok((certificate, PrivatePkcs8KeyDer::from(key.serialize_der()).into()))
     }
 
     /// Signs a node's certificate request. Its subject and extensions are ignored.

@@ -1,6 +1,9 @@
 //! Reading, creating, replacing.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use orlop_proto::{Resource as _, core::v1::Namespace};
 use prost_types::Timestamp;
@@ -97,17 +100,21 @@ impl Registry {
     /// Commits under the fence.
     pub(super) async fn commit(&self, mut operations: Vec<Operation>) -> Result<Committed, RegistryError> {
         if let Some(fence) = &self.fence {
-            let expected = Expected::Revision(fence.revision);
-            operations.push(Operation {
+            let check = Operation {
                 key: fence.key.clone(),
-                expected,
+                expected: Expected::Revision(fence.revision),
                 write: Write::Check,
-            });
+            };
+            // The first that is looked at: who lost the claim is told that, whatever else does not hold.
+            operations.insert(0, check);
         }
         match self.store.commit(Transaction { operations }).await {
             Ok(revision) => Ok(Committed::At(revision)),
             Err(StoreError::Conflict { key, .. }) => match &self.fence {
-                Some(fence) if fence.key == key => Err(RegistryError::Fenced(key)),
+                Some(fence) if fence.key == key => {
+                    self.refused.fetch_add(1, Ordering::Relaxed);
+                    Err(RegistryError::Fenced(key))
+                }
                 _ => Ok(Committed::Failed(key)),
             },
             Err(error) => Err(error.into()),
@@ -403,7 +410,7 @@ pub(crate) fn generated_prefix(prefix: &str) -> &str {
 }
 
 /// The object to write: one half of `given`, everything else of `old`.
-fn merged<T: Registered>(old: &T, given: T, part: Part) -> Result<T, RegistryError> {
+pub(super) fn merged<T: Registered>(old: &T, given: T, part: Part) -> Result<T, RegistryError> {
     if part == Part::Status {
         let mut new = old.clone();
         new.take_status(&given);

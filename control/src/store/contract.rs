@@ -3,7 +3,7 @@
 
 mod disk;
 mod embedded;
-mod etcd;
+pub(crate) mod etcd;
 mod memory;
 mod transactions;
 mod watches;

@@ -56,7 +56,7 @@ pub trait Dial: Send + Sync + 'static {
 /// What TLS configuration to use for the next connection: an identity changes when it is renewed.
 pub type TlsSource = Arc<dyn Fn() -> Result<Arc<rustls::ClientConfig>, String> + Send + Sync>;
 
-/// Dials the configured addresses in turn.
+/// Dials the configured addresses in turn, from a random one on: the nodes spread over control's replicas.
 pub struct TlsDialer {
     addresses: Vec<String>,
     tls: TlsSource,
@@ -66,10 +66,11 @@ pub struct TlsDialer {
 impl TlsDialer {
     /// `addresses` are `https://HOST:PORT`.
     pub fn new(addresses: Vec<String>, tls: TlsSource) -> Self {
+        let first = rand::random_range(0..addresses.len().max(1));
         Self {
             addresses,
             tls,
-            next: AtomicUsize::new(0),
+            next: AtomicUsize::new(first),
         }
     }
 }

@@ -14,43 +14,56 @@ use anyhow::{Context, Result, bail};
 use super::service::Service;
 use crate::{
     client::Client,
-    layout::{API_PORT, CONTROL_ADDRESS, Members, Spec, StoreEngine},
+    layout::{API_PORT, CONTROL_ADDRESS, Members, Spec, StoreEngine, control_address, control_name},
 };
 
 /// What a lab's logs show; `ORLOP_LAB_LOG` overrides it.
 const LOG_FILTER: &str = "info";
 
-/// Writes `control.toml`.
-pub fn write_control(spec: &Spec) -> Result<()> {
-    let directory = spec.member_directory("control");
-    fs::create_dir_all(directory.join("data")).context("making control's folder")?;
+/// Writes a control replica's `control.toml`, and gives it the CA of the first.
+pub fn write_control(spec: &Spec, index: u16) -> Result<()> {
+    let directory = spec.member_directory(&control_name(index));
+    let pki = directory.join("data/pki");
+    fs::create_dir_all(&pki).context("making control's folder")?;
+    if index > 1 {
+        let first = spec.member_directory(&control_name(1)).join("data/pki");
+        for file in ["ca.crt", "ca.key"] {
+            fs::copy(first.join(file), pki.join(file)).with_context(|| format!("giving {file} to a replica"))?;
+        }
+    }
     let store = match spec.store {
         StoreEngine::Embedded => "[store]\nengine = \"embedded\"\n".to_owned(),
         StoreEngine::Etcd => {
+            let host = if index == 1 {
+                Ipv4Addr::LOCALHOST
+            } else {
+                CONTROL_ADDRESS
+            };
             let endpoints: Vec<String> = (1..=spec.etcd_members)
-                .map(|index| etcd_url(index, ETCD_CLIENTS))
+                .map(|member| etcd_url(host, member, ETCD_CLIENTS))
                 .collect();
             format!("[store]\nengine = \"etcd\"\n[store.etcd]\nendpoints = {endpoints:?}\n")
         }
     };
+    let address = control_address(index);
     let text = format!(
         "data_dir = {:?}\nunix_socket = \"/run/orlop/control.sock\"\n\
-         server_names = [\"localhost\", \"127.0.0.1\", \"{CONTROL_ADDRESS}\"]\n{}\n{store}",
+         server_names = [\"localhost\", \"127.0.0.1\", \"{address}\"]\n{}\n{store}",
         directory.join("data"),
         spec.control_extra,
     );
     fs::write(directory.join("control.toml"), text).context("writing control.toml")
 }
 
-/// Control itself.
-pub fn control(spec: &Spec) -> Service {
-    let config = spec.member_directory("control").join("control.toml");
+/// A control replica.
+pub fn control(spec: &Spec, name: &str) -> Service {
+    let config = spec.member_directory(name).join("control.toml");
     let command = vec![
         program(spec, "orlop-control"),
         "--config".to_owned(),
         config.display().to_string(),
     ];
-    service(spec, "control", "control", command)
+    service(spec, name, "control", command)
 }
 
 /// The port on which etcd's first member serves clients; each further member is ten higher.
@@ -58,22 +71,26 @@ const ETCD_CLIENTS: u16 = 2379;
 /// The same for its peers.
 const ETCD_PEERS: u16 = 2380;
 
-fn etcd_url(index: u16, first: u16) -> String {
-    format!("http://127.0.0.1:{}", first + 10 * (index - 1))
+fn etcd_url(host: Ipv4Addr, index: u16, first: u16) -> String {
+    format!("http://{host}:{}", first + 10 * (index - 1))
 }
 
-/// All members of etcd, beside control and reachable from there alone.
+/// All members of etcd, beside the first control replica, reachable from there, and by the other replicas if there are any.
 pub fn etcd(spec: &Spec) -> Result<Vec<Service>> {
     let names = spec.etcd_names();
     let peers: Vec<String> = (1..)
         .zip(&names)
-        .map(|(index, name)| format!("{name}={}", etcd_url(index, ETCD_PEERS)))
+        .map(|(index, name)| format!("{name}={}", etcd_url(Ipv4Addr::LOCALHOST, index, ETCD_PEERS)))
         .collect();
     let mut services = Vec::new();
     for (index, name) in (1..).zip(&names) {
         let data = spec.member_directory("control").join(name);
         fs::create_dir_all(&data).context("making etcd's folder")?;
-        let (clients, own_peers) = (etcd_url(index, ETCD_CLIENTS), etcd_url(index, ETCD_PEERS));
+        let mut clients = etcd_url(Ipv4Addr::LOCALHOST, index, ETCD_CLIENTS);
+        if spec.controls > 1 {
+            clients += &format!(",{}", etcd_url(CONTROL_ADDRESS, index, ETCD_CLIENTS));
+        }
+        let own_peers = etcd_url(Ipv4Addr::LOCALHOST, index, ETCD_PEERS);
         let mut command = vec!["etcd".to_owned()];
         let data = data.display().to_string();
         for (flag, value) in [
@@ -99,10 +116,13 @@ pub fn etcd(spec: &Spec) -> Result<Vec<Service>> {
 pub fn write_node(spec: &Spec, name: &str, address: Ipv4Addr, token: &str) -> Result<()> {
     let directory = spec.member_directory(name);
     fs::create_dir_all(directory.join("data")).context("making a node's folder")?;
+    let controls: Vec<String> = (1..=spec.controls)
+        .map(|index| format!("https://{}:{API_PORT}", control_address(index)))
+        .collect();
     let text = format!(
         "# Every node shares the machine's disk: how full that is is no concern here.\n\
          disk_pressure_percent = 0\nnode_name = \"{name}\"\nnode_address = \"{address}\"\ndata_dir = {:?}\nlog_dir = {:?}\n\
-         control = [\"https://{CONTROL_ADDRESS}:{API_PORT}\"]\njoin_token = \"{token}\"\nimage_dirs = [{:?}]\n\
+         control = {controls:?}\njoin_token = \"{token}\"\nimage_dirs = [{:?}]\n\
          pause_binary = {:?}\nlogger_binary = {:?}\n{}\n",
         directory.join("data"),
         directory.join("log"),
@@ -171,9 +191,9 @@ pub fn install_plugin(spec: &Spec, holder: i32) -> Result<()> {
 }
 
 /// Waits until control answers.
-pub fn wait_for_control(members: &Members, deadline: Instant) -> Result<()> {
+pub fn wait_for_control(members: &Members, name: &str, deadline: Instant) -> Result<()> {
     loop {
-        let last = match Client::connect(members).and_then(|client| client.ready()) {
+        let last = match Client::connect_to(members, name).and_then(|client| client.ready()) {
             Ok(()) => return Ok(()),
             Err(error) => error,
         };

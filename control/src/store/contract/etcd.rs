@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::store::etcd::{EtcdOptions, EtcdStore};
 
-pub(super) struct Etcd {
+pub(crate) struct Etcd {
     server: Server,
     store: Arc<dyn Store>,
 }
@@ -79,7 +79,7 @@ impl Server {
             compact_interval: None,
         };
         let store: Arc<dyn Store> = Arc::new(EtcdStore::connect(options).await.unwrap());
-        for _ in 0..100 {
+        for _ in 0..600 {
             if store.revision().await.is_ok() {
                 return store;
             }
@@ -95,10 +95,25 @@ impl Drop for Server {
     }
 }
 
-pub(super) async fn bench() -> Etcd {
+pub(crate) async fn bench() -> Etcd {
     let server = Server::start();
     let store = server.store().await;
     Etcd { server, store }
+}
+
+impl Etcd {
+    /// The store through a connection of its own, as another process has it.
+    pub(crate) async fn connect(&self) -> Arc<dyn Store> {
+        self.server.store().await
+    }
+
+    pub(crate) fn stop(&mut self) {
+        self.server.stop();
+    }
+
+    pub(crate) fn run(&mut self) {
+        self.server.run();
+    }
 }
 
 #[async_trait]

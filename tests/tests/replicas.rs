@@ -1,0 +1,194 @@
+//! Three control replicas over etcd: any of them serves, one leads, and losing the leader costs seconds and nothing else.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use orlop_proto::{Resource, coordination::v1::Lease, core::v1::Pod, discovery::v1::EndpointSlice};
+use orlop_tests::{
+    client::Client,
+    lab::{Lab, Options},
+    layout::{StoreEngine, control_address, control_name},
+    supervisor::Request,
+    workload::web,
+};
+
+const SIGKILL: i32 = 9;
+const SIGCONT: i32 = 18;
+const SIGSTOP: i32 = 19;
+/// For a machine that is much slower than it should be.
+const LONG: Duration = Duration::from_secs(120);
+
+/// The replica that leads, by what a client of another one reads.
+fn leader(client: &Client) -> Result<Option<String>> {
+    let lease: Option<Lease> = client.get("kube-system", "orlop-control")?;
+    let holder = lease.and_then(|lease| lease.spec).map(|spec| spec.holder_identity);
+    let host = holder
+        .as_deref()
+        .and_then(|holder| holder.split_once('_'))
+        .map(|(host, _)| host.to_owned());
+    Ok(host.filter(|host| !host.is_empty()))
+}
+
+fn wait_for_leader(lab: &Lab, client: &Client, before: Option<&str>) -> Result<String> {
+    lab.wait("another replica leads", LONG, || {
+        Ok(leader(client)?.filter(|leader| Some(leader.as_str()) != before))
+    })
+}
+
+fn clients(lab: &Lab) -> Result<BTreeMap<String, Client>> {
+    let names = (1..=3).map(control_name);
+    names
+        .map(|name| Ok((name.clone(), Client::connect_to(&lab.members, &name)?)))
+        .collect()
+}
+
+/// Waits, at one replica, until the web servers of a set run.
+fn wait_for_web(lab: &Lab, client: &Client, name: &str, count: usize) -> Result<Vec<Pod>> {
+    lab.wait(&format!("{count} pods of {name} are ready"), LONG, || {
+        let pods: Vec<Pod> = client.list("default", &format!("app={name}"))?;
+        let ready = pods.len() == count && pods.iter().all(orlop_tests::lab::pod_is_ready);
+        Ok(ready.then_some(pods))
+    })
+}
+
+/// The addresses behind `default/kubernetes`.
+fn endpoints(client: &Client) -> Result<BTreeSet<String>> {
+    let slices: Vec<EndpointSlice> = client.list("default", "kubernetes.io/service-name=kubernetes")?;
+    let endpoints = slices.into_iter().flat_map(|slice| slice.endpoints);
+    Ok(endpoints.flat_map(|endpoint| endpoint.addresses).collect())
+}
+
+fn addresses(replicas: impl Iterator<Item = u16>) -> BTreeSet<String> {
+    replicas.map(|index| control_address(index).to_string()).collect()
+}
+
+fn containers(pods: &[Pod]) -> BTreeSet<String> {
+    let statuses = pods.iter().filter_map(|pod| pod.status.as_ref());
+    let containers = statuses.flat_map(|status| &status.container_statuses);
+    containers
+        .map(|container| format!("{} {}", container.container_id, container.restart_count))
+        .collect()
+}
+
+#[test]
+fn replicas_share_the_work_and_outlive_their_leader() -> Result<()> {
+    let options = Options {
+        nodes: 2,
+        store: StoreEngine::Etcd,
+        controls: 3,
+        ..Options::default()
+    };
+    let lab = Lab::start("replicas", &options)?;
+    let clients = clients(&lab)?;
+    let begun = clients["control"].revision()?;
+    let first = wait_for_leader(&lab, &clients["control"], None)?;
+
+    // A write at each, seen at each.
+    for (index, client) in clients.values().enumerate() {
+        client.apply(&web(&format!("web{index}"), 2))?;
+    }
+    for client in clients.values() {
+        for index in 0..3 {
+            wait_for_web(&lab, client, &format!("web{index}"), 2)?;
+        }
+    }
+    let before = containers(&clients["control"].list::<Pod>("default", "")?);
+    ensure!(before.len() == 6, "six containers: {before:?}");
+    every_replica_knows_all(&lab, &clients)?;
+
+    // The leader is killed and stays dead: another goes on.
+    lab.request(&Request::Signal(format!("{first}/control"), SIGKILL))?;
+    lab.request(&Request::Stop(format!("{first}/control")))?;
+    let others: Vec<&Client> = clients
+        .iter()
+        .filter(|(name, _)| **name != first)
+        .map(|(_, client)| client)
+        .collect();
+    let second = wait_for_leader(&lab, others[0], Some(&first))?;
+    others[0].apply(&web("web0", 4))?;
+    wait_for_web(&lab, others[1], "web0", 4)?;
+    let living = (1..=3).filter(|index| control_name(*index) != first);
+    let living = addresses(living);
+    lab.wait("default/kubernetes drops the dead replica", LONG, || {
+        Ok((endpoints(others[0])? == living).then_some(()))
+    })?;
+    lab.request(&Request::Start(format!("{first}/control")))?;
+    let returned = lab.wait("the first replica serves again", LONG, || {
+        let client = Client::connect_to(&lab.members, &first)?;
+        client.ready()?;
+        Ok(Some(client))
+    })?;
+
+    // The next leader is stopped for longer than its claim holds, in the middle of work.
+    returned.apply(&web("web1", 6))?;
+    lab.request(&Request::Signal(format!("{second}/control"), SIGSTOP))?;
+    let third = wait_for_leader(&lab, &returned, Some(&second))?;
+    wait_for_web(&lab, &returned, "web1", 6)?;
+    lab.request(&Request::Signal(format!("{second}/control"), SIGCONT))?;
+    let log = lab.spec.directory.join(format!("logs/{second}-control.log"));
+    lab.wait("the late write of the leader that was stopped is refused", LONG, || {
+        let text = fs::read_to_string(&log).context("reading its log")?;
+        Ok(text.contains("a late write was refused").then_some(()))
+    })?;
+    ensure!(
+        leader(&returned)?.as_deref() == Some(third.as_str()),
+        "the leader stays"
+    );
+
+    nothing_happened_twice(&lab, &returned, begun)?;
+    let now = containers(&returned.list::<Pod>("default", "")?);
+    ensure!(
+        before.is_subset(&now),
+        "a container was restarted: {before:?}, now {now:?}"
+    );
+    every_replica_knows_all(&lab, &self::clients(&lab)?)?;
+    lab.finish()
+}
+
+/// Endpoints, nodes and metrics are the same wherever one asks.
+fn every_replica_knows_all(lab: &Lab, clients: &BTreeMap<String, Client>) -> Result<()> {
+    for (name, client) in clients {
+        lab.wait(
+            &format!("{name} knows all replicas, and what all nodes measure"),
+            LONG,
+            || {
+                let nodes = client.node_metrics()?;
+                let names: BTreeSet<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
+                let all = endpoints(client)? == addresses(1..=3) && nodes.len() == 2 && names.len() == 2;
+                Ok(all.then_some(()))
+            },
+        )?;
+    }
+    Ok(())
+}
+
+/// From the whole history, as each replica tells it: as many pods were made as were asked for, and none went.
+fn nothing_happened_twice(lab: &Lab, client: &Client, begun: u64) -> Result<()> {
+    let pods: Vec<Pod> = client.list("default", "")?;
+    let last = pods
+        .iter()
+        .filter_map(|pod| pod.meta().resource_version.parse().ok())
+        .max();
+    let until: u64 = last.context("there are pods")?;
+    let history = client.history("pods", begun, until)?;
+    for (name, other) in clients(lab)? {
+        let same = lab.wait(&format!("{name} tells the history"), LONG, || {
+            other.revision()?;
+            other.history("pods", begun, until).map(Some)
+        })?;
+        ensure!(same == history, "{name} tells another history");
+    }
+    let count = |what: &str| history.iter().filter(|(kind, _, _)| kind == what).count();
+    let made: BTreeSet<&str> = history.iter().map(|(_, name, _)| name.as_str()).collect();
+    ensure!(
+        count("ADDED") == 12 && made.len() == 12 && count("DELETED") == 0,
+        "12 pods were asked for; {} were made and {} deleted: {made:?}",
+        count("ADDED"),
+        count("DELETED"),
+    );
+    Ok(())
+}
