@@ -35,6 +35,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(30);
 const DEADLINE: Duration = Duration::from_secs(15);
 /// How often it is looked whether the certificate is to be renewed.
 const CHECK: Duration = Duration::from_secs(60);
+/// After a new certificate: one of a very short life is not renewed without a pause.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Why the node has no identity, or cannot get one.
 #[derive(Debug, thiserror::Error)]
@@ -86,7 +88,35 @@ pub struct Identity {
 #[derive(Clone)]
 struct Current {
     tls: Arc<ClientConfig>,
+    times: Times,
+}
+
+/// A certificate's times.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Times {
+    /// When two thirds of its time are over.
     renew_at: SystemTime,
+    /// When control takes it no longer.
+    not_after: SystemTime,
+}
+
+/// What is to be done about the certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Due {
+    /// Nothing yet.
+    Nothing,
+    /// A new one by means of the one that is there.
+    Renewal,
+    /// A new one by means of the join token: there is none, or none that control takes.
+    Join,
+}
+
+fn due(times: Option<Times>, now: SystemTime) -> Due {
+    match times {
+        Some(times) if now < times.renew_at => Due::Nothing,
+        Some(times) if now < times.not_after => Due::Renewal,
+        Some(_) | None => Due::Join,
+    }
 }
 
 impl Identity {
@@ -131,36 +161,47 @@ impl Identity {
         let _ = current.wait_for(Option::is_some).await;
     }
 
-    /// Joins if that is still to be done, and renews the certificate when two thirds of its time are over. Until `stop`.
+    /// Joins if that is still to be done, and renews the certificate when two thirds of its time are over. A machine that was off
+    /// for so long that its certificate has expired joins again with the same key, if its token is still good. Until `stop`.
     pub async fn keep(&self, stop: CancellationToken) {
         let mut backoff = BACKOFF_MIN;
         let mut attempt = 0;
         while !stop.is_cancelled() {
-            let due = self.current.borrow().as_ref().map(|current| current.renew_at);
-            let wait = if due.is_some_and(|due| SystemTime::now() < due) {
-                CHECK
-            } else {
-                attempt += 1;
-                let done = if due.is_none() {
-                    self.join_once(attempt).await
-                } else {
-                    self.renew_once(attempt).await
-                };
-                match done {
-                    Ok(()) => {
-                        backoff = BACKOFF_MIN;
-                        continue;
+            let times = self.current.borrow().as_ref().map(|current| current.times);
+            let wait = match due(times, SystemTime::now()) {
+                Due::Nothing => CHECK,
+                due => {
+                    attempt += 1;
+                    match self.attempt(due, attempt).await {
+                        Ok(()) => {
+                            backoff = BACKOFF_MIN;
+                            PAUSE
+                        }
+                        Err(error) => {
+                            tracing::warn!(%error, ?due, expired = times.is_some() && due == Due::Join, "no new certificate");
+                            let wait = rand::rng().random_range(backoff / 2..=backoff);
+                            backoff = (backoff * 2).min(BACKOFF_MAX);
+                            wait
+                        }
                     }
-                    Err(error) => tracing::warn!(error = %error, joined = due.is_some(), "no new certificate"),
                 }
-                let wait = rand::rng().random_range(backoff / 2..=backoff);
-                backoff = (backoff * 2).min(BACKOFF_MAX);
-                wait
             };
             tokio::select! {
                 () = sleep(wait) => {}
                 () = stop.cancelled() => return,
             }
+        }
+    }
+
+    async fn attempt(&self, due: Due, attempt: usize) -> Result<(), IdentityError> {
+        match due {
+            Due::Nothing => Ok(()),
+            Due::Renewal => self.renew_once(attempt).await,
+            Due::Join => match self.join_once(attempt).await {
+                // Expired by our clock, perhaps not by control's.
+                Err(error) if self.is_joined() => self.renew_once(attempt).await.map_err(|_| error),
+                done => done,
+            },
         }
     }
 
@@ -241,7 +282,7 @@ impl Identity {
         let certificate = CertificateDer::from_pem_slice(certificate.as_bytes())
             .map_err(|error| damaged("node.crt", error.to_string()))?;
         let ca = CertificateDer::from_pem_slice(ca.as_bytes()).map_err(|error| damaged("ca.crt", error.to_string()))?;
-        let renew_at = renew_at(&certificate).map_err(|reason| damaged("node.crt", reason))?;
+        let times = times(&certificate).map_err(|reason| damaged("node.crt", reason))?;
         let mut roots = RootCertStore::empty();
         roots.add(ca).map_err(|error| damaged("ca.crt", error.to_string()))?;
         let key =
@@ -252,7 +293,7 @@ impl Identity {
             .map_err(|error| damaged("node.crt", error.to_string()))?;
         self.current.send_replace(Some(Current {
             tls: finish(tls),
-            renew_at,
+            times,
         }));
         Ok(())
     }
@@ -358,13 +399,17 @@ fn crypto(error: rcgen::Error) -> IdentityError {
     IdentityError::Crypto(error.to_string())
 }
 
-/// When two thirds of a certificate's time are over.
-fn renew_at(certificate: &[u8]) -> Result<SystemTime, String> {
+/// A certificate's times.
+fn times(certificate: &[u8]) -> Result<Times, String> {
     let (_, parsed) = X509Certificate::from_der(certificate).map_err(|error| error.to_string())?;
     let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
     let validity = parsed.validity();
     let (from, until) = (seconds(validity.not_before), seconds(validity.not_after));
-    Ok(UNIX_EPOCH + Duration::from_secs(from + until.saturating_sub(from) / 3 * 2))
+    let at = |seconds: u64| UNIX_EPOCH + Duration::from_secs(seconds);
+    Ok(Times {
+        renew_at: at(from + until.saturating_sub(from) / 3 * 2),
+        not_after: at(until),
+    })
 }
 
 fn pem(label: &str, der: &[u8]) -> String {
@@ -417,6 +462,26 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         fs::write(dir.path().join("pki/node.key"), "garbage").unwrap();
         assert!(matches!(identity.key(), Err(IdentityError::Damaged { .. })));
+    }
+
+    #[test]
+    fn what_is_due_and_when() {
+        let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
+        let times = Times {
+            renew_at: at(20),
+            not_after: at(30),
+        };
+        assert_eq!(due(None, at(0)), Due::Join);
+        for (now, expected) in [
+            (0, Due::Nothing),
+            (19, Due::Nothing),
+            (20, Due::Renewal),
+            (29, Due::Renewal),
+            (30, Due::Join),
+            (1000, Due::Join),
+        ] {
+            assert_eq!(due(Some(times), at(now)), expected, "{now}");
+        }
     }
 
     #[test]

@@ -42,12 +42,18 @@ pub async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
 pub struct Cluster {
     dir: TempDir,
     address: SocketAddr,
+    certificates: Option<Duration>,
     running: Option<(CancellationToken, JoinHandle<()>)>,
 }
 
 impl Cluster {
     /// A fresh one.
     pub async fn start() -> Self {
+        Self::start_with(None).await
+    }
+
+    /// One whose nodes' certificates live so long.
+    pub async fn start_with(certificates: Option<Duration>) -> Self {
         let _second_test = rustls::crypto::ring::default_provider().install_default();
         let _same = tracing_subscriber::fmt()
             .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
@@ -59,6 +65,7 @@ impl Cluster {
         let mut cluster = Self {
             dir: tempfile::tempdir().unwrap(),
             address,
+            certificates,
             running: None,
         };
         cluster.run().await;
@@ -67,11 +74,14 @@ impl Cluster {
 
     /// Starts it (again) on the same data and address, and waits until it answers.
     pub async fn run(&mut self) {
-        let config = ControlConfig {
+        let mut config = ControlConfig {
             data_dir: self.dir.path().to_owned(),
             unix_socket: self.dir.path().join("control.sock"),
             ..ControlConfig::default()
         };
+        if let Some(life) = self.certificates {
+            config.pki.node_certificate = life;
+        }
         let stop = CancellationToken::new();
         let (ending, address) = (stop.clone(), self.address);
         let task = tokio::spawn(async move {

@@ -3,7 +3,7 @@
 
 mod harness;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use harness::{Cluster, SimulatedNode, eventually};
 use orlop_node::{identity::IdentityError, link::Dial};
@@ -17,6 +17,7 @@ use orlop_proto::{
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Streaming};
 
 const WEB: &str = "
@@ -249,6 +250,52 @@ async fn joining() {
         matches!(&error, IdentityError::Refused(status) if status.code() == Code::AlreadyExists),
         "{error}"
     );
+    cluster.stop().await;
+}
+
+/// The certificate in a machine's folder.
+fn certificate(dir: &std::path::Path) -> String {
+    std::fs::read_to_string(dir.join("pki/node.crt")).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_is_renewed_and_one_that_expired_is_joined_for_again() {
+    // Certificates begin five minutes in the past: with this life they are to be renewed at once, and good for 2 s.
+    let cluster = Cluster::start_with(Some(Duration::from_secs(2))).await;
+    let token = cluster.token().await;
+    let dir = tempfile::tempdir().unwrap();
+    let identity = cluster.identity("n1", dir.path(), &token);
+    identity.join_once(0).await.unwrap();
+    let key = std::fs::read_to_string(dir.path().join("pki/node.key")).unwrap();
+    let mut last = certificate(dir.path());
+
+    // The machine is off until its certificate has expired; control refuses it then.
+    drop(identity);
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let cluster_only = cluster.identity("n1", dir.path(), "");
+    assert!(cluster_only.is_joined(), "the certificate is there");
+    let stop = CancellationToken::new();
+    let without_token = tokio::time::timeout(Duration::from_secs(2), cluster_only.keep(stop.clone())).await;
+    assert!(without_token.is_err(), "it goes on trying");
+    assert_eq!(
+        certificate(dir.path()),
+        last,
+        "without a token there is no other certificate"
+    );
+
+    // With its token it joins again, and its certificate is renewed from then on; the key stays.
+    let identity = Arc::new(cluster.identity("n1", dir.path(), &token));
+    let keeping = tokio::spawn({
+        let (identity, stop) = (identity.clone(), stop.clone());
+        async move { identity.keep(stop).await }
+    });
+    for what in ["it joins again", "it is renewed", "it is renewed again"] {
+        eventually(what, async || certificate(dir.path()) != last).await;
+        last = certificate(dir.path());
+    }
+    assert_eq!(std::fs::read_to_string(dir.path().join("pki/node.key")).unwrap(), key);
+    stop.cancel();
+    keeping.await.unwrap();
     cluster.stop().await;
 }
 
