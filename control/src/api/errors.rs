@@ -139,10 +139,24 @@ pub(super) fn bad_request(what: &str, fields: &[FieldError]) -> Status {
 
 /// OUT_OF_RANGE: what was asked for is no longer there.
 pub(super) fn out_of_range(reason: &str, message: String, resume_after: Revision) -> Status {
+    let metadata = HashMap::from([("resume_after".to_owned(), resume_after.to_string())]);
+    out_of_range_with(reason, message, metadata)
+}
+
+/// A list whose snapshot is no longer kept, and the token to go on with from another.
+pub(super) fn expired_list(message: String, resume_after: Revision, token: String) -> Status {
+    let metadata = HashMap::from([
+        ("resume_after".to_owned(), resume_after.to_string()),
+        ("continue".to_owned(), token),
+    ]);
+    out_of_range_with("COMPACTED", message, metadata)
+}
+
+fn out_of_range_with(reason: &str, message: String, metadata: HashMap<String, String>) -> Status {
     let detail = ErrorInfo {
         reason: reason.to_owned(),
         domain: "orlop.dev".to_owned(),
-        metadata: HashMap::from([("resume_after".to_owned(), resume_after.to_string())]),
+        metadata,
     };
     with_detail(Code::OutOfRange, message, "google.rpc.ErrorInfo", &detail)
 }

@@ -24,7 +24,7 @@ use crate::{
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Continue {
-    /// Of the snapshot that all pages are of.
+    /// Of the snapshot that all pages are of; 0: of one that is made for the next page, since the first is no longer kept.
     revision: Revision,
     /// Of the last object of the page before.
     namespace: String,
@@ -66,8 +66,17 @@ pub(super) async fn list(service: &ObjectsService, request: ListRequest) -> Resu
             Some(begin)
         }
     };
-    if begin.is_none() {
+    // A page of another replica's list may be ahead of this one's cache.
+    let known = |begin: &Continue| begin.revision > 0 && begin.revision <= service.cache().revision();
+    if !begin.as_ref().is_some_and(known) {
         service.catch_up().await?;
+    }
+    if let Some(ahead) = begin
+        .as_ref()
+        .filter(|begin| begin.revision > service.cache().revision())
+    {
+        let message = format!("continue: revision {} is in the future", ahead.revision);
+        return Err(Status::failed_precondition(message));
     }
     let page = Page {
         service: service.clone(),
@@ -102,11 +111,11 @@ impl Page {
     fn read<T: Registered>(self) -> Result<ObjectList, Status> {
         let reader = self.service.cache().reader::<T>();
         let snapshot = match &self.begin {
-            None => reader.snapshot(),
-            Some(begin) => reader.snapshot_at(begin.revision).ok_or_else(|| {
-                let message = format!("the list at revision {} is no longer kept; begin anew", begin.revision);
-                errors::out_of_range("COMPACTED", message, self.service.cache().revision())
-            })?,
+            None | Some(Continue { revision: 0, .. }) => reader.snapshot(),
+            Some(begin) => match reader.snapshot_at(begin.revision) {
+                Some(snapshot) => snapshot,
+                None => return Err(self.expired(begin)),
+            },
         };
         let (objects, last) = self.select(&snapshot);
         let mut answer = ObjectList {
@@ -125,6 +134,22 @@ impl Page {
         }
         answer.items = objects.iter().map(|object| T::clone(object).into_object()).collect();
         Ok(answer)
+    }
+
+    /// As in Kubernetes: the list can be begun anew, or gone on with at another revision by the token in the error.
+    fn expired(&self, begin: &Continue) -> Status {
+        let on = Continue {
+            revision: 0,
+            namespace: begin.namespace.clone(),
+            name: begin.name.clone(),
+            selection: self.fingerprint.clone(),
+        };
+        let message = format!(
+            "the list at revision {} is no longer kept: begin anew, or go on, with what is there now, by the continue token in the \
+             details",
+            begin.revision
+        );
+        errors::expired_list(message, self.service.cache().revision(), on.to_text())
     }
 
     /// The page's objects, and the last one's key when there are more.

@@ -1,6 +1,7 @@
 //! Control from outside: a real server with the embedded store, on TLS and on a unix socket.
 
 mod apply;
+mod continue_tokens;
 mod harness;
 mod hostile_grpc;
 mod hostile_manifests;
