@@ -160,7 +160,7 @@ impl Election {
                 match why {
                     Ended::Shutdown => tracing::info!("this replica no longer leads: it stops"),
                     Ended::Late => {
-                        tracing::warn!("this replica no longer leads: its claim could not be renewed in time")
+                        tracing::warn!("this replica no longer leads: its claim could not be renewed in time");
                     }
                     Ended::Taken => tracing::warn!("this replica no longer leads: somebody else does"),
                 }

@@ -117,9 +117,9 @@ async fn models(client: &Client) -> Result<Models> {
             .is_some_and(|all| all.iter().any(|each| path_of(each).starts_with("/proc/")));
         let model = Model { record, spec, parent };
         if joins {
-            others.push(model)
+            others.push(model);
         } else {
-            sandboxes.push(model)
+            sandboxes.push(model);
         }
     }
     let app = others.pop().context("no container runs here")?;
