@@ -2,6 +2,7 @@
 
 mod control;
 mod etcd;
+mod fleet;
 pub mod isolation;
 pub mod kubernetes;
 pub mod load;
@@ -11,6 +12,7 @@ pub mod process;
 mod schedule;
 mod shapes;
 mod store;
+mod told;
 
 use anyhow::{Context, Result};
 use clap::Parser;

@@ -249,11 +249,10 @@ impl Api {
         Ok(list["items"].as_array().is_some_and(Vec::is_empty))
     }
 
-    /// Opens a watch and reads it to its end, one call of `line` for each event; `opened` counts it when it is open.
-    pub async fn watch(&self, path: &str, opened: &AtomicUsize, mut line: impl FnMut(&[u8])) -> Result<()> {
+    /// Opens a watch and reads it to its end, one call of `line` for each event.
+    pub async fn watch(&self, path: &str, mut line: impl FnMut(&[u8])) -> Result<()> {
         let answer = self.send(Method::GET, path, Bytes::new()).await?;
         ensure!(answer.status() == StatusCode::OK, "watch: {}", answer.status());
-        opened.fetch_add(1, Ordering::Relaxed);
         let mut body = answer.into_body();
         let mut rest: Vec<u8> = Vec::new();
         while let Some(frame) = body.frame().await {
