@@ -1,8 +1,8 @@
 //! The ledger: what the node was last told, on disk, so that it goes on without control and after a reboot.
 //!
-//! Layout under `DATA_DIR/ledger`: `node` (ranges, routes, the generation, whether a snapshot was ever complete),
-//! `pods/UID` (one pod each, synced before it is acted on) and `services` (all of them, written behind the maps; as long as it
-//! lacks what the maps have, `services.behind` is there). Every
+//! Layout under `DATA_DIR/ledger`: `node` (ranges, the generation, whether a snapshot was ever complete),
+//! `pods/UID` (one pod each, synced before it is acted on), `services` (all of them, written behind the maps; as long as it
+//! lacks what the maps have, `services.behind` is there) and `routes` (all of them, behind the kernel's). Every
 //! file is written to a temporary name, synced and renamed; the folder is synced after that. A file is framed with a magic, a format version
 //! and a SHA-256 of its body: one that does not match is moved to `damaged/` and reported, and everything else goes on.
 //!
@@ -84,7 +84,15 @@ struct NodeFile {
     complete: bool,
     #[prost(message, optional, tag = "3")]
     ranges: Option<link::Welcome>,
+    /// Only of an agent that had no file `routes`; until there is one.
     #[prost(message, repeated, tag = "4")]
+    routes: Vec<link::Route>,
+}
+
+/// The body of the file `routes`.
+#[derive(Clone, PartialEq, Message)]
+struct RoutesFile {
+    #[prost(message, repeated, tag = "1")]
     routes: Vec<link::Route>,
 }
 
@@ -120,6 +128,8 @@ impl Ledger {
             }
         }
         let services: ServicesFile = read_or_put_aside(&dir, &dir.join("services"), &mut damage)?.unwrap_or_default();
+        let routes: Option<RoutesFile> = read_or_put_aside(&dir, &dir.join("routes"), &mut damage)?;
+        let routes = routes.map_or_else(|| node.routes.clone(), |file| file.routes);
         let desired = Desired {
             pods,
             services: services
@@ -127,10 +137,9 @@ impl Ledger {
                 .into_iter()
                 .map(|service| ((service.namespace.clone(), service.name.clone()), Arc::new(service)))
                 .collect(),
-            routes: node
-                .routes
-                .iter()
-                .map(|route| (route.node_name.clone(), Arc::new(route.clone())))
+            routes: routes
+                .into_iter()
+                .map(|route| (route.node_name.clone(), Arc::new(route)))
                 .collect(),
             ranges: node.ranges.clone().map(Arc::new),
             // A damaged file may hide a pod that still runs here: nothing is swept before control has named all again.
@@ -203,14 +212,14 @@ impl Ledger {
         sync_dir(&dir)
     }
 
-    /// Writes ranges, routes and whether a whole snapshot has arrived; durable when it returns. Writes nothing when nothing differs.
+    /// Writes ranges and whether a whole snapshot has arrived; durable when it returns. Writes nothing when nothing differs.
     pub fn write_node_state(&mut self, generation: Generation, desired: &Desired) -> Result<(), LedgerError> {
         self.check(generation)?;
         let node = NodeFile {
             generation: generation.0,
             complete: desired.complete,
             ranges: desired.ranges.as_deref().cloned(),
-            routes: desired.routes.values().map(|route| (**route).clone()).collect(),
+            routes: self.node.routes.clone(),
         };
         if node == self.node {
             Ok(())
@@ -219,12 +228,10 @@ impl Ledger {
         }
     }
 
-    /// What writes the services' file, to be used on a thread that may block, behind the maps.
-    pub fn services_writer(&self, generation: Generation) -> Result<ServicesWriter, LedgerError> {
+    /// What writes the files that are behind what is in force, to be used on a thread that may block.
+    pub fn writer(&self, generation: Generation) -> Result<Writer, LedgerError> {
         self.check(generation)?;
-        Ok(ServicesWriter {
-            path: self.dir.join("services"),
-        })
+        Ok(Writer { dir: self.dir.clone() })
     }
 
     /// Notes that the maps are about to get what the services' file lacks; the file's next write ends that. Not synced: it
@@ -272,27 +279,37 @@ pub fn read_services(data_dir: &Path) -> Result<Vec<Arc<link::Service>>, LedgerE
     Ok(file.services.into_iter().map(Arc::new).collect())
 }
 
-/// Writes the file with all services.
+/// Writes the files that are behind what is in force.
 #[derive(Debug)]
-pub struct ServicesWriter {
-    path: PathBuf,
+pub struct Writer {
+    dir: PathBuf,
 }
 
-impl ServicesWriter {
+impl Writer {
     /// Writes all services; durable when it returns.
-    pub fn write(&self, services: &OrdMap<(String, String), Arc<link::Service>>) -> Result<(), LedgerError> {
-        // Field by field, so that the records are not copied into one message first.
-        let mut body = Vec::new();
-        for service in services.values() {
-            prost::encoding::message::encode(1, &**service, &mut body);
-        }
-        write_file(&self.path, &body)?;
-        let path = behind(&self.path);
+    pub fn services(&self, services: &OrdMap<(String, String), Arc<link::Service>>) -> Result<(), LedgerError> {
+        let path = self.dir.join("services");
+        write_all(&path, services.values())?;
+        let path = behind(&path);
         match fs::remove_file(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(LedgerError::Io { path, source }),
             _ => Ok(()),
         }
     }
+
+    /// Writes all routes; durable when it returns.
+    pub fn routes(&self, routes: &OrdMap<String, Arc<link::Route>>) -> Result<(), LedgerError> {
+        write_all(&self.dir.join("routes"), routes.values())
+    }
+}
+
+/// Writes a file of many messages: field by field, so that they are not copied into one message first.
+fn write_all<'a, M: Message + 'a>(path: &Path, messages: impl Iterator<Item = &'a Arc<M>>) -> Result<(), LedgerError> {
+    let mut body = Vec::new();
+    for message in messages {
+        prost::encoding::message::encode(1, &**message, &mut body);
+    }
+    write_file(path, &body)
 }
 
 fn behind(services: &Path) -> PathBuf {

@@ -50,11 +50,9 @@ fn filled(dir: &Path) -> Desired {
         .services
         .insert(("default".into(), "web".into()), service("web"));
     ledger.write_node_state(generation, &desired).unwrap();
-    ledger
-        .services_writer(generation)
-        .unwrap()
-        .write(&desired.services)
-        .unwrap();
+    let writer = ledger.writer(generation).unwrap();
+    writer.services(&desired.services).unwrap();
+    writer.routes(&desired.routes).unwrap();
     desired.pods = [("a".to_owned(), pod("a")), ("b".to_owned(), pod("b"))]
         .into_iter()
         .collect();
@@ -83,6 +81,31 @@ fn what_was_written_is_there_after_a_restart() {
 }
 
 #[test]
+fn routes_that_an_older_agent_kept_in_another_file_stay_until_there_are_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let route = |node: &str| link::Route {
+        node_name: node.to_owned(),
+        ..link::Route::default()
+    };
+    let (mut ledger, ..) = Ledger::open(dir.path()).unwrap();
+    let older = NodeFile {
+        routes: vec![route("n2")],
+        ..NodeFile::default()
+    };
+    ledger.write_node(older).unwrap();
+    let (mut ledger, read, _) = Ledger::open(dir.path()).unwrap();
+    assert_eq!(read.routes.keys().collect::<Vec<_>>(), ["n2"]);
+    let generation = ledger.begin_session().unwrap();
+    ledger.write_node_state(generation, &read).unwrap();
+    let (ledger, read, _) = Ledger::open(dir.path()).unwrap();
+    assert_eq!(read.routes.keys().collect::<Vec<_>>(), ["n2"]);
+    let routes = OrdMap::unit("n3".to_owned(), Arc::new(route("n3")));
+    ledger.writer(generation).unwrap().routes(&routes).unwrap();
+    let (_, read, _) = Ledger::open(dir.path()).unwrap();
+    assert_eq!(read.routes, routes);
+}
+
+#[test]
 fn an_older_session_cannot_write() {
     let dir = tempfile::tempdir().unwrap();
     let (mut ledger, _, _) = Ledger::open(dir.path()).unwrap();
@@ -97,7 +120,7 @@ fn an_older_session_cannot_write() {
         ledger.write_node_state(old, &Desired::default()),
         Err(LedgerError::Stale { .. })
     ));
-    assert!(ledger.services_writer(old).is_err());
+    assert!(ledger.writer(old).is_err());
     let (mut ledger, read, _) = Ledger::open(dir.path()).unwrap();
     assert_eq!(read.pods.len(), 1);
     assert!(ledger.begin_session().unwrap() > new);

@@ -18,7 +18,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::batch::Batch;
+use self::batch::{Batch, Pending};
 use crate::{
     dataplane::{Dataplane, ServiceChanges},
     desired::Desired,
@@ -26,7 +26,7 @@ use crate::{
     network::Network,
 };
 
-/// Services are written to the ledger at most this often.
+/// Services, and routes, are written to the ledger at most this often.
 const WRITE_BEHIND: Duration = Duration::from_secs(3);
 /// The first wait after a failure of the dataplane or the ledger; doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(200);
@@ -95,16 +95,19 @@ pub struct Applier {
     batch: Batch,
     /// The maps are to be made equal to all of `desired.services`.
     resync: bool,
-    services_dirty: Option<Instant>,
+    /// When the ledger's files of services and of routes, which are behind, are to be written.
+    behind: [Option<Instant>; 2],
+    routes_written: Instant,
     retry: Option<(Instant, Duration)>,
-    /// Why pods, ranges and routes, and why services could not be written the last time.
-    unwritten: [Option<String>; 2],
+    /// Why services, routes, and pods and ranges could not be written the last time.
+    unwritten: [Option<String>; 3],
     trouble: watch::Sender<Option<String>>,
 }
 
-/// Places in [`Applier::unwritten`].
-const STATE: usize = 0;
-const SERVICES: usize = 1;
+/// Places in [`Applier::behind`] and [`Applier::unwritten`].
+const SERVICES: usize = 0;
+const ROUTES: usize = 1;
+const STATE: usize = 2;
 
 impl Applier {
     /// `desired` is what the ledger held; it is published at once.
@@ -133,9 +136,10 @@ impl Applier {
             session: 0,
             generation: None,
             batch: Batch::default(),
-            services_dirty: None,
+            behind: [None; 2],
+            routes_written: Instant::now(),
             retry: None,
-            unwritten: [None, None],
+            unwritten: [None, None, None],
             trouble,
         };
         (
@@ -154,7 +158,7 @@ impl Applier {
         self.flush().await;
         loop {
             let retry_at = self.retry.map(|(at, _)| at);
-            let write_at = self.services_dirty;
+            let write_at = self.behind.iter().flatten().min().copied();
             tokio::select! {
                 // Cancel-safe: `recv` loses nothing.
                 input = self.inputs.recv() => {
@@ -167,13 +171,12 @@ impl Applier {
                 }
                 // Cancel-safe: timers only.
                 () = sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => self.flush().await,
-                () = sleep_until(write_at.unwrap_or_else(Instant::now)), if write_at.is_some() => self.write_services().await,
+                () = sleep_until(write_at.unwrap_or_else(Instant::now)), if write_at.is_some() => self.write_behind(write_at).await,
                 () = stop.cancelled() => break,
             }
         }
-        if self.services_dirty.is_some() && self.generation.is_some() {
-            self.write_services().await;
-        }
+        let latest = self.behind.iter().flatten().max().copied();
+        self.write_behind(latest).await;
     }
 
     fn absorb(&mut self, input: Input) {
@@ -222,8 +225,8 @@ impl Applier {
             self.resync = true;
         }
         if !upserts.is_empty() || !removals.is_empty() || complete {
-            if self.services_dirty.is_none() {
-                self.services_dirty = Some(Instant::now() + WRITE_BEHIND);
+            if self.behind[SERVICES].is_none() {
+                self.behind[SERVICES] = Some(Instant::now() + WRITE_BEHIND);
                 let ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Err(error) = ledger.note_services_behind() {
                     tracing::warn!(error = %Chain(&error), "the ledger's services count as current, and are not");
@@ -281,18 +284,15 @@ impl Applier {
         !self.unwired
     }
 
-    /// Makes pods, routes and ranges durable: whether that is done, and whether something is to be handed on.
+    /// Makes pods and ranges durable, and routes soon: whether that is done, and whether something is to be handed on.
     async fn flush_ledger(&mut self) -> (bool, bool) {
         if self.session == 0 {
             return (true, false);
         }
         let mut next = self.desired.clone();
-        let (pods, removed) = self.batch.pending(&mut next);
-        let changed = !pods.is_empty()
-            || !removed.is_empty()
-            || next.routes != self.desired.routes
-            || next.ranges != self.desired.ranges
-            || next.complete != self.desired.complete;
+        let Pending { pods, removed, routes } = self.batch.pending(&mut next);
+        let rewired = routes || next.ranges != self.desired.ranges;
+        let changed = !pods.is_empty() || !removed.is_empty() || rewired || next.complete != self.desired.complete;
         if !changed && self.generation.is_some() {
             self.batch.written();
             return (true, false);
@@ -310,8 +310,12 @@ impl Applier {
                 self.note(STATE, None);
                 self.generation = Some(generation);
                 self.batch.written();
-                self.unwired |= next.routes != self.desired.routes || next.ranges != self.desired.ranges;
+                self.unwired |= rewired;
                 self.desired = next;
+                if routes {
+                    // Each write is of all of them: when they come one after the other, they are gathered.
+                    self.behind[ROUTES].get_or_insert(self.routes_written + WRITE_BEHIND);
+                }
                 (true, changed)
             }
             Ok(Err(error)) => {
@@ -349,20 +353,33 @@ impl Applier {
         });
     }
 
-    async fn write_services(&mut self) {
-        self.services_dirty = None;
+    /// Writes the files that are due at a time.
+    async fn write_behind(&mut self, at: Option<Instant>) {
+        for file in [SERVICES, ROUTES] {
+            if self.behind[file].is_some() && self.behind[file] <= at {
+                self.write_file(file).await;
+            }
+        }
+    }
+
+    async fn write_file(&mut self, file: usize) {
+        self.behind[file] = None;
         let Some(generation) = self.generation else {
-            self.services_dirty = Some(Instant::now() + RETRY_MAX);
+            self.behind[file] = Some(Instant::now() + RETRY_MAX);
             return;
         };
-        let (ledger, services) = (Arc::clone(&self.ledger), self.desired.services.clone());
+        let (ledger, desired) = (Arc::clone(&self.ledger), self.desired.clone());
         let written = tokio::task::spawn_blocking(move || {
             // The lock is not held while the file is written: it is this task's alone.
             let writer = ledger
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
-                .services_writer(generation)?;
-            writer.write(&services)
+                .writer(generation)?;
+            if file == ROUTES {
+                writer.routes(&desired.routes)
+            } else {
+                writer.services(&desired.services)
+            }
         });
         let failed = match written.await {
             Ok(Ok(())) => None,
@@ -370,10 +387,15 @@ impl Applier {
             Err(error) => Some(error.to_string()),
         };
         if let Some(error) = &failed {
-            tracing::warn!(error, "services could not be written to the ledger; trying again");
-            self.services_dirty = Some(Instant::now() + RETRY_MAX);
+            tracing::warn!(
+                error,
+                "services or routes could not be written to the ledger; trying again"
+            );
+            self.behind[file] = Some(Instant::now() + RETRY_MAX);
+        } else if file == ROUTES {
+            self.routes_written = Instant::now();
         }
-        self.note(SERVICES, failed);
+        self.note(file, failed);
     }
 }
 

@@ -26,6 +26,17 @@ pub(super) struct Batch {
     complete: bool,
 }
 
+/// What is to be made durable.
+#[derive(Debug)]
+pub(super) struct Pending {
+    /// Pods that differ.
+    pub pods: Vec<Arc<Pod>>,
+    /// The uids of pods that go.
+    pub removed: Vec<String>,
+    /// Whether routes differ.
+    pub routes: bool,
+}
+
 #[derive(Debug, Default)]
 struct Snapshot {
     pods: BTreeMap<String, Arc<Pod>>,
@@ -94,8 +105,8 @@ impl Batch {
         (upserts, removals, complete)
     }
 
-    /// What is to be written to the ledger: pods that differ and uids that go. `next` becomes what is in force after that.
-    pub fn pending(&self, next: &mut Desired) -> (Vec<Arc<Pod>>, Vec<String>) {
+    /// What is to be written to the ledger. `next` becomes what is in force after that.
+    pub fn pending(&self, next: &mut Desired) -> Pending {
         let mut pods = Vec::new();
         let mut removed = Vec::new();
         for (uid, pod) in &self.pods {
@@ -112,11 +123,15 @@ impl Batch {
                 }
             }
         }
+        let mut routes = false;
         for (name, route) in &self.routes {
-            match route {
-                Some(route) => next.routes.insert(name.clone(), Arc::clone(route)),
-                None => next.routes.remove(name),
-            };
+            if next.routes.get(name) != route.as_ref() {
+                routes = true;
+                match route {
+                    Some(route) => next.routes.insert(name.clone(), Arc::clone(route)),
+                    None => next.routes.remove(name),
+                };
+            }
         }
         if let Some(welcome) = &self.welcome
             && next.ranges.as_ref() != Some(welcome)
@@ -124,7 +139,7 @@ impl Batch {
             next.ranges = Some(Arc::clone(welcome));
         }
         next.complete |= self.complete;
-        (pods, removed)
+        Pending { pods, removed, routes }
     }
 
     /// What [`Batch::pending`] returned is durable.

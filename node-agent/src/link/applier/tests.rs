@@ -29,9 +29,11 @@ impl Life {
     }
 
     async fn update(&self, version: u64, service: link::Service) {
-        let change = link::Change {
-            change: Some(link::change::Change::Service(service)),
-        };
+        self.change(version, link::change::Change::Service(service)).await;
+    }
+
+    async fn change(&self, version: u64, change: link::change::Change) {
+        let change = link::Change { change: Some(change) };
         let update = link::Update {
             version,
             changes: vec![change],
@@ -100,5 +102,31 @@ async fn maps_that_are_newer_than_the_ledger_are_not_taken_back() {
         tokio::time::sleep(WRITE_BEHIND).await;
     }
     assert_eq!(crate::ledger::read_services(dir.path()).unwrap()[0].uid, "newest");
+    life.kill().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn routes_reach_the_ledger_and_a_burst_of_them_costs_few_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let life = Life::begin(dir.path(), &Arc::new(SimulatedDataplane::default()));
+    life.session().await;
+    let file = dir.path().join("ledger/routes");
+    // Each write is longer than the one before.
+    let written = || std::fs::metadata(&file).ok().map(|data| data.len());
+    let mut seen = std::collections::BTreeSet::new();
+    for version in 1..=60 {
+        let route = link::Route {
+            node_name: format!("n{version}"),
+            ..link::Route::default()
+        };
+        life.change(version, link::change::Change::Route(route)).await;
+        tokio::time::sleep(WRITE_BEHIND / 20).await;
+        seen.extend(written());
+    }
+    assert!(seen.len() <= 4, "{} writes", seen.len());
+    tokio::time::sleep(WRITE_BEHIND * 2).await;
+    while Ledger::open(dir.path()).unwrap().1.routes.len() < 60 {
+        tokio::time::sleep(WRITE_BEHIND).await;
+    }
     life.kill().await;
 }
