@@ -1,12 +1,13 @@
 //! Control's end of the node link: `orlop.node.v1.NodeLink`.
 //!
-//! One task, the [`hub`], follows the cache and owns what nodes are told: compact service records, pods by node, routes. A
-//! change is encoded once, for all nodes. Each session has a mailbox in which changes are folded per key until its node can
-//! take them; a slow node costs a key a changed object, never a queue.
+//! One task, the [`hub`], follows the cache and owns what nodes are told: compact service records, routes, pods by node. What all
+//! nodes are told is encoded once and stands on a [`board`]; a session knows which board its node has been told, and sends the
+//! difference. What one node is told of its pods is folded in its session's mailbox. A slow node costs no queue.
 //!
 //! Invariant: a session's snapshot holds everything that the store had when the session began; the node deletes what it does not name.
 //! Invariant: a node writes only its own Node, Lease and events, and the status of pods that are bound to it.
 
+mod board;
 mod codec;
 mod events;
 mod hub;

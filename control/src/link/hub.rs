@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -13,12 +14,16 @@ use orlop_proto::{
     discovery::v1::EndpointSlice,
     node::v1::{self as link, change::Change},
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, sleep_until},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     LinkCounters,
-    mailbox::{ChangeKey, Item, Mailbox},
+    board::Board,
+    mailbox::{Mailbox, PodChange},
     services::{ServiceIndex, encode},
 };
 use crate::{
@@ -28,13 +33,17 @@ use crate::{
 
 /// Events are taken in batches of at most this many, so that one busy kind does not keep the others waiting.
 const BATCH: usize = 256;
+/// Each route goes to each node. New ones are told at once when none were told lately, otherwise together with those of this time a
+/// session: nodes that join by the thousand are not told of each other one by one.
+const ROUTES_PACE: Duration = Duration::from_micros(200);
 
 /// All that a node is told when its session begins.
 pub(super) struct Opening {
     pub pods: Vec<Arc<Pod>>,
-    pub services: OrdMap<ObjectKey, Bytes>,
-    pub routes: OrdMap<Arc<str>, Bytes>,
-    /// What changes from then on.
+    pub board: Board,
+    /// What changes from then on for all nodes. Whoever is woken by it finds the present board.
+    pub boards: watch::Receiver<Board>,
+    /// What changes for this one.
     pub mailbox: Arc<Mailbox>,
 }
 
@@ -101,6 +110,12 @@ struct Hub {
     /// By node name, then uid.
     pods: HashMap<Arc<str>, HashMap<Arc<str>, Arc<Pod>>>,
     routes: OrdMap<Arc<str>, Bytes>,
+    /// Always holds the present services and routes; its readers are woken when they are to be told.
+    boards: watch::Sender<Board>,
+    /// Routes were told last.
+    routes_told: Instant,
+    /// Routes that have changed are to be told.
+    routes_due: Option<Instant>,
     sessions: HashMap<Arc<str>, Arc<Mailbox>>,
     counters: Arc<LinkCounters>,
 }
@@ -111,6 +126,9 @@ impl Hub {
             services: ServiceIndex::default(),
             pods: HashMap::new(),
             routes: OrdMap::new(),
+            boards: watch::Sender::default(),
+            routes_told: Instant::now(),
+            routes_due: None,
             sessions: HashMap::new(),
             counters,
         };
@@ -130,6 +148,7 @@ impl Hub {
 
     async fn run(&mut self, sources: &mut Sources, mut requests: mpsc::Receiver<Command>) {
         loop {
+            let routes_due = self.routes_due;
             // Cancel-safe: event streams and the channel lose nothing when their futures are dropped.
             tokio::select! {
                 batch = sources.services.events.next_batch(BATCH) => self.services_changed(&mut sources.services, batch),
@@ -148,6 +167,7 @@ impl Hub {
                     }
                     None => return,
                 },
+                () = sleep_until(routes_due.unwrap_or_else(Instant::now)), if routes_due.is_some() => self.tell_routes(),
             }
         }
     }
@@ -174,16 +194,14 @@ impl Hub {
 
     fn open(&mut self, node: Arc<str>) -> Opening {
         let mailbox = Arc::new(Mailbox::default());
-        let mut routes = self.routes.clone();
-        routes.remove(&node);
         let opening = Opening {
             pods: self
                 .pods
                 .get(&node)
                 .map(|pods| pods.values().cloned().collect())
                 .unwrap_or_default(),
-            services: self.services.records().clone(),
-            routes,
+            board: self.board(),
+            boards: self.boards.subscribe(),
             mailbox: Arc::clone(&mailbox),
         };
         if let Some(earlier) = self.sessions.insert(node, mailbox) {
@@ -276,7 +294,7 @@ impl Hub {
                 for entry in entries {
                     match &entry.event {
                         Event::Added(node) | Event::Modified { new: node, .. } => self.put_node(node),
-                        Event::Deleted(node) => self.remove_node(&node.name().into()),
+                        Event::Deleted(node) => self.remove_node(node.name()),
                     }
                 }
             }
@@ -304,13 +322,20 @@ impl Hub {
     }
 
     fn rebuild(&mut self, keys: &BTreeSet<ObjectKey>) {
+        let mut differs = false;
         for key in keys {
             self.counters.records_built.fetch_add(1, Ordering::Relaxed);
-            if let Some(change) = self.services.rebuild(key) {
-                for mailbox in self.sessions.values() {
-                    mailbox.put(ChangeKey::Service(key.clone()), Item::Encoded(change.clone()));
-                }
-            }
+            differs |= self.services.rebuild(key);
+        }
+        if differs {
+            self.boards.send_replace(self.board());
+        }
+    }
+
+    fn board(&self) -> Board {
+        Board {
+            services: self.services.records().clone(),
+            routes: self.routes.clone(),
         }
     }
 
@@ -324,24 +349,23 @@ impl Hub {
         if node.is_empty() {
             return;
         }
-        let (node, uid): (Arc<str>, Arc<str>) = (node.into(), pod.uid().into());
-        let known = self
-            .pods
-            .entry(Arc::clone(&node))
-            .or_default()
-            .insert(Arc::clone(&uid), Arc::clone(pod));
+        let pods = match self.pods.get_mut(node) {
+            Some(pods) => pods,
+            None => self.pods.entry(node.into()).or_default(),
+        };
+        let known = pods.insert(pod.uid().into(), Arc::clone(pod));
         if known
             .or_else(|| old.cloned())
-            .is_some_and(|known| node_of(&known) == &*node && same_orders(&known, pod))
+            .is_some_and(|known| node_of(&known) == node && same_orders(&known, pod))
         {
             return;
         }
-        if let Some(mailbox) = self.sessions.get(&node) {
-            mailbox.put(ChangeKey::Pod(uid), Item::Pod(Arc::clone(pod)));
+        if let Some(mailbox) = self.sessions.get(node) {
+            mailbox.put(PodChange::Put(Arc::clone(pod)));
         }
     }
 
-    fn remove_pod(&mut self, pod: &Pod) {
+    fn remove_pod(&mut self, pod: &Arc<Pod>) {
         let node = node_of(pod);
         if node.is_empty() {
             return;
@@ -353,33 +377,22 @@ impl Hub {
             }
         }
         if let Some(mailbox) = self.sessions.get(node) {
-            let key = link::PodKey {
-                namespace: pod.namespace().to_owned(),
-                name: pod.name().to_owned(),
-                uid: pod.uid().to_owned(),
-            };
-            mailbox.put(
-                ChangeKey::Pod(pod.uid().into()),
-                Item::Encoded(encode(Change::PodRemoved(key))),
-            );
+            mailbox.put(PodChange::Removed(Arc::clone(pod)));
         }
     }
 
     fn put_node(&mut self, node: &Node) {
-        let name: Arc<str> = node.name().into();
-        match route(node) {
-            Some(route) => {
-                let change = encode(Change::Route(route));
-                if self.routes.get(&name) != Some(&change) {
-                    self.routes.insert(Arc::clone(&name), change.clone());
-                    self.tell_others(&name, &change);
-                }
-            }
-            None => self.remove_route(&name),
+        let Some(route) = route(node) else {
+            return self.remove_route(node.name());
+        };
+        let change = encode(Change::Route(route));
+        if self.routes.get(node.name()) != Some(&change) {
+            self.routes.insert(node.name().into(), change);
+            self.routes_changed();
         }
     }
 
-    fn remove_node(&mut self, name: &Arc<str>) {
+    fn remove_node(&mut self, name: &str) {
         self.remove_route(name);
         // Its object is gone: the agent introduces itself anew and gets another.
         if let Some(mailbox) = self.sessions.remove(name) {
@@ -387,18 +400,27 @@ impl Hub {
         }
     }
 
-    fn remove_route(&mut self, name: &Arc<str>) {
+    fn remove_route(&mut self, name: &str) {
         if self.routes.remove(name).is_some() {
-            self.tell_others(name, &encode(Change::RouteRemoved(name.to_string())));
+            self.routes_changed();
         }
     }
 
-    fn tell_others(&self, about: &Arc<str>, change: &Bytes) {
-        for (node, mailbox) in &self.sessions {
-            if node != about {
-                mailbox.put(ChangeKey::Route(Arc::clone(about)), Item::Encoded(change.clone()));
-            }
-        }
+    fn routes_changed(&mut self) {
+        let board = self.board();
+        self.boards.send_if_modified(|present| {
+            *present = board;
+            false
+        });
+        let sessions = u32::try_from(self.sessions.len()).unwrap_or(u32::MAX);
+        let due = self.routes_told + ROUTES_PACE.saturating_mul(sessions);
+        self.routes_due.get_or_insert(due);
+    }
+
+    fn tell_routes(&mut self) {
+        self.routes_due = None;
+        self.routes_told = Instant::now();
+        self.boards.send_if_modified(|_| true);
     }
 }
 

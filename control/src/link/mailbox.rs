@@ -1,80 +1,69 @@
-//! What a session still has to tell its node, folded per key.
+//! What a session still has to tell its node of its pods, folded per pod.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use indexmap::IndexMap;
-use orlop_proto::{core::v1::Pod, node::v1::change::Change};
+use orlop_proto::{
+    Resource as _,
+    core::v1::Pod,
+    node::v1::{self as link, change::Change},
+};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::services::encode;
-use crate::cache::ObjectKey;
 
-/// What a change is about: a later one of the same key takes its place.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) enum ChangeKey {
-    /// By uid: a pod's namesake is another pod.
-    Pod(Arc<str>),
-    Service(ObjectKey),
-    /// By the node's name.
-    Route(Arc<str>),
-}
-
-/// A change on its way.
+/// What became of a pod.
 #[derive(Debug, Clone)]
-pub(super) enum Item {
-    /// Concerns one node: encoded when it is sent.
-    Pod(Arc<Pod>),
-    /// Encoded once, for all nodes.
-    Encoded(Bytes),
+pub(super) enum PodChange {
+    /// It is there, or differs.
+    Put(Arc<Pod>),
+    /// Its object is gone.
+    Removed(Arc<Pod>),
 }
 
-impl Item {
-    pub fn into_encoded(self) -> Bytes {
+impl PodChange {
+    /// As Updates carry it.
+    pub fn encode(&self) -> Bytes {
+        encode(match self {
+            Self::Put(pod) => Change::Pod(Pod::clone(pod)),
+            Self::Removed(pod) => Change::PodRemoved(link::PodKey {
+                namespace: pod.namespace().to_owned(),
+                name: pod.name().to_owned(),
+                uid: pod.uid().to_owned(),
+            }),
+        })
+    }
+
+    fn pod(&self) -> &Pod {
         match self {
-            Item::Pod(pod) => encode(Change::Pod(Pod::clone(&pod))),
-            Item::Encoded(bytes) => bytes,
+            Self::Put(pod) | Self::Removed(pod) => pod,
         }
     }
 }
 
-/// A session's pending changes. Bounded by the number of objects that concern the node.
+/// A session's pending changes. Bounded by the number of pods on the node.
 #[derive(Debug, Default)]
 pub(super) struct Mailbox {
-    pending: Mutex<IndexMap<ChangeKey, Item>>,
+    /// By uid: a pod's namesake is another pod.
+    pending: Mutex<IndexMap<String, PodChange>>,
     changed: Notify,
     /// The session is over: its node has another, or is no longer a node.
     pub closed: CancellationToken,
 }
 
 impl Mailbox {
-    pub fn put(&self, key: ChangeKey, item: Item) {
-        self.pending().insert(key, item);
+    /// A later change of a pod takes the place of an earlier one.
+    pub fn put(&self, change: PodChange) {
+        let uid = change.pod().uid().to_owned();
+        self.pending().insert(uid, change);
         self.changed.notify_one();
     }
 
-    /// The oldest changes, until they are `count` or `bytes`.
-    pub fn take(&self, count: usize, bytes: usize) -> Vec<Bytes> {
-        let mut pending = self.pending();
-        let mut size = 0;
-        let mut taken = Vec::new();
-        let mut end = 0;
-        while end < count
-            && size < bytes
-            && let Some((_, item)) = pending.get_index(end)
-        {
-            let encoded = item.clone().into_encoded();
-            size += encoded.len();
-            taken.push(encoded);
-            end += 1;
-        }
-        pending.drain(..end);
-        taken
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.pending().is_empty()
+    /// All changes, the oldest first. Nothing is kept, not even room: a mailbox is empty nearly always, and there are many.
+    pub fn take(&self) -> impl Iterator<Item = PodChange> + Send + use<> {
+        std::mem::take(&mut *self.pending()).into_values()
     }
 
     /// Waits for a change. Cancel-safe.
@@ -82,37 +71,47 @@ impl Mailbox {
         self.changed.notified().await;
     }
 
-    fn pending(&self) -> MutexGuard<'_, IndexMap<ChangeKey, Item>> {
+    fn pending(&self) -> MutexGuard<'_, IndexMap<String, PodChange>> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use orlop_proto::meta::v1::ObjectMeta;
+    use prost::Message as _;
+
     use super::*;
 
-    fn key(name: &str) -> ChangeKey {
-        ChangeKey::Service(ObjectKey::new("default", name))
+    fn pod(uid: &str, generation: i64) -> Arc<Pod> {
+        let metadata = ObjectMeta {
+            uid: uid.to_owned(),
+            generation,
+            ..ObjectMeta::default()
+        };
+        Arc::new(Pod {
+            metadata: Some(metadata),
+            ..Pod::default()
+        })
     }
 
     #[test]
-    fn later_changes_of_a_key_take_the_place_of_earlier_ones() {
+    fn later_changes_of_a_pod_take_the_place_of_earlier_ones() {
         let mailbox = Mailbox::default();
-        mailbox.put(key("a"), Item::Encoded(Bytes::from_static(b"a1")));
-        mailbox.put(key("b"), Item::Encoded(Bytes::from_static(b"b1")));
-        mailbox.put(key("a"), Item::Encoded(Bytes::from_static(b"a2")));
-        assert_eq!(mailbox.take(10, 100), ["a2", "b1"]);
-        assert!(mailbox.is_empty());
-    }
-
-    #[test]
-    fn takes_in_pieces() {
-        let mailbox = Mailbox::default();
-        for index in 0..10 {
-            mailbox.put(key(&index.to_string()), Item::Encoded(Bytes::from_static(b"1234")));
-        }
-        assert_eq!(mailbox.take(3, 1000).len(), 3);
-        assert_eq!(mailbox.take(100, 8).len(), 2);
-        assert_eq!(mailbox.take(100, 1000).len(), 5);
+        mailbox.put(PodChange::Put(pod("a", 1)));
+        mailbox.put(PodChange::Put(pod("b", 1)));
+        mailbox.put(PodChange::Put(pod("c", 1)));
+        mailbox.put(PodChange::Put(pod("a", 2)));
+        mailbox.put(PodChange::Removed(pod("b", 1)));
+        let told = mailbox.take().map(|change| {
+            let change = link::Change::decode(change.encode()).unwrap();
+            match change.change.unwrap() {
+                Change::Pod(pod) => format!("{} {}", pod.uid(), pod.meta().generation),
+                Change::PodRemoved(key) => format!("no {}", key.uid),
+                other => panic!("{other:?}"),
+            }
+        });
+        assert_eq!(told.collect::<Vec<_>>(), ["a 2", "no b", "c 1"]);
+        assert_eq!(mailbox.take().count(), 0);
     }
 }

@@ -82,15 +82,10 @@ impl ServiceIndex {
         self.services.clear();
     }
 
-    /// Rebuilds one record. `Some` when it differs: the encoded change to send, which may be a removal.
-    pub fn rebuild(&mut self, key: &ObjectKey) -> Option<Bytes> {
+    /// Rebuilds one record, or removes it when its service is gone. Whether that made a difference.
+    pub fn rebuild(&mut self, key: &ObjectKey) -> bool {
         let Some(service) = self.services.get(key) else {
-            self.records.remove(key)?;
-            let gone = link::ServiceKey {
-                namespace: key.namespace.to_string(),
-                name: key.name.to_string(),
-            };
-            return Some(encode(link::change::Change::ServiceRemoved(gone)));
+            return self.records.remove(key).is_some();
         };
         let slices = self
             .slices
@@ -99,11 +94,11 @@ impl ServiceIndex {
             .flat_map(BTreeMap::values)
             .map(|slice| &**slice);
         let change = encode(link::change::Change::Service(build_record(service, slices)));
-        if self.records.get(key) == Some(&change) {
-            return None;
+        let differs = self.records.get(key) != Some(&change);
+        if differs {
+            self.records.insert(key.clone(), change);
         }
-        self.records.insert(key.clone(), change.clone());
-        Some(change)
+        differs
     }
 }
 
@@ -369,31 +364,32 @@ mod tests {
         assert!(record.ports[0].backends_v4.is_empty());
     }
 
+    fn record(index: &ServiceIndex, key: &ObjectKey) -> link::Service {
+        match link::Change::decode(index.records()[key].clone()).unwrap().change {
+            Some(link::change::Change::Service(record)) => record,
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
-    fn one_change_rebuilds_one_record_and_only_differences_are_sent() {
+    fn one_change_rebuilds_one_record_and_only_differences_count() {
         let mut index = ServiceIndex::default();
         let web = index.put_service(service("web", "10.96.0.7", &[("", "TCP", 80)]));
         let other = index.put_service(service("other", "10.96.0.8", &[("", "TCP", 80)]));
-        assert!(index.rebuild(&web).is_some());
-        assert!(index.rebuild(&other).is_some());
-        assert!(index.rebuild(&web).is_none());
+        assert!(index.rebuild(&web));
+        assert!(index.rebuild(&other));
+        assert!(!index.rebuild(&web));
         let with_one = slice("web-1", "web", &[("", "TCP", 8080)], &[endpoint("10.244.0.2")]);
         assert_eq!(index.put_slice(with_one.clone()), Some(web.clone()));
-        let change = index.rebuild(&web).unwrap();
-        let Some(link::change::Change::Service(record)) = link::Change::decode(change).unwrap().change else {
-            panic!("not a service")
-        };
-        assert_eq!(unpack(&record.ports[0]), ["10.244.0.2:8080/1"]);
+        assert!(index.rebuild(&web));
+        assert_eq!(unpack(&record(&index, &web).ports[0]), ["10.244.0.2:8080/1"]);
         assert_eq!(index.remove_slice(&with_one), Some(web.clone()));
-        assert!(index.rebuild(&web).is_some());
+        assert!(index.rebuild(&web));
+        assert!(record(&index, &web).ports[0].backends_v4.is_empty());
         index.remove_service(&web);
-        let change = index.rebuild(&web).unwrap();
-        assert!(matches!(
-            link::Change::decode(change).unwrap().change,
-            Some(link::change::Change::ServiceRemoved(key)) if key.name == "web"
-        ));
-        assert!(index.rebuild(&web).is_none());
-        assert_eq!(index.records().len(), 1);
+        assert!(index.rebuild(&web));
+        assert!(!index.rebuild(&web));
+        assert_eq!(index.records().keys().collect::<Vec<_>>(), [&other]);
     }
 
     #[test]
@@ -402,12 +398,9 @@ mod tests {
         let key = index
             .put_slice(slice("web-1", "web", &[("", "TCP", 8080)], &[endpoint("10.244.0.2")]))
             .unwrap();
-        assert!(index.rebuild(&key).is_none());
+        assert!(!index.rebuild(&key));
         index.put_service(service("web", "10.96.0.7", &[("", "TCP", 80)]));
-        let change = index.rebuild(&key).unwrap();
-        let Some(link::change::Change::Service(record)) = link::Change::decode(change).unwrap().change else {
-            panic!("not a service")
-        };
-        assert_eq!(unpack(&record.ports[0]).len(), 1);
+        assert!(index.rebuild(&key));
+        assert_eq!(unpack(&record(&index, &key).ports[0]).len(), 1);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    convert::Infallible,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -13,24 +14,25 @@ use orlop_proto::{
     core::v1::{Node, NodeStatus},
     meta::v1::ObjectMeta,
     node::v1::{
-        self as link, ControlMessage, NodeMessage, change::Change, control_message::Message as ToNode,
+        self as link, ControlMessage, NodeMessage, control_message::Message as ToNode,
         node_message::Message as FromNode,
     },
 };
 use tokio::{
     sync::{mpsc, watch},
-    time::{Instant, MissedTickBehavior, interval, timeout},
+    time::{Instant, MissedTickBehavior, interval_at, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status, Streaming};
 
 use super::{
     Inner, PROTOCOL,
+    board::Board,
     codec::Outgoing,
     events::EventWriter,
     hub::Opening,
+    mailbox::PodChange,
     reports::{LeaseWriter, ReportWriter},
-    services::encode,
 };
 use crate::{
     registry::RegistryError,
@@ -125,7 +127,8 @@ async fn keep(inner: &Arc<Inner>, node: Arc<str>, mut incoming: Streaming<NodeMe
         outgoing,
     };
     let status = tokio::select! {
-        status = send(inner, opening, object, acknowledged, outgoing) => status,
+        Err(status) = send(inner, &node, opening, object, acknowledged, outgoing) => status,
+        status = ping(inner.config.ping, outgoing) => status,
         status = receiver.run(incoming) => status,
         () = mailbox.closed.cancelled() => Status::aborted("another session of this node has begun, or its object was deleted"),
     };
@@ -217,81 +220,98 @@ pub(super) async fn ensure_node(
 /// Sends Welcome, the snapshot, and then what changes.
 async fn send(
     inner: &Inner,
+    node: &str,
     opening: Opening,
     object: Node,
     mut acknowledged: watch::Receiver<u64>,
     outgoing: &Sender,
-) -> Status {
-    let gone = || Status::cancelled("the node is gone");
-    let mailbox = Arc::clone(&opening.mailbox);
-    if outgoing
-        .send(Ok(message(ToNode::Welcome(welcome(inner, &object)))))
-        .await
-        .is_err()
-    {
-        return gone();
-    }
-    let mut version = match send_snapshot(inner, opening, outgoing).await {
-        Some(version) => version,
-        None => return gone(),
+) -> Result<Infallible, Status> {
+    let Opening {
+        pods,
+        board: mut told,
+        mut boards,
+        mailbox,
+    } = opening;
+    let welcome = message(ToNode::Welcome(welcome(inner, &object)));
+    outgoing.send(Ok(welcome)).await.map_err(|_| gone())?;
+    let mut updates = Updates {
+        inner,
+        outgoing,
+        version: 0,
     };
-    let mut ping = interval(inner.config.ping);
-    ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let nothing = Board::default();
+    let pods = pods.into_iter().map(|pod| PodChange::Put(pod).encode());
+    updates.send(pods.chain(nothing.changes(&told, node)), true).await?;
     loop {
         let known = *acknowledged.borrow_and_update();
-        let Some(waiting) = version.checked_sub(known) else {
-            return Status::invalid_argument(format!(
-                "version {known} was acknowledged, {version} is the last that was sent"
-            ));
+        let Some(waiting) = updates.version.checked_sub(known) else {
+            return Err(Status::invalid_argument(format!(
+                "version {known} was acknowledged, {} is the last that was sent",
+                updates.version
+            )));
         };
         let open = waiting < inner.config.window;
-        if open && !mailbox.is_empty() {
-            let changes = mailbox.take(UPDATE_CHANGES, UPDATE_BYTES);
-            version += 1;
-            if outgoing.send(Ok(inner.update(version, changes, false))).await.is_err() {
-                return gone();
-            }
-            continue;
-        }
         tokio::select! {
-            // Cancel-safe: all of them only wake.
+            // Cancel-safe: all of them only wake. A sender that is gone is the end of the hub or of the session, which others see.
             () = mailbox.changed(), if open => {}
-            changed = acknowledged.changed(), if !open => if changed.is_err() { return gone() },
-            _ = ping.tick() => {
-                if outgoing.send(Ok(message(ToNode::Ping(link::Ping {})))).await.is_err() {
-                    return gone();
-                }
+            Ok(()) = boards.changed(), if open => {}
+            changed = acknowledged.changed() => {
+                changed.map_err(|_| gone())?;
+                continue;
             }
+        }
+        let board = boards.borrow_and_update().clone();
+        let pods = mailbox.take().map(|change| change.encode());
+        // A pod comes after the services that were there before it.
+        updates.send(told.changes(&board, node).chain(pods), false).await?;
+        told = board;
+    }
+}
+
+fn gone() -> Status {
+    Status::cancelled("the node is gone")
+}
+
+/// Says something every now and then, whatever else is on its way.
+async fn ping(period: Duration, outgoing: &Sender) -> Status {
+    let mut ticks = interval_at(Instant::now() + period, period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        if outgoing.send(Ok(message(ToNode::Ping(link::Ping {})))).await.is_err() {
+            return gone();
         }
     }
 }
 
-/// The whole snapshot in pieces; its size is bounded by the stream's flow control, not by acknowledgements.
-async fn send_snapshot(inner: &Inner, opening: Opening, outgoing: &Sender) -> Option<u64> {
-    let pods = opening.pods.into_iter().map(|pod| encode(Change::Pod((*pod).clone())));
-    let shared = opening.services.into_iter().map(|(_, change)| change);
-    let changes: Box<dyn Iterator<Item = Bytes> + Send> = Box::new(
-        pods.chain(shared)
-            .chain(opening.routes.into_iter().map(|(_, change)| change)),
-    );
-    let mut changes = changes.peekable();
-    let mut version = 0;
-    loop {
-        let mut piece: Vec<Bytes> = Vec::new();
-        let mut size = 0;
-        while piece.len() < UPDATE_CHANGES
-            && size < UPDATE_BYTES
-            && let Some(change) = changes.next()
-        {
-            size += change.len();
-            piece.push(change);
+/// Counts what is sent.
+struct Updates<'a> {
+    inner: &'a Inner,
+    outgoing: &'a Sender,
+    version: u64,
+}
+
+impl Updates<'_> {
+    /// Sends changes in pieces; the stream's flow control holds them back. The end of a snapshot is sent in any case.
+    async fn send(&mut self, changes: impl Iterator<Item = Bytes>, snapshot_end: bool) -> Result<(), Status> {
+        let mut changes = changes.peekable();
+        let mut end = changes.peek().is_none() && !snapshot_end;
+        while !end {
+            let mut piece: Vec<Bytes> = Vec::new();
+            let mut size = 0;
+            while piece.len() < UPDATE_CHANGES
+                && size < UPDATE_BYTES
+                && let Some(change) = changes.next()
+            {
+                size += change.len();
+                piece.push(change);
+            }
+            self.version += 1;
+            end = changes.peek().is_none();
+            let update = self.inner.update(self.version, piece, end && snapshot_end);
+            self.outgoing.send(Ok(update)).await.map_err(|_| gone())?;
         }
-        version += 1;
-        let end = changes.peek().is_none();
-        outgoing.send(Ok(inner.update(version, piece, end))).await.ok()?;
-        if end {
-            return Some(version);
-        }
+        Ok(())
     }
 }
 
