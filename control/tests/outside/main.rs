@@ -1,7 +1,8 @@
-//! Control from outside: a real server with the embedded store, on TLS and on a unix socket.
+//! Control from outside: real servers with the embedded store, and with etcd, on TLS and on a unix socket.
 
 mod apply;
 mod continue_tokens;
+mod etcd;
 mod harness;
 mod hostile_grpc;
 mod hostile_manifests;

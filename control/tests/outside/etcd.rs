@@ -1,0 +1,93 @@
+//! A real etcd of this test's own, for several controls.
+
+use std::{
+    net::TcpListener,
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use etcd_client::{Client, CompactionOptions};
+use tempfile::TempDir;
+
+use crate::harness::Control;
+
+/// The process; it ends with this value.
+pub struct Etcd {
+    endpoint: String,
+    process: Child,
+    _dir: TempDir,
+}
+
+impl Etcd {
+    /// Starts one, which answers when this returns.
+    pub async fn start() -> Self {
+        // Both are held until both are known, so that they differ.
+        let free = [0, 0].map(|_: u16| TcpListener::bind("127.0.0.1:0").expect("a free port"));
+        let [clients, peers] = free.map(|listener| format!("http://{}", listener.local_addr().expect("an address")));
+        let dir = tempfile::tempdir().expect("directory");
+        let process = Command::new("etcd")
+            .args(["--name", "a", "--data-dir"])
+            .arg(dir.path())
+            .args(["--listen-client-urls", &clients, "--advertise-client-urls", &clients])
+            .args(["--listen-peer-urls", &peers, "--initial-advertise-peer-urls", &peers])
+            .args(["--initial-cluster", &format!("a={peers}")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("etcd is installed (cargo xtask setup)");
+        let etcd = Self {
+            endpoint: clients,
+            process,
+            _dir: dir,
+        };
+        for _ in 0..600 {
+            if let Ok(mut client) = Client::connect([&etcd.endpoint], None).await
+                && client.get("is it up?", None).await.is_ok()
+            {
+                return etcd;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        panic!("etcd does not come up");
+    }
+
+    /// A control over it; further ones are given the CA of the first, as operators do.
+    pub async fn control(&self, first: Option<&Control>) -> Control {
+        let directory = Arc::new(tempfile::tempdir().expect("directory"));
+        if let Some(first) = first {
+            let pki = directory.path().join("data/pki");
+            std::fs::create_dir_all(&pki).expect("pki");
+            for file in ["ca.crt", "ca.key"] {
+                std::fs::copy(first.directory.path().join("data/pki").join(file), pki.join(file)).expect(file);
+            }
+        }
+        self.control_in(directory).await
+    }
+
+    /// A control over it in a directory that may have been used before.
+    pub async fn control_in(&self, directory: Arc<TempDir>) -> Control {
+        let extra = format!(
+            "[store]\nengine = \"etcd\"\n[store.etcd]\nendpoints = [{:?}]\n",
+            self.endpoint
+        );
+        Control::start_in(directory, &extra).await
+    }
+
+    /// Forgets all that was before the present revision.
+    pub async fn compact(&self) {
+        let mut client = Client::connect([&self.endpoint], None).await.expect("connects");
+        let now = client.get("any", None).await.expect("answers");
+        let revision = now.header().expect("a header").revision();
+        let physical = CompactionOptions::new().with_physical();
+        client.compact(revision, Some(physical)).await.expect("compacts");
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.process.kill().ok();
+        self.process.wait().ok();
+    }
+}
