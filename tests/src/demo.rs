@@ -52,6 +52,7 @@ pub fn up(nodes: u16, store: StoreEngine, controls: u16, port: u16) -> Result<()
         api_port: port,
         control_extra: String::new(),
         node_extra: String::new(),
+        registry: false,
         containerd: std::collections::BTreeMap::new(),
     };
     images::write_fixture_image(&spec.static_binaries.join("orlop-fixture"), &orlop.join("images"))?;

@@ -18,7 +18,7 @@ pub const FIXTURE_IMAGE: &str = "orlop.dev/fixture:1";
 pub fn write_fixture_image(program: &Path, folder: &Path) -> Result<PathBuf> {
     let binary =
         fs::read(program).with_context(|| format!("reading {}: cargo xtask up builds it", program.display()))?;
-    let layer = layer(&binary)?;
+    let layer = layer(&[("fixture", &binary)])?;
     let diff_id = format!("sha256:{}", hex::encode(Sha256::digest(&layer)));
     let config = serde_json::to_vec(&json!({
         "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
@@ -51,9 +51,12 @@ pub fn write_fixture_image(program: &Path, folder: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn layer(binary: &[u8]) -> Result<Vec<u8>> {
+/// A layer of executable files: the same bytes for the same files.
+pub fn layer(files: &[(&str, &[u8])]) -> Result<Vec<u8>> {
     let mut layer = tar::Builder::new(Vec::new());
-    append(&mut layer, "fixture", binary, 0o755)?;
+    for (name, content) in files {
+        append(&mut layer, name, content, 0o755)?;
+    }
     Ok(layer.into_inner()?)
 }
 

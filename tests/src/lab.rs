@@ -38,6 +38,8 @@ pub struct Options {
     pub control_extra: String,
     /// Lines for `node.toml`.
     pub node_extra: String,
+    /// With registries of images, which the nodes know.
+    pub registry: bool,
     /// Nodes that run the containerd of the 2 series, which `cargo xtask setup` unpacked beside the machine's.
     pub containerd_2: Vec<String>,
 }
@@ -51,6 +53,7 @@ impl Default for Options {
             controls: 1,
             control_extra: String::new(),
             node_extra: String::new(),
+            registry: false,
             containerd_2: Vec::new(),
         }
     }
@@ -131,6 +134,7 @@ impl Lab {
             api_port: 0,
             control_extra: options.control_extra.clone(),
             node_extra: options.node_extra.clone(),
+            registry: options.registry,
             containerd: containerd_2(&orlop, &options.containerd_2)?,
         };
         images::write_fixture_image(&spec.static_binaries.join("orlop-fixture"), &orlop.join("images"))?;

@@ -48,6 +48,9 @@ pub struct Spec {
     pub control_extra: String,
     /// See `control_extra`.
     pub node_extra: String,
+    /// Whether there is a member with registries of images, see [`crate::registry`].
+    #[serde(default)]
+    pub registry: bool,
     /// The folders of the containerd programs that members run, where these are not the machine's.
     #[serde(default)]
     pub containerd: BTreeMap<String, PathBuf>,

@@ -11,5 +11,6 @@ pub mod images;
 pub mod lab;
 pub mod layout;
 pub mod namespaces;
+pub mod registry;
 pub mod supervisor;
 pub mod workload;

@@ -9,9 +9,10 @@ use std::{
     },
     path::{Path, PathBuf},
     process::Command,
+    thread,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns, unshare},
@@ -190,6 +191,20 @@ pub fn enter(target: &Target, command: &[String]) -> Result<()> {
     }
     let error = run.exec();
     Err(error).with_context(|| format!("running {program}"))
+}
+
+/// Runs this in the network namespace of a process, and returns its answer: sockets that it opens stay there.
+pub fn in_network<T: Send + 'static>(pid: i32, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    // A thread of its own enters the namespace and ends there: a namespace belongs to a thread.
+    let entered = thread::spawn(move || -> Result<T> {
+        let path = format!("/proc/{pid}/ns/net");
+        let namespace = File::open(&path).with_context(|| format!("opening {path}"))?;
+        setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).with_context(|| format!("entering {path}"))?;
+        work()
+    });
+    entered
+        .join()
+        .map_err(|_| anyhow!("the thread inside the network of process {pid} panicked"))?
 }
 
 /// Runs a tool of the machine here and now; its stderr is part of the error.

@@ -29,6 +29,7 @@ pub use commands::{Request, Response, ServiceStatus, send};
 use crate::{
     cgroup,
     layout::{API_PORT, MAX_CONTROLS, Member, Members, Spec, StoreEngine, control_address, control_name, node_address},
+    registry,
 };
 use service::{Service, Supervised};
 
@@ -159,7 +160,16 @@ impl Supervisor {
         for index in 1..=self.spec.nodes {
             self.make_member(&format!("node{index}"), Some(node_address(index)))?;
         }
+        if self.spec.registry {
+            self.make_member(registry::MEMBER, Some(registry::ADDRESS))?;
+        }
         network::build(&self.members)?;
+        if self.spec.registry {
+            registry::prepare(&self.spec)?;
+            for service in configuration::registries(&self.spec) {
+                self.add(service)?;
+            }
+        }
         self.start_control()?;
         say("nodes");
         let token = configuration::join_token(&self.members)?;

@@ -15,6 +15,7 @@ use super::service::Service;
 use crate::{
     client::Client,
     layout::{API_PORT, CONTROL_ADDRESS, Members, Spec, StoreEngine, control_address, control_name},
+    registry,
 };
 
 /// What a lab's logs show; `ORLOP_LAB_LOG` overrides it.
@@ -112,6 +113,14 @@ pub fn etcd(spec: &Spec) -> Result<Vec<Service>> {
     Ok(services)
 }
 
+/// The lab's registries of images, one service each.
+pub fn registries(spec: &Spec) -> Vec<Service> {
+    let programs = registry::programs(spec).into_iter();
+    programs
+        .map(|(name, command)| service(spec, registry::MEMBER, name, command))
+        .collect()
+}
+
 /// Writes `node.toml`.
 pub fn write_node(spec: &Spec, name: &str, address: Ipv4Addr, token: &str) -> Result<()> {
     let directory = spec.member_directory(name);
@@ -123,13 +132,18 @@ pub fn write_node(spec: &Spec, name: &str, address: Ipv4Addr, token: &str) -> Re
         "# Every node shares the machine's disk: how full that is is no concern here.\n\
          disk_pressure_percent = 0\nnode_name = \"{name}\"\nnode_address = \"{address}\"\ndata_dir = {:?}\nlog_dir = {:?}\n\
          control = {controls:?}\njoin_token = \"{token}\"\nimage_dirs = [{:?}]\n\
-         pause_binary = {:?}\nlogger_binary = {:?}\n{}\n",
+         pause_binary = {:?}\nlogger_binary = {:?}\n{}\n{}",
         directory.join("data"),
         directory.join("log"),
         spec.orlop.join("images"),
         spec.static_binaries.join("orlop-pause"),
         spec.binaries.join("orlop-logger"),
         spec.node_extra,
+        if spec.registry {
+            registry::known_to_nodes(spec)
+        } else {
+            String::new()
+        },
     );
     fs::write(directory.join("node.toml"), text).context("writing node.toml")
 }

@@ -1,18 +1,15 @@
 //! The lab's network: one bridge in a namespace of its own that has no way out, a cable to every member.
 
 use std::{
-    fs::File,
     net::{Ipv4Addr, TcpListener},
-    os::fd::{AsFd, OwnedFd},
-    thread,
+    os::fd::OwnedFd,
 };
 
 use anyhow::{Context, Result};
-use nix::sched::{CloneFlags, setns};
 
 use crate::{
     layout::{Member, Members, Way},
-    namespaces::run_tool,
+    namespaces::{in_network, run_tool},
 };
 
 /// The bridge's name in the switch.
@@ -83,14 +80,8 @@ fn in_network_of(member: &Member, program: &str, arguments: &[&str]) -> Result<S
 
 /// A listening socket inside a member's network namespace.
 pub fn listen_in(pid: i32, address: Ipv4Addr, port: u16) -> Result<OwnedFd> {
-    // A thread of its own enters the namespace and ends there: a namespace belongs to a thread.
-    let opened = thread::spawn(move || -> Result<OwnedFd> {
-        let namespace = File::open(format!("/proc/{pid}/ns/net")).context("opening control's network namespace")?;
-        setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).context("entering control's network namespace")?;
+    in_network(pid, move || {
         let listener = TcpListener::bind((address, port)).with_context(|| format!("listening on {address}:{port}"))?;
         Ok(OwnedFd::from(listener))
-    });
-    opened
-        .join()
-        .map_err(|_| anyhow::anyhow!("the thread that listens inside control panicked"))?
+    })
 }
