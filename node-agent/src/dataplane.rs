@@ -130,6 +130,12 @@ pub trait Dataplane: Send + Sync + 'static {
     /// Forgets a pod and its counters. Idempotent; the interface may be gone already.
     async fn detach_pod(&self, pod_uid: &str) -> Result<(), DataplaneError>;
 
+    /// Looks whether what was attached still is. The node's own programs are attached again here; the pods whose interface lacks
+    /// one are named by their uids, for the caller to attach them again.
+    async fn repair(&self) -> Result<Vec<String>, DataplaneError> {
+        Ok(Vec::new())
+    }
+
     /// Reads all counters.
     async fn read_counters(&self) -> Result<Counters, DataplaneError>;
 

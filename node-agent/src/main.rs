@@ -4,7 +4,14 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use orlop_node::{agent, config::Config, dataplane, identity::Identity, ledger};
+use orlop_node::{
+    agent,
+    config::Config,
+    dataplane::{self, PodInterface},
+    identity::Identity,
+    ledger,
+    network::{self, Attachment, CniNetwork, Network as _},
+};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -26,7 +33,7 @@ enum Command {
     Run,
     /// Joins the cluster with the configured token, unless that is done, and ends.
     Join,
-    /// Compares the kernel's maps, programs and links with what this node was told; ends with 1 when they differ.
+    /// Compares the kernel's maps, programs and links with what this node was told and the pods it has; ends with 1 when they differ.
     Verify,
 }
 
@@ -62,7 +69,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let code = match arguments.command {
         None | Some(Command::Run) => runtime.block_on(run(config)),
         Some(Command::Join) => runtime.block_on(join(&config)),
-        Some(Command::Verify) => verify(&config),
+        Some(Command::Verify) => runtime.block_on(verify(&config)),
     };
     // A hung call to the container runtime must not keep the agent from ending: pods do not need it.
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -109,18 +116,14 @@ async fn join(config: &Config) -> anyhow::Result<ExitCode> {
 }
 
 /// The ledger of a running agent is a few seconds behind the maps: differences count when they last.
-fn verify(config: &Config) -> anyhow::Result<ExitCode> {
-    let compare = || -> anyhow::Result<dataplane::Report> {
-        let services = ledger::read_services(&config.data_dir)?;
-        Ok(dataplane::verify::verify(&agent::dataplane_config(config), &services)?)
-    };
-    let mut report = compare()?;
+async fn verify(config: &Config) -> anyhow::Result<ExitCode> {
+    let mut report = compare(config).await?;
     for _ in 0..6 {
         if report.is_clean() {
             break;
         }
-        std::thread::sleep(Duration::from_secs(1));
-        report = compare()?;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        report = compare(config).await?;
     }
     println!("{report}");
     Ok(if report.is_clean() {
@@ -128,4 +131,24 @@ fn verify(config: &Config) -> anyhow::Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+async fn compare(config: &Config) -> anyhow::Result<dataplane::Report> {
+    let services = ledger::read_services(&config.data_dir)?;
+    let attached = CniNetwork::new(network::Settings::new(config)).list().await?;
+    let interface = |attachment: Attachment| {
+        let (pod, status) = (attachment.pod?, attachment.status?);
+        Some(PodInterface {
+            pod_uid: pod.uid,
+            host_interface: status.host_interface,
+        })
+    };
+    // A plugin that names no interface has its pods' traffic not counted.
+    let pods = attached.into_iter().filter_map(interface);
+    let pods: Vec<PodInterface> = pods.filter(|pod| !pod.host_interface.is_empty()).collect();
+    Ok(dataplane::verify::verify(
+        &agent::dataplane_config(config),
+        &services,
+        &pods,
+    )?)
 }

@@ -140,6 +140,7 @@ pub async fn run(inputs: Inputs, stop: CancellationToken) {
         busy: BTreeMap::new(),
         reported: BTreeMap::new(),
         cleared: false,
+        looked_after: Instant::now(),
     };
     reconciler.run(done, stop).await;
 }
@@ -157,6 +158,8 @@ struct Reconciler {
     reported: BTreeMap<String, PodUpdate>,
     /// Whether networks that an earlier life left half-made have been cleared.
     cleared: bool,
+    /// When the dataplane's hooks were last looked at.
+    looked_after: Instant,
 }
 
 impl Reconciler {
@@ -231,6 +234,7 @@ impl Reconciler {
         };
         let desired = self.inputs.desired.borrow_and_update().clone();
         self.forget(&desired, &observed);
+        self.look_after_hooks(&observed).await;
         let now = Timestamp::now();
         let progress = self.progress.clone();
         let settings = self.inputs.settings.clone();
@@ -314,6 +318,33 @@ impl Reconciler {
         if self.busy.is_empty() {
             let sandboxes = sandbox_ids(observed);
             self.progress.attached.retain(|id| sandboxes.contains(id));
+        }
+    }
+
+    /// What somebody else detached from a pod's interface is planned to be attached again.
+    async fn look_after_hooks(&mut self, observed: &Observed) {
+        if self.looked_after.elapsed() < self.inputs.settings.resync {
+            return;
+        }
+        self.looked_after = Instant::now();
+        let lost = match self.inputs.dataplane.repair().await {
+            Ok(lost) => lost,
+            Err(error) => {
+                tracing::warn!(%error, "cannot see whether programs are attached");
+                return;
+            }
+        };
+        // A worker attaches and detaches, too: its pod is looked at the next time.
+        for uid in lost.iter().filter(|uid| !self.busy.contains_key(*uid)) {
+            let Some(found) = observed.pods.get(uid) else { continue };
+            let mut hooked = false;
+            for sandbox in &found.sandboxes {
+                hooked |= self.progress.attached.remove(&sandbox.id);
+            }
+            if hooked {
+                tracing::warn!(pod = uid, name = found.id.name, "somebody detached the pod's programs");
+                self.executor.events.hooks_lost(&found.id);
+            }
         }
     }
 

@@ -3,7 +3,11 @@
 use std::{fs, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use orlop_proto::{Resource, core::v1::Pod, metrics::v1::PodMetrics};
+use orlop_proto::{
+    Resource,
+    core::v1::{Event, Pod},
+    metrics::v1::PodMetrics,
+};
 use orlop_tests::{
     lab::{Lab, Options, output},
     workload::{client, pod, web},
@@ -71,6 +75,7 @@ fn cpu_and_bytes_agree_with_the_kernel() -> Result<()> {
         web_service.connections >= 2 && web_service.backends[0].connections >= 2,
         "{web_service:?}"
     );
+    lost_programs_are_attached_again(&lab, &web, &client)?;
     detached_programs_count_nothing(&lab, &burner)?;
     lab.finish()
 }
@@ -199,6 +204,38 @@ fn prometheus(lab: &Lab) -> Result<()> {
         "control serves {text}"
     );
     Ok(())
+}
+
+/// Somebody detaches a pod's programs, and one of the node's: the agent says so on the pod, and attaches them again.
+fn lost_programs_are_attached_again(lab: &Lab, web: &Pod, client: &Pod) -> Result<()> {
+    let folder = "/sys/fs/bpf/orlop/node1";
+    let script = format!("rm {folder}/pods/{}_* {folder}/connect4_link", web.uid());
+    output(lab.on_node("node1", &["sh", "-c", &script])?)?;
+    lab.wait("an event tells of it", Duration::from_secs(60), || {
+        let events: Vec<Event> = lab.client.list("default", "")?;
+        let tells = |event: &Event| {
+            let about = event
+                .involved_object
+                .as_ref()
+                .is_some_and(|about| about.uid == web.uid());
+            about && event.reason == "TrafficHooksLost"
+        };
+        Ok(events.iter().any(tells).then_some(()))
+    })?;
+    let config = lab
+        .spec
+        .member_directory("node1")
+        .join("node.toml")
+        .display()
+        .to_string();
+    let program = lab.spec.binaries.join("orlop-node").display().to_string();
+    lab.wait("all is attached", Duration::from_secs(60), || {
+        let said = output(lab.on_node("node1", &[&program, "--config", &config, "verify"])?)?;
+        ensure!(said.contains("3 pods: 0 differences"), "{said}");
+        Ok(Some(()))
+    })?;
+    let address = lab.cluster_ip("web")?;
+    lab.wait_for_answers(client, &["get", &address, "80", "1"], std::slice::from_ref(web))
 }
 
 /// The figures come from the programs: without them nothing is counted.

@@ -1,8 +1,9 @@
 //! The dataplane in the kernel.
 
+mod pods;
+
 use std::{
     collections::{BTreeMap, HashMap},
-    io,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         mpsc::{Receiver, Sender, channel},
@@ -15,16 +16,15 @@ use async_trait::async_trait;
 use orlop_ebpf_abi as abi;
 
 use super::{
-    Applied, Attachment, Config, Counters, Dataplane, DataplaneError, NetworkCounters, PodInterface, Report,
-    ServiceChanges,
+    Applied, Config, Counters, Dataplane, DataplaneError, NetworkCounters, PodInterface, Report, ServiceChanges,
     arena::Arena,
-    bpf::{self, Target},
-    clsact, counters, failed,
-    kernel::{self, Hook, Kernel, PROGRAMS},
+    bpf, counters, failed,
+    kernel::Kernel,
     logs,
     planner::{Limits, Planner, Retired, Writes},
     tables, verify,
 };
+use pods::Hooks;
 
 /// [`Dataplane`] with eBPF. Cheap to clone.
 #[derive(Clone)]
@@ -54,8 +54,8 @@ struct State {
     full: Option<&'static str>,
     /// A write failed: what is in the maps is to be read again before the next.
     unsure: bool,
-    /// Interface index by pod uid.
-    pods: BTreeMap<String, u32>,
+    /// What is attached, by pod uid.
+    pods: BTreeMap<String, Hooks>,
     /// The last CPU times told; a figure never goes back.
     cpu: HashMap<u64, u64>,
     total: Applied,
@@ -155,78 +155,6 @@ impl EbpfDataplane {
         }
     }
 
-    /// [`Dataplane::attach_pod`], in this thread and its network namespace.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn attach_pod_now(&self, pod: &PodInterface) -> Result<(), DataplaneError> {
-        self.attach_pod_with(pod, Attachment::best())
-    }
-
-    /// The same, in a given way.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn attach_pod_with(&self, pod: &PodInterface, attachment: Attachment) -> Result<(), DataplaneError> {
-        let inner = &*self.inner;
-        let name = &pod.host_interface;
-        let index = nix::net::if_::if_nametoindex(name.as_str())
-            .map_err(|error| failed(format!("find interface {name}"), io::Error::from(error)))?;
-        let mut state = inner.lock();
-        let map = inner.kernel.map(abi::TRAFFIC);
-        if state.pods.get(&pod.pod_uid) != Some(&index) {
-            let zeros = vec![0; bpf::value_bytes(&map.info).map_err(|error| failed("count CPUs", error))?];
-            // What is there is this pod's, from an earlier life that left no link: counters go with a pod's interface.
-            bpf::add(&map.fd, &index.to_ne_bytes(), &zeros)
-                .map_err(|error| failed(format!("make counters for {name}"), error))?;
-        }
-        for (program, hook) in interface_programs() {
-            match attachment {
-                Attachment::Tcx => {
-                    inner.kernel.attach_interface(&pod.pod_uid, program, hook, index)?;
-                }
-                Attachment::Clsact => clsact::attach(&inner.kernel.program_pin(program), program, name)
-                    .map_err(|error| failed(format!("attach {program} to {name}"), error))?,
-            }
-        }
-        state.pods.insert(pod.pod_uid.clone(), index);
-        Ok(())
-    }
-
-    /// [`Dataplane::detach_pod`], in this thread.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn detach_pod_now(&self, uid: &str) -> Result<(), DataplaneError> {
-        let inner = &*self.inner;
-        let mut state = inner.lock();
-        for (spec, _) in interface_programs() {
-            let path = inner.kernel.pins.pod_link(uid, spec);
-            match std::fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(failed(format!("unpin {}", path.display()), error));
-                }
-                _ => {}
-            }
-        }
-        let index = state.pods.remove(uid);
-        if let Some(interface) = index.and_then(|index| nix::net::if_::if_indextoname(index).ok())
-            && let Ok(interface) = interface.into_string()
-        {
-            for (program, _) in interface_programs() {
-                clsact::detach(program, &interface)
-                    .map_err(|error| failed(format!("detach {program} from {interface}"), error))?;
-            }
-        }
-        if let Some(index) = index
-            && !state.pods.values().any(|other| *other == index)
-        {
-            bpf::delete(&inner.kernel.map(abi::TRAFFIC).fd, &index.to_ne_bytes())
-                .map_err(|error| failed("delete the pod's counters", error))?;
-        }
-        Ok(())
-    }
-
     /// [`Dataplane::read_counters`], in this thread.
     ///
     /// # Errors
@@ -247,7 +175,7 @@ impl EbpfDataplane {
         let network_by_pod = state
             .pods
             .iter()
-            .filter_map(|(uid, index)| Some((uid.clone(), *traffic.get(index)?)))
+            .filter_map(|(uid, hooks)| Some((uid.clone(), *traffic.get(&hooks.index)?)))
             .collect::<HashMap<String, NetworkCounters>>();
         let services =
             counters::services(&inner.kernel, &state.planner).map_err(|error| failed(reading("services"), error))?;
@@ -263,9 +191,8 @@ impl EbpfDataplane {
     /// # Errors
     /// Something cannot be read at all.
     pub fn verify_now(&self) -> Result<Report, DataplaneError> {
-        let state = self.inner.lock();
-        let services: Vec<_> = state.planner.services().cloned().collect();
-        verify::verify(&self.inner.config, &services)
+        let services: Vec<_> = self.inner.lock().planner.services().cloned().collect();
+        verify::verify(&self.inner.config, &services, &self.pod_interfaces())
     }
 
     /// What all calls of `apply` together wrote since the start.
@@ -304,6 +231,10 @@ impl Dataplane for EbpfDataplane {
     async fn detach_pod(&self, pod_uid: &str) -> Result<(), DataplaneError> {
         let uid = pod_uid.to_owned();
         self.blocking(move |this| this.detach_pod_now(&uid)).await
+    }
+
+    async fn repair(&self) -> Result<Vec<String>, DataplaneError> {
+        self.blocking(Self::repair_now).await
     }
 
     async fn read_counters(&self) -> Result<Counters, DataplaneError> {
@@ -370,29 +301,6 @@ impl Inner {
                 return Err(failed("zero counters that were given up", error));
             }
             state.planner.release(retired);
-        }
-        Ok(())
-    }
-
-    /// Which pods' interfaces have links from before; counters are deleted when their interface is gone. (Without tcx there
-    /// are no links to tell whose they are: the pod's next attaching takes them.)
-    fn adopt_pods(&self) -> Result<(), DataplaneError> {
-        let mut state = self.lock();
-        for (name, path) in kernel::pod_links(&self.kernel.pins) {
-            let info = bpf::open_pinned(&path)
-                .and_then(bpf::link_info)
-                .map_err(|error| failed(format!("read link {name}"), error))?;
-            let uid = name.rsplit_once('_').map(|(uid, _)| uid);
-            if let (Some(uid), Target::Interface(index @ 1..)) = (uid, info.target) {
-                state.pods.insert(uid.to_owned(), index);
-            }
-        }
-        let map = self.kernel.map(abi::TRAFFIC);
-        let known = counters::traffic(map).map_err(|error| failed("read counters of traffic", error))?;
-        for index in known.keys().filter(|index| {
-            !state.pods.values().any(|of_pod| of_pod == *index) && nix::net::if_::if_indextoname(**index).is_err()
-        }) {
-            bpf::delete(&map.fd, &index.to_ne_bytes()).map_err(|error| failed("delete counters", error))?;
         }
         Ok(())
     }
@@ -467,11 +375,4 @@ fn grace_period() {
 
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-}
-
-fn interface_programs() -> impl Iterator<Item = (&'static str, u32)> {
-    PROGRAMS.iter().filter_map(|spec| match spec.hook {
-        Hook::Interface(hook) => Some((spec.name, hook)),
-        _ => None,
-    })
 }

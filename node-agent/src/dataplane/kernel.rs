@@ -213,7 +213,8 @@ impl Kernel {
         )
     }
 
-    fn attach_all(&self) -> Result<(), DataplaneError> {
+    /// Attaches all programs that are attached once, or finds them attached; the pods' links get our programs.
+    pub(super) fn attach_all(&self) -> Result<(), DataplaneError> {
         let root = fs::File::open(&self.cgroup_root)
             .map_err(|error| failed(format!("open {}", self.cgroup_root.display()), error))?;
         let root_id = super::cgroup_id(&self.cgroup_root).map_err(|error| failed("read cgroup2's root", error))?;
@@ -306,6 +307,20 @@ impl Kernel {
             }
         }
     }
+}
+
+/// The programs of a pod's interface, and where each is attached (BPF_TCX_...).
+pub(super) fn interface_programs() -> impl Iterator<Item = (&'static str, u32)> {
+    PROGRAMS.iter().filter_map(|spec| match spec.hook {
+        Hook::Interface(hook) => Some((spec.name, hook)),
+        _ => None,
+    })
+}
+
+/// Whether a pod's link for a program is pinned, and at this interface.
+pub(super) fn is_linked(pins: &Pins, uid: &str, program: &str, index: u32) -> bool {
+    let info = bpf::open_pinned(&pins.pod_link(uid, program)).and_then(bpf::link_info);
+    info.is_ok_and(|info| info.target == Target::Interface(index))
 }
 
 /// Removes all pins of an instance: programs are detached, counters gone.

@@ -8,15 +8,16 @@ use std::{
     sync::Arc,
 };
 
+use nix::net::if_::if_nametoindex;
 use orlop_ebpf_abi::{self as abi, FrontendKey, SlotState};
 use orlop_proto::node::v1 as link;
 
 use super::{
-    Config, DataplaneError,
+    Attachment, Config, DataplaneError, PodInterface,
     arena::Arena,
     bpf::{self, Target},
     failed,
-    kernel::{self, Hook, Kernel, PROGRAMS, Pins},
+    kernel::{self, Hook, Kernel, PROGRAMS, Pins, interface_programs},
     layout::MAPS,
     planner, tables,
 };
@@ -30,6 +31,8 @@ pub struct Report {
     pub backends: usize,
     /// Links and their programs looked at.
     pub links: usize,
+    /// Pods' interfaces looked at.
+    pub pods: usize,
     /// Slots of the arena that are in use.
     pub slots: usize,
     /// What is not as it should be, a line each. Empty: all is well.
@@ -51,21 +54,27 @@ impl Display for Report {
         }
         write!(
             f,
-            "{} frontends, {} backends, {} slots in use, {} links: {} differences",
+            "{} frontends, {} backends, {} slots in use, {} links, {} pods: {} differences",
             self.frontends,
             self.backends,
             self.slots,
             self.links,
+            self.pods,
             self.differences.len()
         )
     }
 }
 
-/// Compares the kernel's state of an instance with these services (all of them).
+/// Compares the kernel's state of an instance with these services (all of them) and the interfaces of the pods that run, which are
+/// in this thread's network namespace.
 ///
 /// # Errors
 /// Something cannot be read at all.
-pub fn verify(config: &Config, services: &[Arc<link::Service>]) -> Result<Report, DataplaneError> {
+pub fn verify(
+    config: &Config,
+    services: &[Arc<link::Service>],
+    pods: &[PodInterface],
+) -> Result<Report, DataplaneError> {
     let pins = Pins::new(config);
     let maps = kernel::open_maps(&pins)?;
     let mut report = Report::default();
@@ -79,6 +88,7 @@ pub fn verify(config: &Config, services: &[Arc<link::Service>]) -> Result<Report
     };
     let root = super::cgroup_id(&root).map_err(|error| failed("read cgroup2's root", error))?;
     check_links(&pins, &ids, root, &mut report)?;
+    check_pods(&pins, pods, &mut report);
     if let (Some(frontends), Some(arena)) = (maps.get(abi::FRONTENDS), maps.get(abi::ARENA)) {
         let (found, foreign) = tables::read(frontends).map_err(|error| failed("read the frontends", error))?;
         report.differences.extend(
@@ -190,7 +200,9 @@ fn check_links(pins: &Pins, ids: &HashMap<String, u32>, root: u64, report: &mut 
                     .push(format!("link {name} is at cgroup {id}, not at the root {root}"));
             }
             (None, Target::Interface(0)) => {
-                report.differences.push(format!("link {name}: its interface is gone"));
+                report
+                    .differences
+                    .push(format!("link {name} is detached, or its interface is gone"));
             }
             _ => {}
         }
@@ -212,6 +224,27 @@ fn check_links(pins: &Pins, ids: &HashMap<String, u32>, root: u64, report: &mut 
         }
     }
     Ok(())
+}
+
+/// Each pod's interface has its programs. Before Linux 6.6 there are no links to tell.
+fn check_pods(pins: &Pins, pods: &[PodInterface], report: &mut Report) {
+    if Attachment::best() != Attachment::Tcx {
+        return;
+    }
+    for pod in pods {
+        let (uid, name) = (&pod.pod_uid, &pod.host_interface);
+        // One that is being taken down has none.
+        let Ok(index) = if_nametoindex(name.as_str()) else {
+            continue;
+        };
+        report.pods += 1;
+        for (program, _) in interface_programs() {
+            if !kernel::is_linked(pins, uid, program, index) {
+                let difference = format!("pod {uid}: {program} is not attached to its interface {name}");
+                report.differences.push(difference);
+            }
+        }
+    }
 }
 
 /// Are programs attached where they should be? For the node's condition: cheap.

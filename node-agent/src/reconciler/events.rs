@@ -87,6 +87,12 @@ impl Events {
         );
     }
 
+    /// The programs at the pod's interface were not ours to detach, and are attached again.
+    pub fn hooks_lost(&self, pod: &PodId) {
+        let message = "The programs that count the pod's traffic were detached by somebody else; attaching them again";
+        self.say(pod, None, "Warning", "TrafficHooksLost", message.to_owned());
+    }
+
     /// A container could not be started.
     pub fn not_started(&self, pod: &PodId, container: &str, image: &str, failed: &Failed) {
         let Failed { reason, message } = failed;

@@ -348,7 +348,7 @@ fn what_others_damage_is_found_and_healed() {
         assert_eq!(failures(&dataplane), (1, 0));
         log.wait_for("10.96.0.3:80 refused");
 
-        let report = verify::verify(&stage.config, &services).expect("verify");
+        let report = verify::verify(&stage.config, &services, &[]).expect("verify");
         // The entry that is missing, the one that is another's, and the slots of the first.
         assert_eq!(report.differences.len(), 3, "{report}");
         assert!(
@@ -359,7 +359,11 @@ fn what_others_damage_is_found_and_healed() {
         drop(dataplane);
         let healed = started(stage);
         whole(&healed, &services);
-        assert!(verify::verify(&stage.config, &services).expect("verify").is_clean());
+        assert!(
+            verify::verify(&stage.config, &services, &[])
+                .expect("verify")
+                .is_clean()
+        );
         // The adopted programs' log is read as well.
         bpf::update(&healed.kernel().map(abi::FRONTENDS).fd, &key(4), &value).expect("write");
         ask(vip(4)).expect_err("it is another's entry");
@@ -367,7 +371,7 @@ fn what_others_damage_is_found_and_healed() {
         bpf::delete(&healed.kernel().map(abi::FRONTENDS).fd, &key(4)).expect("delete");
         fs::remove_file(kernel::Pins::new(&stage.config).link("connect4")).expect("unpin");
         assert!(healed.health().is_err());
-        let report = verify::verify(&stage.config, &services).expect("verify");
+        let report = verify::verify(&stage.config, &services, &[]).expect("verify");
         assert!(report.to_string().contains("connect4"), "{report}");
         drop(healed);
         started(stage).health().expect("attached again");

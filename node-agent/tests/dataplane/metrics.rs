@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use orlop_node::dataplane::{Attachment, EbpfDataplane, PodInterface, cgroup_id};
+use orlop_node::dataplane::{Attachment, Dataplane as _, EbpfDataplane, PodInterface, cgroup_id};
 
 use crate::stage::{Stage, ip, run};
 
@@ -200,6 +200,8 @@ fn exchange(stage: &Stage, dataplane: EbpfDataplane, pod: &str) {
     assert!(adopted.tx_bytes >= have.tx_bytes);
     again.attach_pod_now(&interface).expect("attach after a restart");
     assert!(counted(&again).expect("still there").tx_bytes >= have.tx_bytes);
+    somebody_detaches(stage, &again, &interface);
+    assert!(counted(&again).expect("still there").tx_bytes >= have.tx_bytes);
     again.detach_pod_now("5d1f0e2a-uid").expect("detach");
     again.detach_pod_now("5d1f0e2a-uid").expect("detach again");
     assert_eq!(counted(&again), None);
@@ -209,6 +211,43 @@ fn exchange(stage: &Stage, dataplane: EbpfDataplane, pod: &str) {
             .count(),
         0
     );
+}
+
+/// By removing a pin, and through the link itself: both are noticed, and mended by attaching again.
+fn somebody_detaches(stage: &Stage, dataplane: &EbpfDataplane, interface: &PodInterface) {
+    let uid = &interface.pod_uid;
+    let links = stage.config.bpffs.join("orlop/node_1/pods");
+    let (ingress, egress) = (
+        links.join(format!("{uid}_ingress")),
+        links.join(format!("{uid}_egress")),
+    );
+    let nothing: Vec<String> = Vec::new();
+    for side in [&ingress, &egress] {
+        assert_eq!(dataplane.repair_now().expect("looks"), nothing);
+        let report = dataplane.verify_now().expect("verify");
+        assert_eq!((report.differences, report.pods), (nothing.clone(), 1));
+        if side == &ingress {
+            fs::remove_file(side).expect("unpin");
+        } else {
+            let detached = Command::new("bpftool")
+                .args(["link", "detach", "pinned"])
+                .arg(side)
+                .status();
+            assert!(detached.expect("bpftool").success());
+        }
+        assert_eq!(dataplane.repair_now().expect("looks"), std::slice::from_ref(uid));
+        let report = dataplane.verify_now().expect("verify").to_string();
+        let program = if side == &ingress { "pod_ingress" } else { "pod_egress" };
+        let said = format!("pod {uid}: {program} is not attached to its interface host0");
+        assert!(report.contains(&said), "{report}");
+        dataplane.attach_pod_now(interface).expect("attach again");
+    }
+    assert_eq!(dataplane.repair_now().expect("looks"), nothing);
+    // The node's own programs it attaches itself.
+    fs::remove_file(dataplane.kernel().pins.link("connect4")).expect("unpin");
+    dataplane.health().expect_err("it is not attached");
+    assert_eq!(dataplane.repair_now().expect("repairs"), nothing);
+    dataplane.health().expect("attached again");
 }
 
 /// As on kernels before 6.6.
