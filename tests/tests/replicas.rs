@@ -3,15 +3,20 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    time::Duration,
+    time::{Duration, Instant, UNIX_EPOCH},
 };
 
-use anyhow::{Context, Result, ensure};
-use orlop_proto::{Resource, coordination::v1::Lease, core::v1::Pod, discovery::v1::EndpointSlice};
+use anyhow::{Context, Result, bail, ensure};
+use orlop_proto::{
+    Resource,
+    coordination::v1::Lease,
+    core::v1::{Event, Node, Pod},
+    discovery::v1::EndpointSlice,
+};
 use orlop_tests::{
     client::Client,
-    lab::{Lab, Options},
-    layout::{StoreEngine, control_address, control_name},
+    lab::{Lab, Options, output},
+    layout::{API_PORT, StoreEngine, control_address, control_name},
     supervisor::Request,
     workload::web,
 };
@@ -146,7 +151,84 @@ fn replicas_share_the_work_and_outlive_their_leader() -> Result<()> {
         "a container was restarted: {before:?}, now {now:?}"
     );
     every_replica_knows_all(&lab, &self::clients(&lab)?)?;
+    a_node_turns_away_from_a_replica_that_hangs(&lab, &third)?;
     lab.finish()
+}
+
+/// A replica stops in the middle of things, with a node on it: the node goes to another one before it counts as lost.
+fn a_node_turns_away_from_a_replica_that_hangs(lab: &Lab, leader: &str) -> Result<()> {
+    let client = Client::connect_to(&lab.members, leader)?;
+    let follower = a_follower_with(lab, "node1", leader)?;
+    let before = ready(&client, "node1")?;
+    let renewed = || -> Result<Option<Duration>> {
+        let lease: Option<Lease> = client.get("kube-node-lease", "node1")?;
+        let renewed = lease.and_then(|lease| lease.spec).and_then(|spec| spec.renew_time);
+        let renewed = renewed.context("the node has a lease")?;
+        let renewed = UNIX_EPOCH + Duration::from_secs(renewed.seconds.unsigned_abs());
+        Ok(renewed.elapsed().ok())
+    };
+    // Its next renewal is some seconds off, and so is the time from which on it would be missed.
+    lab.wait("the node's lease is not fresh", LONG, || {
+        let middle = Duration::from_secs(4)..Duration::from_secs(6);
+        Ok(renewed()?.filter(|age| middle.contains(age)).map(drop))
+    })?;
+    let stopped = Instant::now();
+    lab.request(&Request::Signal(format!("{follower}/control"), SIGSTOP))?;
+    let other = lab.wait("the node is at another replica", LONG, || {
+        Ok(replica_of(lab, "node1")?.filter(|replica| *replica != follower))
+    })?;
+    lab.wait("its lease is renewed there", LONG, || {
+        Ok(renewed()?.filter(|age| *age < stopped.elapsed()).map(drop))
+    })?;
+    let after = ready(&client, "node1")?;
+    ensure!(
+        before == after,
+        "at {other} now, but Ready was {before:?} and is {after:?}"
+    );
+    let events: Vec<Event> = client.list("", "")?;
+    let lost = |event: &&Event| {
+        let about = event
+            .involved_object
+            .as_ref()
+            .is_some_and(|about| about.name == "node1");
+        about && event.reason == "NodeNotReady"
+    };
+    ensure!(events.iter().find(lost).is_none(), "the node was given up: {events:?}");
+    lab.request(&Request::Signal(format!("{follower}/control"), SIGCONT))
+}
+
+/// Restarts a node's agent until it is at a replica that does not lead.
+fn a_follower_with(lab: &Lab, node: &str, leader: &str) -> Result<String> {
+    let agent = format!("{node}/agent");
+    for _ in 0..30 {
+        let replica = lab.wait("the agent is connected", LONG, || replica_of(lab, node))?;
+        if replica != leader {
+            return Ok(replica);
+        }
+        lab.request(&Request::Stop(agent.clone()))?;
+        lab.request(&Request::Start(agent.clone()))?;
+    }
+    bail!("{node} always goes to {leader}")
+}
+
+/// The replica that a node's agent is connected to.
+fn replica_of(lab: &Lab, node: &str) -> Result<Option<String>> {
+    let established = ["ss", "-tnH", "state", "established", "( dport = :6443 )"];
+    let text = output(lab.on_node(node, &established)?)?;
+    let at = |index: &u16| {
+        let peer = format!("{}:{API_PORT}", control_address(*index));
+        text.split_whitespace().any(|word| word == peer)
+    };
+    Ok((1..=3).find(at).map(control_name))
+}
+
+/// The status of a node's Ready condition, and since when it has it.
+fn ready(client: &Client, name: &str) -> Result<(String, Option<i64>)> {
+    let node: Node = client.get("", name)?.context("a node")?;
+    let conditions = node.status.map(|status| status.conditions).unwrap_or_default();
+    let ready = conditions.into_iter().find(|condition| condition.r#type == "Ready");
+    let ready = ready.context("a Ready condition")?;
+    Ok((ready.status, ready.last_transition_time.map(|time| time.seconds)))
 }
 
 /// Endpoints, nodes and metrics are the same wherever one asks.

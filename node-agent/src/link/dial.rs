@@ -15,8 +15,17 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
 
+/// Control's, where an address names none.
+const PORT: u16 = 6443;
 /// TCP and TLS together must be done after this time.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where there is another replica to turn to: a connection on which nothing came for so long is asked for a sign of life (a PING of
+/// HTTP/2, which a stopped process does not answer),
+const ASK_AFTER: Duration = Duration::from_secs(2);
+/// and is over when none came within this time. Both together, and the way to another replica, must be shorter than what is left of
+/// the time after which a node whose Lease was about to be renewed counts as lost: 16 s - 10 s.
+const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 
 /// Why control could not be reached.
 #[derive(Debug, thiserror::Error)]
@@ -83,31 +92,52 @@ impl Dial for TlsDialer {
         }
         let address = &self.addresses[self.next.fetch_add(1, Ordering::Relaxed) % self.addresses.len()];
         let tls = (self.tls)().map_err(DialError::Identity)?;
-        connect(address, tls).await
+        let endpoint = endpoint(address)?;
+        if self.addresses.len() < 2 {
+            return open(address, endpoint, tls).await;
+        }
+        let watched = endpoint
+            .http2_keep_alive_interval(ASK_AFTER)
+            .keep_alive_timeout(ANSWER_WITHIN)
+            .keep_alive_while_idle(true);
+        open(address, watched, tls).await
     }
 }
 
 /// One connection to `https://HOST:PORT`.
 pub async fn connect(address: &str, tls: Arc<rustls::ClientConfig>) -> Result<Channel, DialError> {
-    let bad = |reason: &str| DialError::BadAddress {
+    open(address, endpoint(address)?, tls).await
+}
+
+fn bad(address: &str, reason: &str) -> DialError {
+    DialError::BadAddress {
         address: address.to_owned(),
         reason: reason.to_owned(),
-    };
-    let uri: Uri = address.parse().map_err(|_| bad("not a URI"))?;
-    let host = uri
-        .host()
-        .ok_or_else(|| bad("has no host"))?
-        .trim_matches(['[', ']'])
-        .to_owned();
-    let port = uri.port_u16().unwrap_or(6443);
-    let name = ServerName::try_from(host.clone()).map_err(|_| bad("not a host name or address"))?;
-    let connector = TlsConnector::from(tls);
+    }
+}
+
+fn endpoint(address: &str) -> Result<Endpoint, DialError> {
+    let uri: Uri = address.parse().map_err(|_| bad(address, "not a URI"))?;
+    let host = uri.host().ok_or_else(|| bad(address, "has no host"))?;
+    let port = uri.port_u16().unwrap_or(PORT);
     // tonic sees a plain connection: TLS is done here, since it checks certificates in its own way when joining.
-    let endpoint = Endpoint::from_shared(format!("http://{}:{port}", uri.host().unwrap_or_default()))
-        .map_err(|_| bad("not a URI"))?
+    let endpoint = Endpoint::from_shared(format!("http://{host}:{port}")).map_err(|_| bad(address, "not a URI"))?;
+    Ok(endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .http2_adaptive_window(true)
-        .tcp_nodelay(true);
+        .tcp_nodelay(true))
+}
+
+async fn open(address: &str, endpoint: Endpoint, tls: Arc<rustls::ClientConfig>) -> Result<Channel, DialError> {
+    let host = endpoint
+        .uri()
+        .host()
+        .unwrap_or_default()
+        .trim_matches(['[', ']'])
+        .to_owned();
+    let port = endpoint.uri().port_u16().unwrap_or(PORT);
+    let name = ServerName::try_from(host.clone()).map_err(|_| bad(address, "not a host name or address"))?;
+    let connector = TlsConnector::from(tls);
     let dial = tower::service_fn(move |_: Uri| {
         let (connector, name, host) = (connector.clone(), name.clone(), host.clone());
         async move {

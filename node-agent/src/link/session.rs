@@ -62,6 +62,27 @@ pub enum SessionError {
     Protocol(String),
 }
 
+impl SessionError {
+    /// Whether control gave no sign of life: it may be stopped, or only be busy.
+    fn is_silence(&self) -> bool {
+        let unanswered = |status: &tonic::Status| {
+            let mut cause = std::error::Error::source(status);
+            while let Some(error) = cause {
+                if error.downcast_ref().is_some_and(hyper::Error::is_timeout) {
+                    return true;
+                }
+                cause = error.source();
+            }
+            false
+        };
+        match self {
+            Self::Silent => true,
+            Self::Status(status) => unanswered(status),
+            _ => false,
+        }
+    }
+}
+
 /// Keeps a session with control until `stop`. Never gives up, and disturbs nothing while there is none.
 pub async fn run(dial: Arc<dyn Dial>, hello: Hello, applier: ApplierHandle, reports: Reports, stop: CancellationToken) {
     let mut backoff = BACKOFF_MIN;
@@ -76,12 +97,15 @@ pub async fn run(dial: Arc<dyn Dial>, hello: Hello, applier: ApplierHandle, repo
             welcomed: false,
             version: 0,
         };
+        let begun = Instant::now();
         let ended = tokio::select! {
             // The session holds nothing that is lost when it is dropped: reports stay queued until acknowledged.
             ended = session.keep(&*dial) => ended,
             () = stop.cancelled() => return,
         };
-        if session.welcomed {
+        // When all replicas are too busy to answer, nodes that go from one to the other must not make it worse.
+        let hopping = ended.as_ref().is_err_and(SessionError::is_silence) && begun.elapsed() < SILENCE;
+        if session.welcomed && !hopping {
             backoff = BACKOFF_MIN;
         }
         let wait = rand::rng().random_range(backoff / 2..=backoff);
