@@ -43,8 +43,9 @@ fn one_cluster_of_containerd_1_and_2() -> Result<()> {
     lab.wait_for_pod("after")?;
     ensure!(processes(&lab)? == before, "pods were restarted with containerd");
     a_network_that_fails_shows_on_the_pod(&lab)?;
+    an_agent_that_dies_while_it_wires_leaves_nothing(&lab)?;
     lab.client.delete("replicasets", "default", "web", None)?;
-    for name in ["client-node1", "client-node2", "after", "wired"] {
+    for name in ["client-node1", "client-node2", "after", "wired", "torn"] {
         lab.client.delete("pods", "default", name, None)?;
     }
     lab.wait("all pods are gone", Duration::from_secs(60), || {
@@ -116,4 +117,38 @@ fn a_network_that_fails_shows_on_the_pod(lab: &Lab) -> Result<()> {
     })?;
     output(lab.on_node("node2", &["rm", "/etc/cni/net.d/05-babble.conflist"])?)?;
     lab.wait_for_pod("wired").map(drop)
+}
+
+/// The agent is killed while the third plugin of a chain is at work: that one ends, and the next agent's DEL finds the rules that the
+/// second had made for the first one's address.
+fn an_agent_that_dies_while_it_wires_leaves_nothing(lab: &Lab) -> Result<()> {
+    let stall = "jq '.cniVersion = \"1.0.0\" | .plugins += [{\"type\": \"firewall\", \"backend\": \"iptables\"}, {\"type\": \"stall\"}]' \
+                 </etc/cni/net.d/10-orlop.conflist >/etc/cni/net.d/.new && ln -s /usr/lib/cni/firewall /opt/cni/bin/firewall && \
+                 printf '#!/bin/sh\\n[ $CNI_COMMAND = DEL ] && exit 0\\necho $$ >/run/stalled\\nexec sleep 600\\n' >/opt/cni/bin/stall && \
+                 chmod 755 /opt/cni/bin/stall && mv /etc/cni/net.d/.new /etc/cni/net.d/05-stall.conflist";
+    output(lab.on_node("node2", &["sh", "-c", stall])?)?;
+    let rules = || output(lab.on_node("node2", &["iptables", "-S"])?);
+    lab.client.apply(&pod("torn", "node2", &["sleep"]))?;
+    let stalled = lab.wait("the third plugin is at work", Duration::from_secs(60), || {
+        let pid = output(lab.on_node("node2", &["cat", "/run/stalled"])?)?;
+        Ok(Some(pid.trim().to_owned()).filter(|pid| !pid.is_empty()))
+    })?;
+    ensure!(
+        rules()?.contains("/32 -j ACCEPT"),
+        "no rules of the second: {}",
+        rules()?
+    );
+    output(lab.on_node("node2", &["rm", "/etc/cni/net.d/05-stall.conflist"])?)?;
+    lab.request(&Request::Signal("node2/agent".to_owned(), libc::SIGKILL))?;
+    lab.wait_for_pod("torn")?;
+    ensure!(
+        !Path::new("/proc").join(&stalled).exists(),
+        "the plugin outlived its agent"
+    );
+    let left = rules()?;
+    ensure!(
+        !left.contains("/32 -j ACCEPT"),
+        "rules for an address that was given up: {left}"
+    );
+    Ok(())
 }

@@ -186,14 +186,14 @@ fn a_node_turns_away_from_a_replica_that_hangs(lab: &Lab, leader: &str) -> Resul
         "at {other} now, but Ready was {before:?} and is {after:?}"
     );
     let events: Vec<Event> = client.list("", "")?;
-    let lost = |event: &&Event| {
+    let lost = |event: &Event| {
         let about = event
             .involved_object
             .as_ref()
             .is_some_and(|about| about.name == "node1");
         about && event.reason == "NodeNotReady"
     };
-    ensure!(events.iter().find(lost).is_none(), "the node was given up: {events:?}");
+    ensure!(!events.iter().any(lost), "the node was given up: {events:?}");
     lab.request(&Request::Signal(format!("{follower}/control"), SIGCONT))
 }
 

@@ -20,11 +20,11 @@ const PORT: u16 = 6443;
 /// TCP and TLS together must be done after this time.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Where there is another replica to turn to: a connection on which nothing came for so long is asked for a sign of life (a PING of
-/// HTTP/2, which a stopped process does not answer),
+/// Where there is another replica to turn to, a connection on which nothing came for so long is asked for a sign of life: a PING of
+/// HTTP/2, which a stopped process does not answer.
 const ASK_AFTER: Duration = Duration::from_secs(2);
-/// and is over when none came within this time. Both together, and the way to another replica, must be shorter than what is left of
-/// the time after which a node whose Lease was about to be renewed counts as lost: 16 s - 10 s.
+/// The connection is over when none came within this time. Both, and the way to another replica, fit into what is left to a node
+/// whose Lease was about to be renewed: control gives it up after 16 s, and renews every 10 s.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 
 /// Why control could not be reached.

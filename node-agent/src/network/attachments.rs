@@ -1,7 +1,7 @@
 //! What was added, on disk: so DEL and CHECK have the configuration and the result of the ADD, whatever happened since.
 //!
-//! One file a sandbox in `data_dir/cni/results`. It is written before the first plugin runs, without a result, and again
-//! when all have: a sandbox whose ADD was cut off is known, too.
+//! One file a sandbox in `data_dir/cni/results`. It is written before each plugin runs, with the result of those before it, and
+//! again when all have: a sandbox whose ADD was cut off is known, too, and how far that came.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -34,8 +34,8 @@ pub struct Record {
     pub boot_id: String,
     /// The last plugin's result; `None` while, or if, the ADD did not end.
     pub result: Option<Value>,
-    /// How far an ADD came that failed: the result of the last plugin that did its part. Some plugins find by it what they
-    /// have to undo.
+    /// How far an ADD has come that failed, or is under way, or was cut off: the result of the last plugin that did its part.
+    /// Some plugins find by it what they have to undo.
     #[serde(default)]
     pub reached: Option<Value>,
 }

@@ -100,28 +100,30 @@ impl CniNetwork {
     }
 
     /// Runs the list's ADDs, each with the result of the one before; that result stays in `reached`, also when the next fails.
-    async fn add_list(
-        &self,
-        list: &ConfList,
-        pod: &PodNetwork,
-        reached: &mut Option<Value>,
-    ) -> Result<NetworkStatus, NetworkError> {
-        for config in &list.plugins {
-            let given = self.run(list, config, "ADD", Some(pod), reached.as_ref()).await?;
+    async fn add_list(&self, record: &mut Record, pod: &PodNetwork) -> Result<NetworkStatus, NetworkError> {
+        let list = record.list.clone();
+        for (at, config) in list.plugins.iter().enumerate() {
+            if at > 0 {
+                // What this plugin makes its DEL may find only by this result, should the agent not live to see its own.
+                self.attachments.write(record)?;
+            }
+            let given = self
+                .run(&list, config, "ADD", Some(pod), record.reached.as_ref())
+                .await?;
             let bad = |reason: &str| no_result(config, reason);
             match given {
-                Some(Value::Object(object)) => *reached = Some(Value::Object(object)),
+                Some(Value::Object(object)) => record.reached = Some(Value::Object(object)),
                 Some(_) => return Err(bad("printed what is no result")),
                 None => return Err(bad("printed no result")),
             }
         }
-        let (Some(value), Some(last)) = (&*reached, list.plugins.last()) else {
+        let (Some(value), Some(last)) = (&record.reached, list.plugins.last()) else {
             return Err(NetworkError::NotConfigured("a network without plugins".into()));
         };
         result::status(value, &pod.netns).map_err(|reason| {
             // To DEL it would make no more sense than to us.
             let error = no_result(last, &reason);
-            *reached = None;
+            record.reached = None;
             error
         })
     }
@@ -270,17 +272,15 @@ impl Network for CniNetwork {
             reached: None,
         };
         self.attachments.write(&record)?;
-        let mut reached = None;
-        match self.add_list(&record.list, pod, &mut reached).await {
+        match self.add_list(&mut record, pod).await {
             Ok(status) => {
-                record.result = reached;
+                record.result = record.reached.take();
                 self.attachments.write(&record)?;
                 tracing::debug!(sandbox = pod.sandbox_id, addresses = ?status.addresses, "network added");
                 Ok(status)
             }
             Err(error) => {
                 // The record stays if this fails, and the caller's DEL does it again.
-                record.reached = reached;
                 let noted = self.attachments.write(&record);
                 if let Err(undo) = noted.and(self.del_recorded(&pod.sandbox_id).await) {
                     tracing::warn!(sandbox = pod.sandbox_id, error = %undo, "a failed ADD is not rolled back yet");

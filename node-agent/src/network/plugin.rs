@@ -90,6 +90,19 @@ impl Call<'_> {
             .stderr(Stdio::piped())
             .process_group(0)
             .kill_on_drop(true);
+        let agent = rustix::process::getpid();
+        // SAFETY: between fork and exec two system calls are made, which are async-signal-safe and touch no memory of the parent's.
+        unsafe {
+            command.pre_exec(move || {
+                // An agent that is killed takes the call along: the next one's DEL must not come before the end of this ADD. (It
+                // goes by the thread that spawned: a worker's, which lives as long as the runtime.)
+                rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+                if rustix::process::getppid() != Some(agent) {
+                    return Err(io::ErrorKind::Interrupted.into());
+                }
+                Ok(())
+            });
+        }
         for key in [
             "CNI_CONTAINERID",
             "CNI_IFNAME",

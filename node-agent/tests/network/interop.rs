@@ -1,6 +1,7 @@
 //! Other people's plugins under the agent: the reference plugins of Debian's containernetworking-plugins.
 
 use std::{
+    collections::BTreeSet,
     fs,
     net::{IpAddr, TcpListener, TcpStream, UdpSocket},
     os::unix::fs::{PermissionsExt, symlink},
@@ -217,6 +218,30 @@ fn a_reference_plugin_that_fails_undoes_the_whole_chain() {
         assert_eq!((node.leases(), node.veths()), (0, 0));
         // The firewall's DEL finds its rules by the addresses of the result that the ADD had come to.
         assert!(!rules().contains("10.244.1."), "{}", rules());
+    });
+}
+
+#[test]
+fn an_add_that_was_cut_off_is_undone_by_how_far_it_came() {
+    on_node(async |node: Node| {
+        let network = node.configured().await;
+        node.script("slow", r#"[ "$CNI_COMMAND" = DEL ] || sleep 60"#);
+        let firewall = json!({"type": "firewall", "backend": "iptables"});
+        chain(&node, "1.0.0", &[node.own_plugin(), firewall, json!({"type": "slow"})]);
+        let pod = node.sandbox(&network, "a").await;
+        // As a killed agent does: the call ends in the middle.
+        let cut_off = tokio::time::timeout(Duration::from_secs(3), network.add(&pod)).await;
+        cut_off.unwrap_err();
+        assert_eq!(node.calls(), ["ADD slow"]);
+        assert!(rules().contains("10.244.1."), "{}", rules());
+        // The next agent, whatever the configuration is by then.
+        fs::remove_file(node.path("net.d/00-test.conflist")).unwrap();
+        let network = node.network();
+        network.gc(&BTreeSet::new()).await.unwrap();
+        assert_eq!(node.calls(), ["ADD slow", "DEL slow"]);
+        assert!(!rules().contains("10.244.1."), "{}", rules());
+        assert_eq!((node.leases(), node.veths()), (0, 0));
+        assert_eq!(network.list().await.unwrap(), []);
     });
 }
 
