@@ -8,11 +8,18 @@ use std::{
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
     path::Path,
+    time::{Duration, Instant},
 };
 
 use nix::sched::{CloneFlags, setns};
+use rustix::fs::{FlockOperation, flock};
 
 use crate::error::{Failure, code};
+
+/// How long another call for the same container may take before this one gives up.
+const TURN_PATIENCE: Duration = Duration::from_secs(30);
+/// Between two attempts to lock a namespace.
+const TURN_PAUSE: Duration = Duration::from_millis(2);
 
 /// The container's namespace and our own, both open.
 #[derive(Debug)]
@@ -54,6 +61,12 @@ impl Namespaces {
         Ok(Self { container, host })
     }
 
+    /// Waits until no other call wires or unwires this container: a call that fails may otherwise give back the address that another one
+    /// has found leased and uses. The turn lasts as long as this lives.
+    pub async fn turn(&self) -> Result<(), Failure> {
+        turn(&self.container).await
+    }
+
     /// The container's, for the kernel to put an interface into.
     pub fn container(&self) -> &File {
         &self.container
@@ -71,6 +84,35 @@ impl Namespaces {
             std::process::abort();
         }
         Ok(value)
+    }
+}
+
+/// The turn of a DEL, which does without the namespace: `None` when that is gone, or never was one.
+pub async fn turn_if_there(path: &Path) -> Result<Option<File>, Failure> {
+    // Without O_NONBLOCK a FIFO would hold us for ever.
+    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let Some(container) = opened.ok().filter(is_network_namespace) else {
+        return Ok(None);
+    };
+    turn(&container).await?;
+    Ok(Some(container))
+}
+
+/// The lock is on the namespace itself, so it ends with the process that has it, and there is no file to be left behind.
+async fn turn(container: &File) -> Result<(), Failure> {
+    let deadline = Instant::now() + TURN_PATIENCE;
+    loop {
+        match flock(container, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(Failure::io("locking the container's network namespace", &error.into())),
+        }
+        if Instant::now() >= deadline {
+            let seconds = TURN_PATIENCE.as_secs();
+            let msg = format!("another call for this container has not ended within {seconds} s");
+            return Err(Failure::new(code::TRY_AGAIN, msg));
+        }
+        tokio::time::sleep(TURN_PAUSE).await;
     }
 }
 

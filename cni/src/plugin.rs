@@ -17,7 +17,7 @@ use crate::{
     ipam::{self, Leases},
     link::{Link, Net, Veth},
     names,
-    netns::Namespaces,
+    netns::{self, Namespaces},
     request::{Attachment, Env},
     result::{CniResult, Interface, Ip, Route, mac_text},
 };
@@ -28,6 +28,7 @@ const FORWARDING_PATIENCE: Duration = Duration::from_secs(2);
 /// Wires the container. What a failed call did is undone before it returns.
 pub async fn add(config: &Config, at: &Attachment, env: &Env) -> Result<CniResult, Failure> {
     let namespaces = Namespaces::open(&at.netns)?;
+    namespaces.turn().await?;
     let host = Net::open()?;
     let inside = namespaces.inside(Net::open)??;
     if inside.link(&at.ifname).await?.is_some() {
@@ -51,6 +52,7 @@ pub async fn add(config: &Config, at: &Attachment, env: &Env) -> Result<CniResul
 
 /// Unwires the container. Everything may be gone already, the namespace too.
 pub async fn del(config: &Config, at: &Attachment, env: &Env) -> Result<(), Failure> {
+    let _turn = netns::turn_if_there(&at.netns).await?;
     // The link first: an address is free only when nobody has it any more. With one end of a veth both go.
     Net::open()?
         .delete(&names::host_interface(&config.name, &at.container_id, &at.ifname))
@@ -273,14 +275,7 @@ impl Wiring<'_> {
             bridge: bridge.index,
         };
         if !self.host.create_veth(&veth).await? {
-            // Either this very attachment is being added by another call, then the container has it now (a veth comes
-            // whole), or an earlier life of the container left the name behind.
-            if self.inside.link(ifname).await?.is_some() {
-                return Err(Failure::new(
-                    code::ALREADY_ADDED,
-                    format!("container {id} is being added by another call"),
-                ));
-            }
+            // An earlier life of the container left the name behind. Nobody adds this one at the same time: it is our turn.
             self.host.delete(&host_name).await?;
             if !self.host.create_veth(&veth).await? {
                 return Err(Failure::new(

@@ -171,6 +171,32 @@ fn a_second_add_is_refused_and_leaves_the_first() {
 }
 
 #[test]
+fn calls_for_one_container_at_once_leave_no_address_unleased() {
+    on_node(|node| {
+        let config = node.config("1.1.0", json!({}));
+        for round in 0..20 {
+            let pod = node.pod(&format!("p{round}"));
+            let verbs = ["ADD", "ADD", "DEL", "ADD", "DEL", "ADD", "DEL", "ADD"];
+            let calls: Vec<_> = verbs.iter().map(|verb| node.start(verb, &pod, &config)).collect();
+            let answers: Vec<_> = calls.into_iter().map(node::Running::end).collect();
+            let shown: Value = serde_json::from_str(&inside(&pod, || ip("-j addr show"))).unwrap();
+            let links = shown.as_array().unwrap().iter();
+            let used: BTreeSet<String> = links
+                .filter(|link| link["ifname"] == "eth0")
+                .flat_map(|link| link["addr_info"].as_array().unwrap())
+                .filter(|address| address["scope"] == "global")
+                .map(|address| address["local"].as_str().unwrap().to_owned())
+                .collect();
+            // What is in use is leased, else the next container gets it too; and what is not in use is free.
+            let leased: BTreeSet<String> = node.leases().into_keys().collect();
+            assert_eq!(used, leased, "round {round}: {answers:?}");
+            node.call("DEL", &pod, &config).expect();
+            assert_eq!((node.leases().len(), node.veths().len()), (0, 0));
+        }
+    });
+}
+
+#[test]
 fn an_interface_of_somebody_else_is_left_alone() {
     on_node(|node| {
         let pod = node.pod("a");
