@@ -13,7 +13,7 @@ pub mod node_lifecycle;
 mod node_ranges;
 mod owner_gc;
 mod pod_gc;
-mod pod_index;
+pub(crate) mod pod_index;
 mod pods;
 pub mod queue;
 pub mod replicas;

@@ -19,6 +19,7 @@ mod resources;
 pub mod selector;
 mod service;
 mod taints;
+pub mod topology_spread;
 mod workload;
 
 use std::borrow::Cow;

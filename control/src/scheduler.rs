@@ -5,11 +5,16 @@
 //! ends when the cache shows the pod on its node or the binding failed.
 
 pub mod affinity;
+mod counts;
 mod decide;
 mod driver;
+mod likeness;
+mod node_sets;
 mod queue;
 pub mod resources;
+mod spread;
 pub mod taints;
+mod tally;
 #[cfg(test)]
 mod tests;
 mod view;
@@ -21,6 +26,7 @@ use crate::{events::Recorder, registry::Registry};
 
 pub use decide::{Decision, Diagnosis, Misfit, Scheduled, Shortage, fits, schedule};
 pub use queue::Queue;
+pub use spread::SpreadMisfit;
 pub use view::{ClusterView, NodeInfo, PodInfo, is_terminal};
 
 /// Starts the scheduler. It reads the registry's cache and ends when `cancel` says so.

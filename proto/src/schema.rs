@@ -130,6 +130,15 @@ mod tests {
             shape(&["spec", "tolerations"]),
             Shape::List(ListMerge::Atomic)
         ));
+        let spread = ["spec", "topologySpreadConstraints"];
+        assert!(matches!(
+            shape(&spread),
+            Shape::List(ListMerge::Keys(["topologyKey", "whenUnsatisfiable"]))
+        ));
+        assert!(matches!(
+            shape(&[spread[0], spread[1], "matchLabelKeys"]),
+            Shape::List(ListMerge::Atomic)
+        ));
         assert!(matches!(shape(&["metadata", "labels"]), Shape::Map));
     }
 }

@@ -2,6 +2,7 @@
 //! what is deleted.
 
 mod propagation;
+mod spread;
 mod upkeep;
 mod world;
 

@@ -11,7 +11,7 @@ use orlop_proto::{
 use super::{
     FieldError, Model,
     error::{Errors, Path},
-    meta, names, node_affinity, pod_update, resources, taints,
+    meta, names, node_affinity, pod_update, resources, taints, topology_spread,
 };
 
 /// The grace period of a pod that names none, in seconds.
@@ -184,6 +184,8 @@ fn validate_spec(errors: &mut Errors, path: &Path<'_>, spec: &PodSpec) {
         node_affinity::validate(errors, &path.child("affinity"), affinity);
     }
     taints::tolerations(errors, &path.child("tolerations"), &spec.tolerations);
+    let path = path.child("topologySpreadConstraints");
+    topology_spread::validate(errors, &path, &spec.topology_spread_constraints);
 }
 
 fn container(errors: &mut Errors, path: &Path<'_>, container: &Container) {

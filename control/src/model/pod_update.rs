@@ -6,7 +6,7 @@ use orlop_proto::core::v1::{Pod, PodSpec, PodStatus, Toleration};
 
 use super::{
     error::{Errors, Path},
-    meta, pod, taints,
+    meta, pod, taints, topology_spread,
 };
 
 const PHASES: [&str; 5] = ["Pending", "Running", "Succeeded", "Failed", "Unknown"];
@@ -56,6 +56,11 @@ fn with_mutable_fields_of(old: &PodSpec, new: &PodSpec) -> PodSpec {
         tolerations: new.tolerations.clone(),
         ..old.clone()
     };
+    if topology_spread::same_as_created(&new.topology_spread_constraints, &old.topology_spread_constraints) {
+        mixed
+            .topology_spread_constraints
+            .clone_from(&new.topology_spread_constraints);
+    }
     for (mixed, new) in mixed.containers.iter_mut().zip(&new.containers) {
         mixed.image.clone_from(&new.image);
     }

@@ -15,7 +15,7 @@ const TEXT_MAX: usize = 64 * 1024;
 pub struct SelectorError(String);
 
 /// How a requirement looks at a label.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Operator {
     /// The label is one of the values (`=`, `==`, `in`).
     In,
@@ -68,7 +68,7 @@ impl Operator {
 }
 
 /// One condition on the labels.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Requirement {
     key: String,
     operator: Operator,
@@ -76,7 +76,7 @@ struct Requirement {
 }
 
 /// A label selector: the conjunction of its requirements.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct Selector {
     requirements: Vec<Requirement>,
     /// Matches nothing, whatever the requirements.

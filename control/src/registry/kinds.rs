@@ -7,7 +7,10 @@ use orlop_proto::{
     discovery::v1::EndpointSlice,
 };
 
-use crate::{model::Model, store::Key};
+use crate::{
+    model::{Model, topology_spread},
+    store::Key,
+};
 
 /// The finalizer in a namespace's spec that the namespace controller works off.
 pub(super) const KUBERNETES: &str = "kubernetes";
@@ -25,6 +28,10 @@ pub trait Registered: Model {
     fn take_status(&mut self, from: &Self) {
         let _ = from;
     }
+
+    /// Writes into a new object what the server decides once, at its creation.
+    #[doc(hidden)]
+    fn complete(&mut self) {}
 
     /// Takes from the stored object what the server gave it and an update left out.
     #[doc(hidden)]
@@ -121,6 +128,18 @@ impl Registered for Node {
 impl Registered for Pod {
     fn take_status(&mut self, from: &Self) {
         self.status.clone_from(&from.status);
+    }
+    fn complete(&mut self) {
+        topology_spread::complete(self);
+    }
+    fn keep_given(&mut self, old: &Self) {
+        let old = old.spec.iter().flat_map(|spec| &spec.topology_spread_constraints);
+        let old: Vec<_> = old.cloned().collect();
+        if let Some(spec) = &mut self.spec
+            && topology_spread::same_as_created(&spec.topology_spread_constraints, &old)
+        {
+            spec.topology_spread_constraints = old;
+        }
     }
     fn grace(&self, asked: Option<i64>) -> i64 {
         super::pods::grace(self, asked)

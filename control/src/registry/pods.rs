@@ -1,7 +1,12 @@
 //! What only pods have: a binding to a node, and a node that says when they are gone.
 
+use std::sync::Arc;
+
 use futures::StreamExt as _;
-use orlop_proto::core::v1::{Pod, PodCondition};
+use orlop_proto::{
+    Resource as _,
+    core::v1::{Pod, PodCondition},
+};
 
 use super::{
     Registry, RegistryError,
@@ -33,37 +38,34 @@ impl Registry {
         let key = &binding.pod;
         let cached = self.cache.reader::<Pod>().get(&key.namespace, &key.name);
         let mut old = match cached.filter(|cached| is_bindable(cached, binding)) {
-            Some(cached) => Pod::clone(&cached),
-            None => self.read(key).await?,
+            Some(cached) => cached,
+            None => Arc::new(self.read(key).await?),
         };
         for _ in 0..ATTEMPTS {
-            let meta = old.metadata.clone().unwrap_or_default();
+            let meta = old.meta();
             if meta.uid != binding.uid {
                 return Err(conflict::<Pod>(
                     key,
                     format!("its uid is {}, not {}", meta.uid, binding.uid),
                 ));
             }
-            let mut new = old.clone();
-            let spec = new.spec.get_or_insert_default();
-            if spec.node_name == binding.node {
-                return Ok(old);
+            let bound = old.spec.as_ref().map_or("", |spec| spec.node_name.as_str());
+            if bound == binding.node {
+                return Ok(Pod::clone(&old));
             }
-            if !spec.node_name.is_empty() {
-                return Err(conflict::<Pod>(
-                    key,
-                    format!("it is already bound to node {}", spec.node_name),
-                ));
+            if !bound.is_empty() {
+                return Err(conflict::<Pod>(key, format!("it is already bound to node {bound}")));
             }
-            if meta.deletion_timestamp.is_some() {
+            if old.is_deleting() {
                 return Err(conflict::<Pod>(key, "it is being deleted"));
             }
-            spec.node_name.clone_from(&binding.node);
+            let mut new = Pod::clone(&old);
+            new.spec.get_or_insert_default().node_name.clone_from(&binding.node);
             set_scheduled(&mut new);
-            if let Some(stored) = self.put(&old, new).await? {
+            if let Some(stored) = self.put(&*old, new).await? {
                 return Ok(stored);
             }
-            old = self.read(key).await?;
+            old = Arc::new(self.read(key).await?);
         }
         Err(conflict::<Pod>(key, "others kept writing it"))
     }

@@ -138,6 +138,7 @@ impl Registry {
             let key = ObjectKey::of(&object);
             let mut new = object.clone();
             new.set_defaults();
+            new.complete();
             new.reset_status();
             let mut fields = new.validate_create();
             let chosen = match self.choose_cluster_ip(&mut new).await {

@@ -1,11 +1,66 @@
 //! Which nodes a pod's `nodeSelector` and node affinity allow or prefer.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    hash::{Hash, Hasher},
+};
 
 use orlop_proto::{
     Resource as _,
-    core::v1::{Node, NodeAffinity, NodeSelectorRequirement, NodeSelectorTerm, PodSpec},
+    core::v1::{Affinity, Node, NodeAffinity, NodeSelectorRequirement, NodeSelectorTerm, PodSpec},
 };
+use prost::Message as _;
+
+/// A pod's `nodeSelector` and required node affinity. Equal ones are one key.
+#[derive(Debug)]
+pub struct RequiredAffinity {
+    spec: PodSpec,
+    /// Encoded: what is compared and hashed.
+    identity: Vec<u8>,
+}
+
+impl RequiredAffinity {
+    /// Of a pod; `None`: all nodes will do.
+    pub fn of(spec: &PodSpec) -> Option<Self> {
+        let required = node_affinity(spec)
+            .and_then(|affinity| affinity.required_during_scheduling_ignored_during_execution.clone());
+        if spec.node_selector.is_empty() && required.is_none() {
+            return None;
+        }
+        let node_affinity = NodeAffinity {
+            required_during_scheduling_ignored_during_execution: required,
+            ..NodeAffinity::default()
+        };
+        let spec = PodSpec {
+            node_selector: spec.node_selector.clone(),
+            affinity: Some(Affinity {
+                node_affinity: Some(node_affinity),
+            }),
+            ..PodSpec::default()
+        };
+        let identity = spec.encode_to_vec();
+        Some(Self { spec, identity })
+    }
+
+    /// Whether the node satisfies it.
+    pub fn allows(&self, node: &Node) -> bool {
+        allows(&self.spec, node)
+    }
+}
+
+impl PartialEq for RequiredAffinity {
+    fn eq(&self, other: &Self) -> bool {
+        self.identity == other.identity
+    }
+}
+
+impl Eq for RequiredAffinity {}
+
+impl Hash for RequiredAffinity {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.identity.hash(state);
+    }
+}
 
 /// Whether the node satisfies the pod's `nodeSelector` and required node affinity.
 pub fn allows(spec: &PodSpec, node: &Node) -> bool {
@@ -94,7 +149,7 @@ fn field_matches(requirement: &NodeSelectorRequirement, node: &Node) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use orlop_proto::core::v1::{Affinity, NodeSelector, PreferredSchedulingTerm};
+    use orlop_proto::core::v1::{NodeSelector, PreferredSchedulingTerm};
 
     fn node(labels: &[(&str, &str)]) -> Node {
         let mut node = Node::default();

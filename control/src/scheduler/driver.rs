@@ -103,12 +103,7 @@ impl Driver {
         let (nodes, node_events) = cache.reader::<Node>().events();
         let (pods, pod_events) = cache.reader::<Pod>().events();
         let now = Instant::now();
-        let known: Vec<String> = self
-            .view
-            .nodes()
-            .iter()
-            .map(|info| info.node.name().to_owned())
-            .collect();
+        let known: Vec<String> = self.view.nodes().map(|info| info.node.name().to_owned()).collect();
         for name in known.iter().filter(|name| nodes.get("", name).is_none()) {
             self.view.remove_node(name);
         }
@@ -119,8 +114,8 @@ impl Driver {
         for uid in self
             .view
             .pods()
-            .filter(|uid| !live.contains(uid.as_str()))
-            .cloned()
+            .filter(|uid| !live.contains(uid))
+            .map(str::to_owned)
             .collect::<Vec<_>>()
         {
             self.view.remove_pod(&uid);
@@ -148,11 +143,16 @@ impl Driver {
         let now = Instant::now();
         for entry in batch? {
             match &entry.event {
-                Event::Deleted(node) => self.view.remove_node(node.name()),
+                Event::Deleted(node) => {
+                    self.view.remove_node(node.name());
+                    self.queue.wake_spread(now, |_| true);
+                }
                 Event::Added(node) | Event::Modified { new: node, .. } => {
-                    let is_first = self.view.nodes().is_empty();
+                    let is_first = self.view.order().is_empty();
                     if self.view.set_node(node.clone()) {
                         self.wake_for(node.name(), now);
+                        // A domain of others may be the one with the fewest pods now.
+                        self.queue.wake_spread(now, |_| true);
                     }
                     if is_first {
                         // "No nodes" is no longer why.
@@ -177,6 +177,7 @@ impl Driver {
                 Event::Added(pod) | Event::Modified { new: pod, .. } => self.take_pod(pod, now),
             }
         }
+        self.wake_for_spread(now);
         Ok(())
     }
 
@@ -206,6 +207,15 @@ impl Driver {
         }
     }
 
+    /// Pods came or went: those that had to wait for a better spread of such pods get their turn.
+    fn wake_for_spread(&mut self, now: Instant) {
+        let changed = self.view.take_changed_pods();
+        if !changed.is_empty() {
+            self.queue
+                .wake_spread(now, |pod| changed.iter().any(|pods| pod.spread.counts(pods)));
+        }
+    }
+
     /// Decides the next pods and sends their bindings off.
     fn decide(&mut self) {
         let now = Instant::now();
@@ -213,6 +223,7 @@ impl Driver {
         while bindings.len() < BATCH
             && let Some(pod) = self.queue.pop(now)
         {
+            self.view.keep_for(&pod);
             let scheduled = schedule(&self.view, &pod, self.start);
             self.start = scheduled.next_start;
             match scheduled.decision {
@@ -233,6 +244,7 @@ impl Driver {
         if bindings.is_empty() {
             return;
         }
+        self.wake_for_spread(now);
         self.batches_under_way += 1;
         let registry = self.registry.clone();
         let sender = self.outcome_sender.clone();
@@ -273,6 +285,7 @@ impl Driver {
                 }
             }
         }
+        self.wake_for_spread(now);
     }
 
     /// Whether the cache has the pod on a node.

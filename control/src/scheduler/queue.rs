@@ -1,7 +1,7 @@
 //! The pods that wait for a node. Pure: time is an argument.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -28,6 +28,8 @@ pub struct Queue {
     active: BTreeSet<(Order, String)>,
     backoff: BTreeSet<(Instant, String)>,
     unschedulable: BTreeSet<(Instant, String)>,
+    /// Those of the unschedulable that require a spread.
+    spread: HashSet<String>,
     arrivals: u64,
 }
 
@@ -119,6 +121,19 @@ impl Queue {
         }
     }
 
+    /// The same for those that require a spread alone: the others are not looked at.
+    pub fn wake_spread(&mut self, now: Instant, helps: impl Fn(&PodInfo) -> bool) {
+        let woken: Vec<String> = self
+            .spread
+            .iter()
+            .filter(|uid| self.pods.get(*uid).is_some_and(|entry| helps(&entry.info)))
+            .cloned()
+            .collect();
+        for uid in woken {
+            self.wake_one(&uid, now);
+        }
+    }
+
     /// Moves what has waited long enough.
     pub fn advance(&mut self, now: Instant) {
         while let Some((until, uid)) = self.backoff.first().cloned() {
@@ -170,6 +185,7 @@ impl Queue {
         let Some(entry) = self.pods.get_mut(uid) else { return };
         let (old, order) = (entry.state, entry.order);
         entry.state = state;
+        let is_spread = entry.info.spread.is_required();
         self.unlist(uid, old, order);
         match state {
             State::Active => {
@@ -180,6 +196,9 @@ impl Queue {
             }
             State::Unschedulable(since) => {
                 self.unschedulable.insert((since, uid.to_owned()));
+                if is_spread {
+                    self.spread.insert(uid.to_owned());
+                }
             }
             State::InFlight => {}
         }
@@ -195,6 +214,7 @@ impl Queue {
             }
             State::Unschedulable(since) => {
                 self.unschedulable.remove(&(since, uid.to_owned()));
+                self.spread.remove(uid);
             }
             State::InFlight => {}
         }

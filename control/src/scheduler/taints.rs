@@ -1,6 +1,9 @@
 //! Taints and tolerations, as Kubernetes matches them.
 
-use orlop_proto::core::v1::{Taint, Toleration};
+use std::hash::{Hash, Hasher};
+
+use orlop_proto::core::v1::{Pod, PodSpec, Taint, Toleration};
+use prost::Message as _;
 
 /// Kubernetes' taint of a node whose Ready condition is False.
 pub const NOT_READY: &str = "node.kubernetes.io/not-ready";
@@ -34,6 +37,44 @@ pub fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
 /// Whether any toleration covers a taint.
 pub fn tolerated(tolerations: &[Toleration], taint: &Taint) -> bool {
     tolerations.iter().any(|toleration| tolerates(toleration, taint))
+}
+
+/// A pod's tolerations. Equal ones are one key.
+#[derive(Debug)]
+pub struct Tolerations {
+    /// As the pod has them.
+    pub list: Vec<Toleration>,
+    /// Encoded: what is compared and hashed.
+    identity: Vec<u8>,
+}
+
+impl Tolerations {
+    /// Of a pod.
+    pub fn of(pod: &Pod) -> Self {
+        let list = pod.spec.as_ref().map_or_else(Vec::new, |spec| spec.tolerations.clone());
+        let spec = PodSpec {
+            tolerations: list,
+            ..PodSpec::default()
+        };
+        Self {
+            identity: spec.encode_to_vec(),
+            list: spec.tolerations,
+        }
+    }
+}
+
+impl PartialEq for Tolerations {
+    fn eq(&self, other: &Self) -> bool {
+        self.identity == other.identity
+    }
+}
+
+impl Eq for Tolerations {}
+
+impl Hash for Tolerations {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.identity.hash(state);
+    }
 }
 
 /// A taint without a value and a time.

@@ -3,7 +3,8 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use orlop_proto::{
     Resource as _,
     core::v1::{
-        Container, Node, NodeCondition, NodeSpec, NodeStatus, Pod, PodSpec, ResourceRequirements, Taint, Toleration,
+        Affinity, Container, Node, NodeAffinity, NodeCondition, NodeSelectorTerm, NodeSpec, NodeStatus, Pod, PodSpec,
+        PreferredSchedulingTerm, ResourceRequirements, Taint, Toleration,
     },
     meta::v1::OwnerReference,
 };
@@ -11,6 +12,8 @@ use proptest::prelude::*;
 use tokio::time::Instant;
 
 use super::{taints::NO_SCHEDULE, *};
+
+mod spread;
 
 fn amounts(list: &[(&str, &str)]) -> BTreeMap<String, String> {
     list.iter()
@@ -98,6 +101,7 @@ fn fill(view: &mut ClusterView, pods: impl IntoIterator<Item = Pod>) -> BTreeMap
     let mut start = 0;
     for pod in pods {
         let info = info(pod);
+        view.keep_for(&info);
         let scheduled = schedule(view, &info, start);
         start = scheduled.next_start;
         if let Decision::Bind(node) = scheduled.decision {
@@ -207,10 +211,22 @@ fn pods_known_before_their_node_are_counted_on_it() {
 #[test]
 fn a_large_cluster_is_sampled_in_rotation() {
     let view = view((0..1000).map(|index| node(&format!("n{index}"), "4", "8Gi")));
-    let first = schedule(&view, &info(pod("p", "")), 0);
-    assert_eq!(first.next_start, 420, "50 % less 1 % for each 125 nodes");
-    let second = schedule(&view, &info(pod("p", "")), 900);
-    assert_eq!(second.next_start, 320, "around the end");
+    let start = |pod: Pod, start: usize| schedule(&view, &info(pod), start).next_start;
+    assert_eq!(start(pod("p", ""), 0), 100);
+    assert_eq!(start(pod("p", ""), 950), 50, "around the end");
+    let mut picky = pod("p", "");
+    let preferred = PreferredSchedulingTerm {
+        weight: 1,
+        preference: Some(NodeSelectorTerm::default()),
+    };
+    picky.spec.get_or_insert_default().affinity = Some(Affinity {
+        node_affinity: Some(NodeAffinity {
+            preferred_during_scheduling_ignored_during_execution: vec![preferred],
+            ..NodeAffinity::default()
+        }),
+    });
+    assert_eq!(start(picky.clone(), 0), 420, "50 % less 1 % for each 125 nodes");
+    assert_eq!(start(picky, 900), 320, "around the end");
 }
 
 #[test]
@@ -240,15 +256,15 @@ proptest! {
                     placed.push(format!("p{index}"));
                 }
                 Decision::Unschedulable(_) => {
-                    prop_assert!(view.nodes().iter().all(|node| node.requested.milli_cpu + size > 4000));
+                    prop_assert!(view.nodes().all(|node| node.requested.milli_cpu + size > 4000));
                 }
             }
-            prop_assert!(view.nodes().iter().all(|node| node.requested.milli_cpu <= 4000));
+            prop_assert!(view.nodes().all(|node| node.requested.milli_cpu <= 4000));
         }
         for uid in placed {
             view.release(&uid);
         }
-        prop_assert!(view.nodes().iter().all(|node| node.requested == resources::Resources::default()));
+        prop_assert!(view.nodes().all(|node| node.requested == resources::Resources::default()));
     }
 }
 

@@ -1,23 +1,26 @@
 //! The cluster as the scheduler sees it: kept up to date by single events, never by scanning pods.
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet},
-    hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::Arc,
 };
 
 use orlop_proto::{
     Resource as _,
-    core::v1::{Node, Pod, Taint},
+    core::v1::{Node, Pod, Taint, Toleration},
 };
 
 use super::{
+    affinity::RequiredAffinity,
+    counts::{ClassId, Counts},
+    likeness::{Counted, Likeness},
+    node_sets::{NodeSet, SetKey, Slot},
     resources::Resources,
-    taints::{self, NO_SCHEDULE, NOT_READY, UNREACHABLE},
+    spread::Spread,
+    taints::{self, NO_EXECUTE, NO_SCHEDULE, NOT_READY, UNREACHABLE, UNSCHEDULABLE},
+    tally::Tally,
 };
-
-/// Pods that should stand apart from each other: those of one owner, or ownerless ones with equal labels.
-pub type Group = u64;
 
 /// A pod with what scheduling needs to know of it, computed once.
 #[derive(Debug, Clone)]
@@ -28,37 +31,24 @@ pub struct PodInfo {
     pub requests: Resources,
     /// What it is taken to use when nodes are compared.
     pub assumed: Resources,
-    /// With which pods it is spread.
-    pub group: Option<Group>,
+    /// The nodes that its affinity allows; `None`: all.
+    pub allowed: Option<SetKey>,
+    /// How it is to be spread.
+    pub spread: Spread,
 }
 
 impl PodInfo {
     /// Computes it.
     pub fn new(pod: Arc<Pod>) -> Self {
+        let affinity = pod.spec.as_ref().and_then(RequiredAffinity::of).map(Arc::new);
         Self {
             requests: Resources::requested(&pod),
             assumed: Resources::assumed(&pod),
-            group: group(&pod),
+            spread: Spread::of(&pod, affinity.as_ref()),
+            allowed: affinity.map(SetKey::allowed),
             pod,
         }
     }
-}
-
-fn group(pod: &Pod) -> Option<Group> {
-    let meta = pod.meta();
-    let mut hasher = DefaultHasher::new();
-    if let Some(owner) = meta
-        .owner_references
-        .iter()
-        .find(|owner| owner.controller == Some(true))
-    {
-        owner.uid.hash(&mut hasher);
-    } else if meta.labels.is_empty() {
-        return None;
-    } else {
-        (&meta.namespace, &meta.labels).hash(&mut hasher);
-    }
-    Some(hasher.finish())
 }
 
 /// A node, and the sums over the pods on it.
@@ -74,45 +64,50 @@ pub struct NodeInfo {
     pub assumed: Resources,
     /// Its taints, with the one that its Ready condition implies.
     pub taints: Vec<Taint>,
-    groups: HashMap<Group, i64>,
+    /// Whether new pods are refused (cordon).
+    pub unschedulable: bool,
+    /// Where it stands in the order of the nodes.
+    position: usize,
 }
 
 impl NodeInfo {
-    fn new(node: Arc<Node>) -> Self {
+    fn new(node: Arc<Node>, position: usize) -> Self {
         Self {
             allocatable: Resources::allocatable(&node),
             requested: Resources::default(),
             assumed: Resources::default(),
             taints: effective_taints(&node),
-            groups: HashMap::new(),
+            unschedulable: unschedulable(&node),
             node,
+            position,
         }
     }
 
-    /// How many pods of a group are here.
-    pub fn members(&self, group: Option<Group>) -> i64 {
-        group.and_then(|group| self.groups.get(&group).copied()).unwrap_or(0)
+    /// Whether none of what refuses new pods is left uncovered.
+    pub fn is_tolerated(&self, tolerations: &[Toleration]) -> bool {
+        self.is_open_to(tolerations) && self.refusing_taint(tolerations).is_none()
+    }
+
+    /// Whether a cordon is none, or covered.
+    pub fn is_open_to(&self, tolerations: &[Toleration]) -> bool {
+        !self.unschedulable || taints::tolerated(tolerations, &taints::taint(UNSCHEDULABLE, NO_SCHEDULE))
+    }
+
+    /// The first taint that refuses new pods and is not covered.
+    pub fn refusing_taint(&self, tolerations: &[Toleration]) -> Option<&Taint> {
+        self.taints.iter().find(|taint| {
+            (taint.effect == NO_SCHEDULE || taint.effect == NO_EXECUTE) && !taints::tolerated(tolerations, taint)
+        })
     }
 
     fn add(&mut self, placed: &Placed) {
         self.requested = self.requested.plus(&placed.requests);
         self.assumed = self.assumed.plus(&placed.assumed);
-        if let Some(group) = placed.group {
-            *self.groups.entry(group).or_default() += 1;
-        }
     }
 
     fn remove(&mut self, placed: &Placed) {
         self.requested = self.requested.minus(&placed.requests);
         self.assumed = self.assumed.minus(&placed.assumed);
-        if let Some(group) = placed.group
-            && let Some(count) = self.groups.get_mut(&group)
-        {
-            *count -= 1;
-            if *count == 0 {
-                self.groups.remove(&group);
-            }
-        }
     }
 }
 
@@ -141,73 +136,113 @@ fn effective_taints(node: &Node) -> Vec<Taint> {
 
 #[derive(Debug, Clone)]
 struct Placed {
-    node: Arc<str>,
+    slot: Slot,
     requests: Resources,
     assumed: Resources,
-    group: Option<Group>,
+    /// What it counts as; `None`: it is being deleted, and counts for nobody's spread any more.
+    class: Option<ClassId>,
     /// Decided by us, not yet seen in the cache.
     reserved: bool,
+}
+
+/// A node's place, also of one that is not known (yet) but has pods.
+#[derive(Debug, Clone)]
+struct Place {
+    name: Arc<str>,
+    node: Option<NodeInfo>,
+    pods: HashSet<Arc<str>>,
 }
 
 /// All nodes with the sums over their pods, and where every pod is.
 #[derive(Debug, Clone, Default)]
 pub struct ClusterView {
-    nodes: Vec<NodeInfo>,
-    index: HashMap<Arc<str>, usize>,
-    pods: HashMap<String, Placed>,
-    /// Pods by node, also of nodes that are not known (yet).
-    on_node: HashMap<Arc<str>, HashSet<String>>,
+    places: Vec<Place>,
+    slots: HashMap<Arc<str>, Slot>,
+    free: Vec<Slot>,
+    /// The slots of the nodes.
+    order: Vec<Slot>,
+    pods: HashMap<Arc<str>, Placed>,
+    counts: Counts,
 }
 
 impl ClusterView {
     /// The nodes, in no particular but stable order.
-    pub fn nodes(&self) -> &[NodeInfo] {
-        &self.nodes
+    pub fn nodes(&self) -> impl Iterator<Item = &NodeInfo> {
+        nodes(&self.places, &self.order).map(|(_, node)| node)
+    }
+
+    /// The slots of the nodes, in the same order.
+    pub fn order(&self) -> &[Slot] {
+        &self.order
+    }
+
+    /// The node at a slot.
+    pub fn at(&self, slot: Slot) -> Option<&NodeInfo> {
+        self.places.get(slot as usize)?.node.as_ref()
     }
 
     /// The node with this name.
     pub fn node(&self, name: &str) -> Option<&NodeInfo> {
-        self.index.get(name).map(|index| &self.nodes[*index])
+        self.at(*self.slots.get(name)?)
+    }
+
+    /// The name of the node at a slot.
+    pub fn name(&self, slot: Slot) -> Arc<str> {
+        self.places[slot as usize].name.clone()
     }
 
     /// The uids of all pods that are counted somewhere.
-    pub fn pods(&self) -> impl Iterator<Item = &String> {
-        self.pods.keys()
+    pub fn pods(&self) -> impl Iterator<Item = &str> {
+        self.pods.keys().map(|uid| &**uid)
     }
 
     /// Takes a new or changed node in. Says whether anything changed that scheduling looks at.
     pub fn set_node(&mut self, node: Arc<Node>) -> bool {
-        if let Some(index) = self.index.get(node.name()) {
-            let info = &mut self.nodes[*index];
-            let allocatable = Resources::allocatable(&node);
-            let taints = effective_taints(&node);
-            let changed = info.allocatable != allocatable
-                || info.taints != taints
-                || info.node.meta().labels != node.meta().labels
-                || unschedulable(&info.node) != unschedulable(&node);
-            info.allocatable = allocatable;
-            info.taints = taints;
-            info.node = node;
-            return changed;
+        let slot = self.slot(node.name());
+        let place = &mut self.places[slot as usize];
+        let changed = if let Some(info) = &mut place.node {
+            let new = NodeInfo {
+                requested: info.requested,
+                assumed: info.assumed,
+                ..NodeInfo::new(node, info.position)
+            };
+            let changed = info.allocatable != new.allocatable
+                || info.taints != new.taints
+                || info.unschedulable != new.unschedulable
+                || info.node.meta().labels != new.node.meta().labels;
+            *info = new;
+            changed
+        } else {
+            let mut info = NodeInfo::new(node, self.order.len());
+            for uid in &place.pods {
+                info.add(&self.pods[uid]);
+            }
+            place.node = Some(info);
+            self.order.push(slot);
+            true
+        };
+        if changed {
+            self.counts.set_node(slot, self.places[slot as usize].node.as_ref());
         }
-        let name: Arc<str> = node.name().into();
-        let mut info = NodeInfo::new(node);
-        for uid in self.on_node.get(&name).into_iter().flatten() {
-            info.add(&self.pods[uid]);
-        }
-        self.index.insert(name, self.nodes.len());
-        self.nodes.push(info);
-        true
+        changed
     }
 
     /// Forgets a node.
     pub fn remove_node(&mut self, name: &str) {
-        if let Some(index) = self.index.remove(name) {
-            self.nodes.swap_remove(index);
-            if let Some(moved) = self.nodes.get(index) {
-                self.index.insert(moved.node.name().into(), index);
-            }
+        let Some(slot) = self.slots.get(name).copied() else {
+            return;
+        };
+        let Some(gone) = self.places[slot as usize].node.take() else {
+            return;
+        };
+        self.order.swap_remove(gone.position);
+        if let Some(moved) = self.order.get(gone.position).copied()
+            && let Some(moved) = &mut self.places[moved as usize].node
+        {
+            moved.position = gone.position;
         }
+        self.counts.set_node(slot, None);
+        self.tidy(slot);
     }
 
     /// Takes a bound pod in, as the cache has it. An end of its run frees what it held.
@@ -220,23 +255,23 @@ impl ClusterView {
         if is_terminal(pod) {
             return self.remove_pod(pod.uid());
         }
-        if self
-            .pods
-            .get(pod.uid())
-            .is_some_and(|placed| &*placed.node == node && !placed.reserved)
+        if let Some(placed) = self.pods.get_mut(pod.uid())
+            && *self.places[placed.slot as usize].name == *node
         {
+            placed.reserved = false;
+            self.reclass(pod);
             return None;
         }
-        let freed = self.remove_pod(pod.uid()).filter(|old| &**old != node);
-        let info = PodInfo::new(pod.clone());
-        self.place(&info, node, false);
+        let freed = self.remove_pod(pod.uid());
+        let (requests, assumed) = (Resources::requested(pod), Resources::assumed(pod));
+        self.place(pod, requests, assumed, node, false);
         freed
     }
 
     /// Counts a pod on a node before the cache shows it there.
     pub fn reserve(&mut self, info: &PodInfo, node: &str) {
         self.remove_pod(info.pod.uid());
-        self.place(info, node, true);
+        self.place(&info.pod, info.requests, info.assumed, node, true);
     }
 
     /// Takes a reservation back; a pod that the cache has shown on its node stays. Returns the node that became freer.
@@ -251,40 +286,131 @@ impl ClusterView {
     /// Forgets a pod. Returns the node that became freer.
     pub fn remove_pod(&mut self, uid: &str) -> Option<Arc<str>> {
         let placed = self.pods.remove(uid)?;
-        if let Some(index) = self.index.get(&placed.node) {
-            self.nodes[*index].remove(&placed);
+        let place = &mut self.places[placed.slot as usize];
+        let name = place.name.clone();
+        if let Some(node) = &mut place.node {
+            node.remove(&placed);
         }
-        if let Some(uids) = self.on_node.get_mut(&placed.node) {
-            uids.remove(uid);
-            if uids.is_empty() {
-                self.on_node.remove(&placed.node);
-            }
+        place.pods.remove(uid);
+        if let Some(class) = placed.class {
+            self.counts.remove(class, placed.slot);
         }
-        Some(placed.node)
+        self.tidy(placed.slot);
+        Some(name)
     }
 
-    fn place(&mut self, info: &PodInfo, node: &str, reserved: bool) {
-        let name: Arc<str> = match self.index.get_key_value(node) {
-            Some((name, _)) => name.clone(),
-            None => node.into(),
+    /// A set of nodes: the kept one, or one that is made now.
+    pub fn node_set(&self, key: &SetKey) -> Cow<'_, NodeSet> {
+        self.counts.set(key, nodes(&self.places, &self.order))
+    }
+
+    /// How many of the pods that `counted` says are in each domain. `set` is the one of `key`.
+    pub fn tally(&self, counted: &Counted, key: &SetKey, set: &NodeSet, topology: usize) -> Cow<'_, Tally> {
+        self.counts.tally(counted, key, set, topology)
+    }
+
+    /// Lets a set of nodes follow single events from now on.
+    pub fn keep_set(&mut self, key: &SetKey) {
+        self.counts.keep_set(key, nodes(&self.places, &self.order));
+    }
+
+    /// Lets a tally follow single events from now on.
+    pub fn keep_tally(&mut self, counted: &Counted, key: &SetKey, topology: usize) {
+        let nodes = nodes(&self.places, &self.order);
+        self.counts.keep_tally(counted, key, topology, nodes);
+    }
+
+    /// Lets everything that deciding on this pod asks for follow single events from now on: the next pods like it are decided
+    /// without a look at all nodes.
+    pub fn keep_for(&mut self, pod: &PodInfo) {
+        if let Some(allowed) = &pod.allowed {
+            self.keep_set(allowed);
+        }
+        pod.spread.keep(self);
+    }
+
+    /// What kinds of pods came or went on nodes since the last call.
+    pub fn take_changed_pods(&mut self) -> Vec<Arc<Likeness>> {
+        self.counts.take_changed()
+    }
+
+    /// Counts a pod as what it is now: its labels may have changed, or its deletion begun.
+    fn reclass(&mut self, pod: &Pod) {
+        let Some(placed) = self.pods.get_mut(pod.uid()) else {
+            return;
         };
+        let stays = match placed.class {
+            Some(class) => !pod.is_deleting() && self.counts.is_of(class, pod),
+            None => pod.is_deleting(),
+        };
+        if stays {
+            return;
+        }
+        if let Some(class) = placed.class.take() {
+            self.counts.remove(class, placed.slot);
+        }
+        if !pod.is_deleting() {
+            placed.class = Some(self.counts.add(pod, placed.slot));
+        }
+    }
+
+    fn place(&mut self, pod: &Pod, requests: Resources, assumed: Resources, node: &str, reserved: bool) {
+        let slot = self.slot(node);
         let placed = Placed {
-            node: name.clone(),
-            requests: info.requests,
-            assumed: info.assumed,
-            group: info.group,
+            slot,
+            requests,
+            assumed,
+            class: (!pod.is_deleting()).then(|| self.counts.add(pod, slot)),
             reserved,
         };
-        if let Some(index) = self.index.get(&name) {
-            self.nodes[*index].add(&placed);
+        let place = &mut self.places[slot as usize];
+        if let Some(node) = &mut place.node {
+            node.add(&placed);
         }
-        self.on_node.entry(name).or_default().insert(info.pod.uid().to_owned());
-        self.pods.insert(info.pod.uid().to_owned(), placed);
+        let uid: Arc<str> = pod.uid().into();
+        place.pods.insert(uid.clone());
+        self.pods.insert(uid, placed);
+    }
+
+    /// The slot of a name, a new one if need be.
+    fn slot(&mut self, name: &str) -> Slot {
+        if let Some(slot) = self.slots.get(name) {
+            return *slot;
+        }
+        let place = Place {
+            name: name.into(),
+            node: None,
+            pods: HashSet::new(),
+        };
+        let name = place.name.clone();
+        let slot = if let Some(slot) = self.free.pop() {
+            self.places[slot as usize] = place;
+            slot
+        } else {
+            self.places.push(place);
+            Slot::try_from(self.places.len() - 1).unwrap_or(Slot::MAX)
+        };
+        self.slots.insert(name, slot);
+        slot
+    }
+
+    /// Gives a slot free that has neither a node nor pods.
+    fn tidy(&mut self, slot: Slot) {
+        let place = &mut self.places[slot as usize];
+        if place.node.is_none() && place.pods.is_empty() {
+            self.slots.remove(&place.name);
+            self.free.push(slot);
+        }
     }
 }
 
+fn nodes<'a>(places: &'a [Place], order: &'a [Slot]) -> impl Iterator<Item = (Slot, &'a NodeInfo)> {
+    let node = |slot: &Slot| Some((*slot, places[*slot as usize].node.as_ref()?));
+    order.iter().filter_map(node)
+}
+
 /// Whether new pods are refused (cordon).
-pub fn unschedulable(node: &Node) -> bool {
+fn unschedulable(node: &Node) -> bool {
     node.spec.as_ref().is_some_and(|spec| spec.unschedulable)
 }
 

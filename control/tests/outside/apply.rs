@@ -190,3 +190,37 @@ async fn an_address_outside_of_the_range_stops_the_whole_manifest() {
     let found = client.list(request).await.expect("lists").into_inner();
     assert!(found.items.is_empty(), "nothing was written");
 }
+
+#[tokio::test]
+async fn what_the_server_wrote_into_a_spread_is_nobodys_change() {
+    let manifest = r"
+apiVersion: v1
+kind: Pod
+metadata: {name: web, labels: {app: web, hash: '1'}}
+spec:
+  containers: [{name: web, image: 'web:1'}]
+  topologySpreadConstraints:
+  - maxSkew: 1
+    topologyKey: topology.kubernetes.io/zone
+    whenUnsatisfiable: DoNotSchedule
+    labelSelector: {matchExpressions: [{key: app, operator: In, values: [web]}]}
+    matchLabelKeys: [hash]
+";
+    let control = Control::start().await;
+    let mut client = ObjectsClient::new(control.admin().await);
+    let first = apply(&mut client, manifest).await.expect("applies");
+    assert_eq!(actions(&first), ["created"], "{first:?}");
+    let Some(Body::Pod(pod)) = first[0].object.clone().and_then(|object| object.body) else {
+        panic!("a pod")
+    };
+    let constraints = pod.spec.unwrap_or_default().topology_spread_constraints;
+    let selector = constraints[0].label_selector.clone().unwrap_or_default();
+    let keys: Vec<&str> = selector.match_expressions.iter().map(|one| one.key.as_str()).collect();
+    assert_eq!(keys, ["app", "hash"]);
+    let again = apply(&mut client, manifest).await.expect("applies");
+    assert_eq!(actions(&again), ["unchanged"], "{again:?}");
+    let other = apply(&mut client, &manifest.replace("maxSkew: 1", "maxSkew: 2")).await;
+    let status = other.expect_err("it cannot be changed");
+    assert_eq!(fields(&status), ["spec"], "{status:?}");
+    control.stop().await;
+}
