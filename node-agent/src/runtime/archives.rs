@@ -371,6 +371,8 @@ impl Archive {
         config: &str,
         layers: &[String],
     ) -> Result<(Manifest, BTreeMap<String, Extent>), ArchiveError> {
+        // Before any of them is read: a few bytes can name the same large file a million times.
+        check_layers(layers)?;
         let mut extents = BTreeMap::new();
         let mut describe = |name: &str, config: bool| -> Result<Descriptor, ArchiveError> {
             let extent = self.extent(name)?;
@@ -394,7 +396,6 @@ impl Archive {
             .iter()
             .map(|layer| describe(layer, false))
             .collect::<Result<_, _>>()?;
-        check_layers(&layers)?;
         Ok((Manifest::new(config, layers), extents))
     }
 
@@ -454,7 +455,7 @@ fn parse<T: serde::de::DeserializeOwned>(file: &str, bytes: &[u8]) -> Result<T, 
     })
 }
 
-fn check_layers(layers: &[Descriptor]) -> Result<(), ArchiveError> {
+fn check_layers<T>(layers: &[T]) -> Result<(), ArchiveError> {
     if layers.len() > MAX_LAYERS {
         return Err(ArchiveError::Format(format!(
             "it has {} layers, {MAX_LAYERS} are possible",

@@ -10,9 +10,8 @@ use std::{
     time::Duration,
 };
 
-use jiff::Timestamp;
 use serde::Deserialize;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{Runtime, RuntimeError, reference::Reference};
@@ -89,23 +88,23 @@ pub struct History(BTreeMap<String, Known>);
 
 #[derive(Debug, Clone)]
 struct Known {
-    /// The epoch for those that were there before the agent.
-    first_seen: Timestamp,
-    last_used: Timestamp,
+    /// `None` for those that were there before the agent. By a clock that nobody sets, as the next.
+    first_seen: Option<Instant>,
+    last_used: Option<Instant>,
 }
 
 impl History {
     /// Takes a look into account. Images that the first one finds are old.
-    pub fn note(&mut self, store: &ImageStore, wanted: &BTreeSet<String>, first: bool, now: Timestamp) {
+    pub fn note(&mut self, store: &ImageStore, wanted: &BTreeSet<String>, first: bool, now: Instant) {
         self.0.retain(|name, _| store.images.contains_key(name));
-        let seen = if first { Timestamp::UNIX_EPOCH } else { now };
+        let seen = (!first).then_some(now);
         for (name, in_use) in &store.images {
             let known = self.0.entry(name.clone()).or_insert(Known {
                 first_seen: seen,
-                last_used: Timestamp::UNIX_EPOCH,
+                last_used: None,
             });
             if *in_use || wanted.contains(name) {
-                known.last_used = now;
+                known.last_used = Some(now);
             }
         }
     }
@@ -117,11 +116,11 @@ pub fn next<'a>(
     wanted: &BTreeSet<String>,
     history: &History,
     settings: &GcSettings,
-    now: Timestamp,
+    now: Instant,
 ) -> Option<&'a str> {
     let old = |known: &Known| {
-        let age = now.duration_since(known.first_seen).as_secs();
-        u64::try_from(age).is_ok_and(|age| age >= settings.minimum_age_seconds)
+        let age = known.first_seen.map(|seen| now.saturating_duration_since(seen));
+        age.is_none_or(|age| age.as_secs() >= settings.minimum_age_seconds)
     };
     let candidates = store.images.iter().filter_map(|(name, in_use)| {
         let known = history.0.get(name)?;
@@ -179,14 +178,14 @@ async fn collect(
     let Some(mut store) = runtime.images().await? else {
         return Ok(false);
     };
-    history.note(&store, &wants(), first, Timestamp::now());
+    history.note(&store, &wants(), first, Instant::now());
     let begin = store.used_percent();
     if begin <= settings.high_threshold_percent || settings.high_threshold_percent == 100 {
         return Ok(true);
     }
     let mut removed = 0;
     while store.used_percent() > settings.low_threshold_percent {
-        let now = Timestamp::now();
+        let now = Instant::now();
         let Some(name) = next(&store, &wants(), history, settings, now).map(str::to_owned) else {
             tracing::warn!(
                 used_percent = store.used_percent(),
@@ -197,9 +196,14 @@ async fn collect(
             return Ok(true);
         };
         // Asked again when nobody can begin to use it.
-        if runtime.remove_image(&name, &|name| !wants().contains(name)).await? {
-            removed += 1;
-            tracing::info!(image = name, "removed an unused image");
+        match runtime.remove_image(&name, &|name| !wants().contains(name)).await {
+            Ok(true) => {
+                removed += 1;
+                tracing::info!(image = name, "removed an unused image");
+            }
+            Ok(false) => {}
+            // It is first in line the next time, too, and must not keep all others from being removed.
+            Err(error) => tracing::warn!(image = name, %error, "an unused image cannot be removed"),
         }
         let disk = runtime.images().await?.unwrap_or_default();
         // What is left is not looked at twice in one round, so each round ends.

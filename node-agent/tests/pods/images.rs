@@ -1,5 +1,10 @@
 //! Images from a registry, hostile ones, and the removal of unused ones: docker-registry, containerd, and what is on disk.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
 use orlop_node::runtime::{
     garbage::GcSettings,
     image_source::{CONFIG, Descriptor, LAYER, LAYER_GZIP, Manifest, digest_of},
@@ -391,14 +396,7 @@ fn a_pull_that_nobody_waits_for_any_more_leaves_nothing() {
         "pods::images::a_pull_that_nobody_waits_for_any_more_leaves_nothing",
         async |stage| {
             let (mut node, _) = registry_node(stage, |_| {}).await;
-            // Gives half of a layer, and then says nothing more.
-            let layer = registry::layer(&[("half", &vec![7; 4 << 20])]);
-            let config = serde_json::json!({"rootfs": {"type": "layers", "diff_ids": [digest_of(&layer)]}}).to_string();
-            let manifest = Manifest::new(
-                registry::described(CONFIG, config.as_bytes()),
-                vec![registry::described(LAYER, &layer)],
-            );
-            registry::stalling(5000, manifest.to_bytes(), config, layer).await;
+            stalling_registry(false).await;
             node.want(&pod("stalled", &[("web", &["sleep"], "127.0.0.1:5000/stalled:1")]));
             node.until_true("it is being written", |node| {
                 node.ctr(&["leases", "list"]).contains("orlop-import")
@@ -415,6 +413,41 @@ fn a_pull_that_nobody_waits_for_any_more_leaves_nothing() {
             node.assert_nothing_left();
         },
     );
+}
+
+#[test]
+fn a_registry_in_drops_does_not_outlast_a_failed_write() {
+    on_stage(
+        "pods::images::a_registry_in_drops_does_not_outlast_a_failed_write",
+        async |stage| {
+            let (mut node, _) = registry_node(stage, |_| {}).await;
+            let asked = stalling_registry(true).await;
+            node.want(&pod("drops", &[("web", &["sleep"], "127.0.0.1:5000/stalled:1")]));
+            node.until_true("it is being written", |node| {
+                node.ctr(&["content", "active"]).contains("orlop-")
+            })
+            .await;
+            let before = asked.load(Ordering::SeqCst);
+            node.kill_containerd();
+            node.start_containerd();
+            // At ten bytes a second the piece that was begun would be whole in half a day.
+            node.until_true("it is begun anew", |_| asked.load(Ordering::SeqCst) > before)
+                .await;
+            node.delete("drops", 0).await;
+            node.until_empty().await;
+        },
+    );
+}
+
+/// A registry at port 5000 that gives half of a layer, and then next to nothing. Counts how often it was asked for the layer.
+async fn stalling_registry(dripping: bool) -> Arc<AtomicUsize> {
+    let layer = registry::layer(&[("half", &vec![7; 4 << 20])]);
+    let config = serde_json::json!({"rootfs": {"type": "layers", "diff_ids": [digest_of(&layer)]}}).to_string();
+    let manifest = Manifest::new(
+        registry::described(CONFIG, config.as_bytes()),
+        vec![registry::described(LAYER, &layer)],
+    );
+    registry::stalling(5000, manifest.to_bytes(), config, layer, dripping).await
 }
 
 /// Wants a pod of the image until it shows why it cannot be pulled, and deletes it.

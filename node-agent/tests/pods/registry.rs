@@ -4,6 +4,10 @@ use std::{
     fs,
     path::PathBuf,
     process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -218,15 +222,24 @@ pub fn described(media_type: &str, bytes: &[u8]) -> Descriptor {
     }
 }
 
-/// A registry of one image that gives half of its layer only, and leaves its clients waiting for the rest.
-pub async fn stalling(port: u16, manifest: bytes::Bytes, config: String, layer: Vec<u8>) {
+/// A registry of one image that gives half of its layer only, and leaves its clients waiting for the rest: without another word, or,
+/// if it is `dripping`, giving a byte now and then. Counts how often it was asked for the layer.
+pub async fn stalling(
+    port: u16,
+    manifest: bytes::Bytes,
+    config: String,
+    layer: Vec<u8>,
+    dripping: bool,
+) -> Arc<AtomicUsize> {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     let digest = digest_of(&layer);
-    let answers = std::sync::Arc::new((manifest, config, layer, digest));
+    let answers = Arc::new((manifest, config, layer, digest));
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counted = asked.clone();
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
-            let answers = answers.clone();
+            let (answers, counted) = (answers.clone(), counted.clone());
             tokio::spawn(async move {
                 let (manifest, config, layer, digest) = &*answers;
                 let mut head = Vec::new();
@@ -246,12 +259,24 @@ pub async fn stalling(port: u16, manifest: bytes::Bytes, config: String, layer: 
                 stream.write_all(start.as_bytes()).await.unwrap();
                 let sent = if whole { body.len() } else { body.len() / 2 };
                 stream.write_all(&body[..sent]).await.unwrap();
-                if !whole {
+                if whole {
+                    return;
+                }
+                counted.fetch_add(1, Ordering::SeqCst);
+                if !dripping {
                     std::future::pending::<()>().await;
+                }
+                // Until nobody listens any more.
+                for byte in &body[sent..] {
+                    if stream.write_all(&[*byte]).await.is_err() {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             });
         }
     });
+    asked
 }
 
 /// The fixture's program as a layer.

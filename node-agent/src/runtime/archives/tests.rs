@@ -132,6 +132,18 @@ async fn hostile_archives_are_errors() {
 }
 
 #[test]
+fn too_many_layers_are_refused_before_any_is_read() {
+    let layers: Vec<&str> = vec!["not-there"; 200];
+    let manifest = serde_json::json!([{"Config": "c.json", "RepoTags": ["x:1"], "Layers": layers}]).to_string();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.tar");
+    fs::write(&path, tar_of(&[("manifest.json", manifest.as_bytes())])).unwrap();
+    let archive = Archive::read(&path).unwrap();
+    let error = archive.found(&archive.images[0]).err().expect("refused").to_string();
+    assert!(error.contains("200 layers"), "{error}");
+}
+
+#[test]
 fn indexes_of_indexes_end() {
     let digest = format!("sha256:{}", "1".repeat(64));
     let index = serde_json::json!({"manifests": [{"mediaType": "application/vnd.oci.image.index.v1+json",

@@ -148,7 +148,13 @@ pub async fn write(
         }
         Ok(tonic::Response::new(last))
     });
-    let (fed, answered) = tokio::join!(feed, call);
+    tokio::pin!(feed, call);
+    let (fed, answered) = tokio::select! {
+        biased;
+        fed = &mut feed => (fed, call.await),
+        // Nobody takes any more: whoever sends in drops would be waited for until the next piece is whole.
+        answered = &mut call => (Ok(()), answered),
+    };
     let written = match (fed, answered.made()) {
         (Ok(()), Ok(_)) => return Ok(()),
         (Err(source), _) if source.kind() == std::io::ErrorKind::InvalidData => Err(source.to_string()),
