@@ -156,8 +156,8 @@ impl<T: Registered> Watcher<T> {
         if let Some(initial) = &mut self.initial {
             let revision = initial.snapshot.revision;
             if let Some(object) = initial.next(&self.selection) {
-                let version = object.meta().resource_version.clone();
-                return Ok(event("ADDED", encode(T::clone(&object)), version));
+                // No revision to resume after: objects that were written before this one are still to come.
+                return Ok(event("ADDED", encode(T::clone(&object)), String::new()));
             }
             self.initial = None;
             self.told = revision;

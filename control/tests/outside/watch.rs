@@ -17,7 +17,12 @@ async fn next(stream: &mut Streaming<WatchEvent>) -> (String, String, u64) {
     let event = tokio::time::timeout(std::time::Duration::from_secs(20), stream.message());
     let event = event.await.expect("in time").expect("no error").expect("goes on");
     let object = event.object.as_ref().map(name).unwrap_or_default();
-    (event.r#type, object, event.resource_version.parse().expect("a number"))
+    let version = match event.resource_version.as_str() {
+        // What was there at the beginning.
+        "" => 0,
+        version => version.parse().expect("a number"),
+    };
+    (event.r#type, object, version)
 }
 
 #[tokio::test]
@@ -69,6 +74,34 @@ async fn a_watch_begins_with_what_is_there_and_resumes_where_it_was() {
             ["resourceVersion"]
         );
     }
+    control.stop().await;
+}
+
+#[tokio::test]
+async fn a_watch_that_breaks_in_its_beginning_misses_nothing() {
+    let control = Control::start().await;
+    let mut client = ObjectsClient::new(control.admin().await);
+    // Told in the order of names, written in another.
+    for object in ["b", "a"] {
+        create(&mut client, lease(object, "x")).await;
+    }
+    let mut request = WatchRequest {
+        resource: "leases".to_owned(),
+        namespace: "default".to_owned(),
+        ..WatchRequest::default()
+    };
+    let mut events = watch(&mut client, request.clone()).await.expect("watches");
+    let first = events.message().await.expect("no error").expect("an event");
+    assert_eq!(first.object.as_ref().map(name).as_deref(), Some("a"));
+    drop(events);
+    request.resource_version = first.resource_version;
+    let mut again = watch(&mut client, request).await.expect("resumes");
+    create(&mut client, lease("c", "x")).await;
+    let mut seen = Vec::new();
+    while seen.last().is_none_or(|last| last != "c") {
+        seen.push(next(&mut again).await.1);
+    }
+    assert!(seen.iter().any(|seen| seen == "b"), "{seen:?}");
     control.stop().await;
 }
 
