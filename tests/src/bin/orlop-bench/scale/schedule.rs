@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use orlop_proto::{
     Resource,
-    api::v1::{CreateRequest, UpdateRequest},
+    api::v1::{CreateRequest, Object, UpdateRequest},
     core::v1::{Node, Pod},
 };
 
@@ -44,6 +44,8 @@ pub struct Options {
 
 /// All pods of a run must be bound after this.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// New nodes have their ranges of pod addresses by then, or it is said.
+const SETTLING: Duration = Duration::from_secs(60);
 const RATE: &str = "pods created and durably bound a second";
 const CREATE: &str = "pods created, p99 of a call";
 
@@ -107,7 +109,7 @@ async fn own(place: &Place, options: &Options, nodes: usize, report: &mut Report
 }
 
 async fn create_nodes(clients: &[Objects], count: usize) -> Result<()> {
-    let clients = clients.to_vec();
+    let (clients, asking) = (clients.to_vec(), clients[0].clone());
     load::run(Until::Calls(count), 64, move |index| {
         let mut client = clients[index % clients.len()].clone();
         async move {
@@ -118,8 +120,27 @@ async fn create_nodes(clients: &[Objects], count: usize) -> Result<()> {
             Ok(client.update_status(UpdateRequest { object }).await.map(drop)?)
         }
     })
-    .await
-    .map(drop)
+    .await?;
+    let begin = Instant::now();
+    loop {
+        let nodes = ours::all(&asking, "nodes").await?;
+        let waiting = nodes.into_iter().filter(|node| !is_settled(node)).count();
+        if waiting == 0 {
+            return Ok(());
+        }
+        if begin.elapsed() > SETTLING {
+            println!("   ({waiting} of {count} nodes have no range of pod addresses yet: that goes on meanwhile)");
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// Whether a new node has its range of pod addresses: what controllers still write would be measured with the first pods.
+fn is_settled(object: &Object) -> bool {
+    let node: Option<Node> = Resource::from_object(object.clone());
+    node.and_then(|node| node.spec)
+        .is_some_and(|spec| !spec.pod_cidr.is_empty())
 }
 
 async fn peer(place: &Place, options: &Options, report: &mut Report) -> Result<()> {
