@@ -101,6 +101,8 @@ pub struct StartContainer {
     pub resources: Resources,
     /// The pod's terminationGracePeriodSeconds.
     pub grace_seconds: u64,
+    /// Why it cannot be started as it is; command, args and env are empty then.
+    pub refused: Option<String>,
 }
 
 impl Action {

@@ -303,6 +303,15 @@ fn ends_and_errors_show_in_the_status() {
         let container = &mut program.spec.get_or_insert_default().containers[0];
         container.command = vec!["/no/such/program".into()];
         node.want(&program);
+        // Each variable is the one before twice: the last would be some terabytes.
+        let mut bomb = pod("bomb", &[("main", &[], "fixture:1")]);
+        bomb.spec.get_or_insert_default().containers[0].env = (0..40)
+            .map(|at: u32| orlop_proto::core::v1::EnvVar {
+                name: format!("V{at}"),
+                value: format!("$(V{0})$(V{0})xxxxxxxx", at.saturating_sub(1)),
+            })
+            .collect();
+        node.want(&bomb);
         let good = node
             .until("good", "succeeds", |status| status.phase == "Succeeded")
             .await;
@@ -335,6 +344,8 @@ fn ends_and_errors_show_in_the_status() {
             .await;
         node.until("local", "is never pulled", waits(&["ErrImageNeverPull"]))
             .await;
+        node.until("bomb", "is not put together", waits(&["CreateContainerConfigError"]))
+            .await;
         node.until("program", "cannot be started", |status| {
             let container = &status.container_statuses[0];
             let of = |state: &Option<orlop_proto::core::v1::ContainerState>| {
@@ -346,9 +357,9 @@ fn ends_and_errors_show_in_the_status() {
             of(&container.state) || of(&container.last_state)
         })
         .await;
-        node.until_true("ended pods give their network back", |node| node.namespaces() == 4)
+        node.until_true("ended pods give their network back", |node| node.namespaces() == 5)
             .await;
-        for name in ["good", "bad", "missing", "invalid", "local", "program"] {
+        for name in ["good", "bad", "missing", "invalid", "local", "program", "bomb"] {
             node.delete(name, 0).await;
         }
         node.until_empty().await;

@@ -244,8 +244,10 @@ fn start(
     restart_count: u32,
     backoff_ms: Option<u64>,
 ) -> StartContainer {
-    let env = environment::variables(pod, container, context.desired);
-    let expand = |words: &[String]| words.iter().map(|word| environment::expand(word, &env)).collect();
+    let (words, refused) = match expanded(pod, container, context) {
+        Ok(words) => (words, None),
+        Err(too_large) => (Words::default(), Some(too_large.to_string())),
+    };
     StartContainer {
         sandbox_id: sandbox_id.to_owned(),
         name: container.name.clone(),
@@ -256,13 +258,31 @@ fn start(
             reference: container.image.clone(),
             policy: pull_policy(container),
         },
-        command: expand(&container.command),
-        args: expand(&container.args),
+        command: words.command,
+        args: words.args,
         working_dir: container.working_dir.clone(),
         resources: resources::limits(pod, container, context.settings.memory_capacity),
         grace_seconds: pod.spec.as_ref().map_or(0, grace),
-        env,
+        env: words.env,
+        refused,
     }
+}
+
+/// What a container's process is given.
+#[derive(Default)]
+struct Words {
+    command: Vec<String>,
+    args: Vec<String>,
+    env: Vec<(String, String)>,
+}
+
+fn expanded(pod: &Pod, container: &Container, context: Context<'_>) -> Result<Words, environment::TooLarge> {
+    let mut environment = environment::environment(pod, container, context.desired)?;
+    Ok(Words {
+        command: environment.words(&container.command)?,
+        args: environment.words(&container.args)?,
+        env: environment.into_variables(),
+    })
 }
 
 fn pull_policy(container: &Container) -> PullPolicy {

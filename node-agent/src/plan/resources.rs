@@ -1,6 +1,11 @@
 //! Requests and limits as the kernel is told, and the pod's quality of service: the kubelet's formulas.
 
-use orlop_proto::core::v1::{Container, Pod};
+use std::collections::BTreeMap;
+
+use orlop_proto::{
+    core::v1::{Container, Pod},
+    quantity::Quantity,
+};
 
 use crate::runtime::Resources;
 
@@ -15,24 +20,22 @@ const MIN_QUOTA: i128 = 1000;
 pub fn limits(pod: &Pod, container: &Container, memory_capacity: u64) -> Resources {
     let empty = Default::default();
     let resources = container.resources.as_ref().unwrap_or(&empty);
-    let limit = |name: &str| resources.limits.get(name).and_then(|text| milli(text));
-    let request = |name: &str| {
-        resources
-            .requests
-            .get(name)
-            .and_then(|text| milli(text))
-            .or_else(|| limit(name))
-    };
-    let cpu_shares = request("cpu").map_or(2, |cpu| (cpu * 1024 / 1000).clamp(2, 262_144));
+    let limit = |name: &str| amount(&resources.limits, name);
+    let request = |name: &str| amount(&resources.requests, name).or_else(|| limit(name));
+    let millis = |cpu: Quantity| i128::from(cpu.millis());
+    let cpu_shares = request("cpu").map_or(2, |cpu| (millis(cpu) * 1024 / 1000).clamp(2, 262_144));
     let cpu_quota = limit("cpu")
+        .map(millis)
         .filter(|cpu| *cpu > 0)
         .map(|cpu| (cpu * QUOTA_PERIOD / 1000).max(MIN_QUOTA));
-    let memory_limit = limit("memory").filter(|memory| *memory > 0).map(|memory| memory / 1000);
-    let memory_request = request("memory").unwrap_or(0) / 1000;
+    let memory_limit = limit("memory")
+        .map(|memory| memory.units())
+        .filter(|memory| *memory > 0);
+    let memory_request = request("memory").map_or(0, |memory| i128::from(memory.units()));
     Resources {
         cpu_shares: u64::try_from(cpu_shares).unwrap_or(2),
         cpu_quota: cpu_quota.and_then(|quota| i64::try_from(quota).ok()),
-        memory_limit: memory_limit.and_then(|limit| i64::try_from(limit).ok()),
+        memory_limit,
         oom_score_adj: oom_score_adj(qos_class(pod), memory_request, memory_capacity),
     }
 }
@@ -49,6 +52,11 @@ fn oom_score_adj(qos: &str, memory_request: i128, memory_capacity: u64) -> i32 {
     }
 }
 
+/// `None` where there is none. Validation has refused what is no quantity.
+fn amount(of: &BTreeMap<String, String>, name: &str) -> Option<Quantity> {
+    of.get(name)?.parse().ok()
+}
+
 /// Guaranteed, Burstable or BestEffort.
 pub fn qos_class(pod: &Pod) -> &'static str {
     let Some(spec) = &pod.spec else { return "BestEffort" };
@@ -58,9 +66,7 @@ pub fn qos_class(pod: &Pod) -> &'static str {
         let empty = Default::default();
         let resources = container.resources.as_ref().unwrap_or(&empty);
         for name in ["cpu", "memory"] {
-            let value = |of: &std::collections::BTreeMap<String, String>| {
-                of.get(name).and_then(|text| milli(text)).filter(|amount| *amount > 0)
-            };
+            let value = |of| amount(of, name).filter(|amount| !amount.is_negative() && !amount.is_zero());
             let (limit, request) = (value(&resources.limits), value(&resources.requests));
             any |= limit.is_some() || request.is_some();
             guaranteed &= limit.is_some() && (request.is_none() || request == limit);
@@ -70,53 +76,6 @@ pub fn qos_class(pod: &Pod) -> &'static str {
         (false, _) => "BestEffort",
         (true, true) => "Guaranteed",
         (true, false) => "Burstable",
-    }
-}
-
-/// A quantity in thousandths, rounded up; `None` for what is none.
-pub fn milli(text: &str) -> Option<i128> {
-    let split = text
-        .find(|letter: char| !matches!(letter, '0'..='9' | '.' | '+' | '-'))
-        .unwrap_or(text.len());
-    let (number, suffix) = text.split_at(split);
-    let (numerator, denominator) = scale(suffix)?;
-    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    if fraction.len() > 18 || whole.len() > 20 {
-        return None;
-    }
-    let digits: i128 = format!("{whole}{fraction}").parse().ok()?;
-    let scaled = digits.checked_mul(numerator)?.checked_mul(1000)?;
-    let divisor = denominator.checked_mul(10_i128.checked_pow(u32::try_from(fraction.len()).ok()?)?)?;
-    Some(scaled.div_euclid(divisor) + i128::from(scaled.rem_euclid(divisor) != 0))
-}
-
-fn scale(suffix: &str) -> Option<(i128, i128)> {
-    let binary = |power: u32| Some((1024_i128.pow(power), 1));
-    let decimal = |power: u32| Some((1000_i128.pow(power), 1));
-    match suffix {
-        "" => Some((1, 1)),
-        "n" => Some((1, 1_000_000_000)),
-        "u" => Some((1, 1_000_000)),
-        "m" => Some((1, 1000)),
-        "k" => decimal(1),
-        "M" => decimal(2),
-        "G" => decimal(3),
-        "T" => decimal(4),
-        "P" => decimal(5),
-        "E" => decimal(6),
-        "Ki" => binary(1),
-        "Mi" => binary(2),
-        "Gi" => binary(3),
-        "Ti" => binary(4),
-        "Pi" => binary(5),
-        "Ei" => binary(6),
-        _ => {
-            let exponent: i32 = suffix.strip_prefix(['e', 'E'])?.parse().ok()?;
-            let power = 10_i128
-                .checked_pow(exponent.unsigned_abs())
-                .filter(|_| exponent.abs() <= 18)?;
-            Some(if exponent < 0 { (1, power) } else { (power, 1) })
-        }
     }
 }
 
@@ -146,24 +105,28 @@ mod tests {
         }
     }
 
+    /// However a quantity is written: a limit that is not understood would be none.
     #[test]
-    fn quantities() {
-        for (text, wanted) in [
-            ("1", Some(1000)),
-            ("100m", Some(100)),
-            ("1.5", Some(1500)),
-            ("0.0001", Some(1)),
-            ("1Ki", Some(1_024_000)),
-            ("1e3", Some(1_000_000)),
-            ("1E", Some(10_i128.pow(21))),
-            ("128Mi", Some(134_217_728_000)),
-            ("x", None),
-            ("1e1000", None),
-            ("1Zi", None),
-            ("", None),
+    fn every_quantity_is_a_limit() {
+        let of = |memory: &str| {
+            let pod = pod(&[("cpu", memory), ("memory", memory)], &[]);
+            let limits = limits(&pod, &pod.spec.as_ref().unwrap().containers[0], 1 << 30);
+            (limits.memory_limit, limits.cpu_quota)
+        };
+        for (text, bytes, quota) in [
+            ("1", 1, 100_000),
+            ("1.5", 2, 150_000),
+            ("100m", 1, 10_000),
+            ("0.0001", 1, 1000),
+            ("1e3", 1000, 100_000_000),
+            ("2.0000000000000000000", 2, 200_000),
+            ("000000000000000000000002", 2, 200_000),
+            ("128Mi", 128 << 20, (128 << 20) * 100_000),
         ] {
-            assert_eq!(milli(text), wanted, "{text}");
+            assert_eq!(of(text), (Some(bytes), Some(quota)), "{text}");
         }
+        assert_eq!(of("1E").0, Some(1_000_000_000_000_000_000));
+        assert_eq!(of("1e1000").0, Some(i64::MAX));
     }
 
     #[test]

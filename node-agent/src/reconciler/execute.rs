@@ -333,6 +333,9 @@ impl Executor {
         start: StartContainer,
         unwanted: &CancellationToken,
     ) -> Result<(), Failed> {
+        if let Some(why) = start.refused {
+            return Err(RuntimeError::InvalidSpec(why).into());
+        }
         let image = tokio::select! {
             biased;
             () = unwanted.cancelled() => return Err(Failed::unwanted()),
