@@ -6,7 +6,7 @@
 //!
 //! Invariant: applying the same again to the result gives the result.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use orlop_proto::{
     ResourceKind,
@@ -211,11 +211,14 @@ fn map(last: Option<&Value>, given: &Map<String, Value>, live: Option<&Value>) -
 
 /// A list of scalars as a set: the live order, new values at the end.
 fn set(last: Option<&Value>, given: &[Value], live: &[Value]) -> Value {
-    let last = elements(last);
-    let stays = |value: &&Value| given.contains(value) || !last.contains(value);
+    // Lists may be as long as a manifest may: no search in one for every element of another.
+    let of = |values: &[Value]| -> HashSet<Value> { values.iter().cloned().collect() };
+    let (last, wanted) = (of(elements(last)), of(given));
+    let stays = |value: &&Value| wanted.contains(*value) || !last.contains(*value);
     let mut result: Vec<Value> = live.iter().filter(stays).cloned().collect();
+    let mut there = of(&result);
     for value in given {
-        if !result.contains(value) {
+        if there.insert(value.clone()) {
             result.push(value.clone());
         }
     }
@@ -230,29 +233,30 @@ fn list(message: &Message, keys: &[&str], last: Option<&Value>, given: &[Value],
         // Elements that cannot be told apart: validation will say so.
         return Value::Array(given.iter().map(without_nulls).collect());
     };
-    let last = elements(last);
-    let last_keys: Vec<Option<String>> = last.iter().map(|element| identity(keys, element)).collect();
-    let last_of = |key: &String| {
-        last_keys
-            .iter()
-            .position(|last| last.as_ref() == Some(key))
-            .map(|index| &last[index])
-    };
+    let mut last_of: HashMap<String, &Value> = HashMap::new();
+    for element in elements(last) {
+        if let Some(key) = identity(keys, element) {
+            // Of several with one identity the first counts.
+            last_of.entry(key).or_insert(element);
+        }
+    }
+    let live_of: HashMap<&String, &Value> = live_keys.iter().zip(live).collect();
+    let is_given: HashSet<&String> = given_keys.iter().collect();
 
     let merged = |index: usize| {
         let key = &given_keys[index];
-        match live_keys.iter().position(|live| live == key) {
-            Some(position) => object(message, last_of(key), &given[index], &live[position]),
+        match live_of.get(key) {
+            Some(live) => object(message, last_of.get(key).copied(), &given[index], live),
             None => without_nulls(&given[index]),
         }
     };
-    let kept = |key: &String| !given_keys.contains(key) && last_of(key).is_none();
+    let kept = |key: &String| !is_given.contains(key) && !last_of.contains_key(key);
 
-    let in_live: Vec<&String> = live_keys.iter().filter(|key| given_keys.contains(key)).collect();
+    let in_live: Vec<&String> = live_keys.iter().filter(|key| is_given.contains(key)).collect();
     if in_live.iter().copied().eq(given_keys.iter()) {
         let mut next = 0;
         let result = live.iter().zip(&live_keys).filter_map(|(element, key)| {
-            if given_keys.contains(key) {
+            if is_given.contains(key) {
                 next += 1;
                 Some(merged(next - 1))
             } else {

@@ -23,6 +23,30 @@ fn plain(mut value: Value) -> Value {
     value
 }
 
+/// As long as a manifest may make them: who looks through one list for every element of the other takes minutes.
+#[test]
+fn long_lists_are_merged_at_once() {
+    let count = 100_000;
+    let ports: Vec<Value> = (0..count).map(|port| json!({"containerPort": port})).collect();
+    let finalizers: Vec<Value> = (0..count).map(|number| json!(format!("x.dev/{number}"))).collect();
+    let given = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "web", "namespace": "default", "finalizers": finalizers},
+        "spec": {"containers": [{"name": "web", "image": "web", "ports": ports}]},
+    });
+    let live = apply(&POD, &given, None);
+    assert_eq!(apply(&POD, &given, Some(&live)), live);
+    let mut less = given;
+    for list in ["/metadata/finalizers", "/spec/containers/0/ports"] {
+        less.pointer_mut(list)
+            .and_then(Value::as_array_mut)
+            .expect("a list")
+            .truncate(count / 2);
+    }
+    let result = apply(&POD, &less, Some(&live));
+    assert_eq!(result["metadata"]["finalizers"], less["metadata"]["finalizers"]);
+    assert_eq!(result["spec"], less["spec"]);
+}
+
 #[test]
 fn what_the_server_wrote_survives() {
     let first = service(json!({"selector": {"app": "web"}, "ports": [{"port": 80}, {"port": 443}]}));

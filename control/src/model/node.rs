@@ -1,6 +1,6 @@
 //! Nodes.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::HashSet};
 
 use ipnet::IpNet;
 use orlop_proto::core::v1::{Node, NodeSpec, NodeStatus};
@@ -111,13 +111,14 @@ fn validate_status(errors: &mut Errors, status: Option<&NodeStatus>) {
         );
     }
     let addresses = path.child("addresses");
+    let mut known = HashSet::new();
     for (index, address) in status.addresses.iter().enumerate() {
         let path = addresses.index(index);
         errors.one_of(&path.child("type"), &address.r#type, &["Hostname", "InternalIP"]);
         if address.r#type == "InternalIP" && address.address.parse::<std::net::IpAddr>().is_err() {
             errors.invalid(&path.child("address"), &address.address, "must be a valid IP address");
         }
-        if status.addresses[..index].contains(address) {
+        if !known.insert((&address.r#type, &address.address)) {
             errors.duplicate(&path, &Json(address));
         }
     }

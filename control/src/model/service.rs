@@ -1,6 +1,6 @@
 //! Services.
 
-use std::{borrow::Cow, net::Ipv4Addr};
+use std::{borrow::Cow, collections::HashSet, net::Ipv4Addr};
 
 use orlop_proto::{
     IntOrString,
@@ -140,11 +140,12 @@ fn ports(errors: &mut Errors, path: &Path<'_>, spec: &ServiceSpec) {
     if spec.ports.is_empty() && spec.cluster_ip != NONE {
         errors.required(path, "");
     }
+    let (mut known, mut taken) = (HashSet::new(), HashSet::new());
     for (index, port) in spec.ports.iter().enumerate() {
-        let (path, others) = (path.index(index), &spec.ports[..index]);
+        let path = path.index(index);
         if !port.name.is_empty() {
             errors.syntax(&path.child("name"), &port.name, names::dns1123_label);
-            if others.iter().any(|other| other.name == port.name) {
+            if !known.insert(&port.name) {
                 errors.duplicate(&path.child("name"), &port.name);
             }
         } else if spec.ports.len() > 1 {
@@ -153,10 +154,7 @@ fn ports(errors: &mut Errors, path: &Path<'_>, spec: &ServiceSpec) {
         errors.one_of(&path.child("protocol"), &port.protocol, &PROTOCOLS);
         errors.port(&path.child("port"), port.port);
         target_port(errors, &path.child("targetPort"), port);
-        if others
-            .iter()
-            .any(|other| other.port == port.port && other.protocol == port.protocol)
-        {
+        if !taken.insert((port.port, &port.protocol)) {
             errors.duplicate(&path, &format!("{}/{}", port.port, port.protocol));
         }
     }

@@ -1,5 +1,7 @@
 //! Taints and tolerations.
 
+use std::collections::HashSet;
+
 use orlop_proto::core::v1::{Taint, Toleration};
 
 use super::{
@@ -11,16 +13,14 @@ const EFFECTS: [&str; 3] = ["NoSchedule", "PreferNoSchedule", "NoExecute"];
 
 /// A node's taints.
 pub(super) fn taints(errors: &mut Errors, path: &Path<'_>, taints: &[Taint]) {
+    let mut known = HashSet::new();
     for (index, taint) in taints.iter().enumerate() {
         let path = path.index(index);
         errors.syntax(&path.child("key"), &taint.key, names::qualified_name);
         errors.syntax(&path.child("value"), &taint.value, names::label_value);
         errors.one_of(&path.child("effect"), &taint.effect, &EFFECTS);
         errors.time(&path.child("timeAdded"), taint.time_added.as_ref());
-        if taints[..index]
-            .iter()
-            .any(|other| other.key == taint.key && other.effect == taint.effect)
-        {
+        if !known.insert((&taint.key, &taint.effect)) {
             errors.duplicate(&path, &format!("{}:{}", taint.key, taint.effect));
         }
     }
