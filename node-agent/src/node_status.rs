@@ -259,10 +259,11 @@ impl Machine {
 }
 
 /// A figure of `/proc/meminfo` in bytes; 0 when it is not there.
-pub(crate) fn meminfo(text: &str, key: &str) -> u64 {
+#[doc(hidden)]
+pub fn meminfo(text: &str, key: &str) -> u64 {
     let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
     let kib: Option<u64> = value.and_then(|value| value.trim().strip_suffix("kB")?.trim().parse().ok());
-    kib.unwrap_or(0) * 1024
+    kib.unwrap_or(0).saturating_mul(1024)
 }
 
 fn online_cpus(stat: &str) -> u64 {

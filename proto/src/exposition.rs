@@ -62,11 +62,11 @@ fn write_pod(page: &mut Page, node: &str, pod: &PodMetrics) {
         ("pod", pod.name.as_str()),
         ("node", node),
     ];
-    let (mut cpu_sum, mut memory_sum) = (0, 0);
+    let (mut cpu_sum, mut memory_sum) = (0_u64, 0_u64);
     for container in &pod.containers {
         let labels = [("container", container.name.as_str()), labels[0], labels[1], labels[2]];
         if let Some(cpu) = &container.cpu {
-            cpu_sum += cpu.usage_core_nanoseconds;
+            cpu_sum = cpu.usage_core_nanoseconds.saturating_add(cpu_sum);
             let help = "CPU time of the container.";
             page.seconds(
                 "container_cpu_usage_seconds_total",
@@ -76,7 +76,7 @@ fn write_pod(page: &mut Page, node: &str, pod: &PodMetrics) {
             );
         }
         if let Some(memory) = &container.memory {
-            memory_sum += memory.working_set_bytes;
+            memory_sum = memory.working_set_bytes.saturating_add(memory_sum);
             let help = "Working set of the container.";
             page.gauge(
                 "container_memory_working_set_bytes",

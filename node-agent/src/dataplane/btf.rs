@@ -2,6 +2,13 @@
 
 use std::{collections::HashMap, fmt::Write as _, io};
 
+/// No shape is longer, in bytes: structs may name each other many times over.
+const MAX_SHAPE: usize = 64 << 10;
+/// Types that stand for another one after the other, and structs without names in each other: no more of them are followed.
+const MAX_CHAIN: usize = 32;
+/// How many members are looked at for one.
+const MAX_MEMBERS: usize = 1 << 16;
+
 /// A parsed BTF object.
 pub struct Btf<'a> {
     bytes: &'a [u8],
@@ -57,21 +64,25 @@ impl<'a> Btf<'a> {
     /// Byte offset of a member of a struct, through anonymous ones too.
     #[must_use]
     pub fn member_offset(&self, structure: &str, member: &str) -> Option<u32> {
+        let mut left = MAX_MEMBERS;
         (1..self.types.len())
             .filter(|id| self.kind(*id) == kind::STRUCT && self.name(self.types[*id]) == structure)
-            .find_map(|id| self.find_member(id, member))
+            .find_map(|id| self.find_member(id, member, 0, &mut left))
     }
 
-    fn find_member(&self, structure: usize, member: &str) -> Option<u32> {
+    fn find_member(&self, structure: usize, member: &str, depth: usize, left: &mut usize) -> Option<u32> {
         let flagged = word(self.bytes, self.types[structure] + 4).ok()? >> 31 == 1;
         self.members(structure).find_map(|(name, type_id, bits)| {
+            *left = left.checked_sub(1)?;
             let bits = if flagged { bits & 0x00ff_ffff } else { bits };
             if name == member {
                 return Some(bits / 8);
             }
-            let anonymous = name.is_empty() && matches!(self.kind(self.resolve(type_id)), kind::STRUCT | kind::UNION);
+            let inner = self.resolve(type_id);
+            let anonymous =
+                name.is_empty() && depth < MAX_CHAIN && matches!(self.kind(inner), kind::STRUCT | kind::UNION);
             anonymous
-                .then(|| self.find_member(self.resolve(type_id), member))
+                .then(|| self.find_member(inner, member, depth + 1, left))
                 .flatten()
                 .map(|inner| bits / 8 + inner)
         })
@@ -87,7 +98,8 @@ impl<'a> Btf<'a> {
 
     fn write_shape(&self, id: usize, text: &mut String, depth: u32) {
         let id = self.resolve(id);
-        let Some(offset) = self.types.get(id).copied().filter(|offset| *offset != 0 && depth < 8) else {
+        let within = depth < 8 && text.len() < MAX_SHAPE;
+        let Some(offset) = self.types.get(id).copied().filter(|offset| *offset != 0 && within) else {
             text.push('?');
             return;
         };
@@ -103,6 +115,9 @@ impl<'a> Btf<'a> {
             kind::STRUCT => {
                 text.push('{');
                 for (index, (name, type_id, bits)) in self.members(id).enumerate() {
+                    if text.len() >= MAX_SHAPE {
+                        break;
+                    }
                     let _infallible = write!(text, "{}{name}@{}:", if index == 0 { "" } else { " " }, bits / 8);
                     self.write_shape(type_id, text, depth + 1);
                 }
@@ -113,6 +128,9 @@ impl<'a> Btf<'a> {
                 let mut values: Vec<_> = self.enumerators(offset).collect();
                 values.sort_by_key(|(_, value)| *value);
                 for (name, value) in values {
+                    if text.len() >= MAX_SHAPE {
+                        break;
+                    }
                     let _infallible = write!(text, " {name}={value}");
                 }
             }
@@ -121,13 +139,17 @@ impl<'a> Btf<'a> {
     }
 
     fn resolve(&self, mut id: usize) -> usize {
-        while matches!(
-            self.kind(id),
-            kind::TYPEDEF | kind::VOLATILE | kind::CONST | kind::RESTRICT | kind::TYPE_TAG
-        ) {
+        for _ in 0..MAX_CHAIN {
+            let stands_for_another = matches!(
+                self.kind(id),
+                kind::TYPEDEF | kind::VOLATILE | kind::CONST | kind::RESTRICT | kind::TYPE_TAG
+            );
+            if !stands_for_another {
+                return id;
+            }
             id = word(self.bytes, self.types[id] + 8).unwrap_or(0);
         }
-        id
+        0
     }
 
     fn kind(&self, id: usize) -> u32 {

@@ -141,13 +141,13 @@ fn below(mount: &Path, cgroup: &str) -> PathBuf {
 }
 
 /// A figure of `memory.stat`; 0 when it is not there.
-fn figure(stat: &str, key: &str) -> u64 {
+pub fn figure(stat: &str, key: &str) -> u64 {
     let value = stat.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
     value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }
 
 /// Nanoseconds of all CPUs in user, nice, system, irq, softirq and steal.
-fn busy_time(stat: &str) -> u64 {
+pub fn busy_time(stat: &str) -> u64 {
     let line = stat.lines().find_map(|line| line.strip_prefix("cpu "));
     let fields: Vec<u64> = line
         .unwrap_or_default()
@@ -155,7 +155,8 @@ fn busy_time(stat: &str) -> u64 {
         .filter_map(|field| field.parse().ok())
         .collect();
     let busy = [0, 1, 2, 5, 6, 7].iter().filter_map(|index| fields.get(*index));
-    busy.sum::<u64>() * TICK
+    busy.fold(0, |sum: u64, ticks| sum.saturating_add(*ticks))
+        .saturating_mul(TICK)
 }
 
 /// Bytes of the files in a folder (not below).

@@ -20,12 +20,15 @@ pub fn resolve(user: &str, mounts: &[Mount]) -> Result<User, RuntimeError> {
     if user.is_empty() {
         return Ok(User::default());
     }
+    let layers = layers(mounts);
+    find(user, &read(&layers, "etc/passwd"), &read(&layers, "etc/group"))
+}
+
+/// The same, of these texts of the two files.
+pub fn find(user: &str, passwd: &str, groups: &str) -> Result<User, RuntimeError> {
     let (name, group) = user
         .split_once(':')
         .map_or((user, None), |(name, group)| (name, Some(group)));
-    let layers = layers(mounts);
-    let passwd = read(&layers, "etc/passwd");
-    let groups = read(&layers, "etc/group");
     let number: Option<u32> = name.parse().ok();
     let entry = passwd
         .lines()
@@ -40,7 +43,7 @@ pub fn resolve(user: &str, mounts: &[Mount]) -> Result<User, RuntimeError> {
         (None, None) => return Err(RuntimeError::InvalidSpec(format!("the image has no user {name:?}"))),
     };
     if let Some(group) = group {
-        let known = entries(&groups)
+        let known = entries(groups)
             .find(|(known, ..)| *known == group)
             .map(|(_, gid, _)| gid);
         gid = group
@@ -49,7 +52,7 @@ pub fn resolve(user: &str, mounts: &[Mount]) -> Result<User, RuntimeError> {
             .or(known)
             .ok_or_else(|| RuntimeError::InvalidSpec(format!("the image has no group {group:?}")))?;
     }
-    let additional_gids = entries(&groups)
+    let additional_gids = entries(groups)
         .filter(|(_, other, members)| *other != gid && !login.is_empty() && members.split(',').any(|m| m == login))
         .map(|(_, other, _)| other)
         .collect();
@@ -100,9 +103,10 @@ fn read_in(layer: &Path, name: &str) -> Option<String> {
         return None;
     }
     let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd())).ok()?;
-    let mut text = String::new();
-    file.take(MAX_FILE).read_to_string(&mut text).ok()?;
-    Some(text)
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE).read_to_end(&mut bytes).ok()?;
+    // Somebody's full name may be in Latin-1; the names and numbers that are looked for are ASCII.
+    Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 #[cfg(test)]
@@ -135,6 +139,12 @@ mod tests {
         assert_eq!(user("1000:1001").unwrap(), (1000, 1001, vec![]));
         assert!(user("nobody").is_err());
         assert!(user("web:none").is_err());
+        std::fs::write(
+            dir.path().join("etc/passwd"),
+            b"j:x:7:7:J\xfcrgen:/:/sh\nweb:x:33:34::/:/sh\n",
+        )
+        .unwrap();
+        assert_eq!(user("web").unwrap(), (33, 34, vec![50]));
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! the task's stdout and stderr, closing 5 says that we are ready. It belongs to no agent: it ends when both streams have.
 //! A log that cannot be written (a full disk) loses lines; the container is never held up.
 
+mod lines;
+
 use std::{
     ffi::OsString,
     fs::{File, OpenOptions},
@@ -14,8 +16,8 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-/// A longer line is written in parts.
-const MAX_LINE: usize = 16 << 10;
+use lines::{Lines, Tag};
+
 /// A log that reached this size is rotated.
 const MAX_FILE: u64 = 10 << 20;
 /// How many files a log has: the one that is written, and `.1` (the youngest) to `.4`.
@@ -114,11 +116,11 @@ fn copy(log: &mut Log, mut streams: [Stream; 2]) -> io::Result<()> {
     Ok(())
 }
 
-/// One of the task's streams, with the line that is not complete yet.
+/// One of the task's streams.
 struct Stream {
     file: Option<File>,
     name: &'static str,
-    line: Vec<u8>,
+    lines: Lines,
 }
 
 impl Stream {
@@ -126,7 +128,7 @@ impl Stream {
         Self {
             file: Some(File::from(fd)),
             name,
-            line: Vec::with_capacity(MAX_LINE),
+            lines: Lines::new(),
         }
     }
 
@@ -139,44 +141,17 @@ impl Stream {
                 self.file = None;
                 self.finish(log);
             }
-            Ok(length) => self.take(&buffer[..length], log),
+            Ok(length) => self
+                .lines
+                .take(&buffer[..length], |tag, line| log.write(self.name, tag, line)),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
         Ok(())
     }
 
-    fn take(&mut self, mut bytes: &[u8], log: &mut Log) {
-        while !bytes.is_empty() {
-            let room = MAX_LINE - self.line.len();
-            let end = bytes.iter().take(room).position(|byte| *byte == b'\n');
-            let (part, rest) = bytes.split_at(end.map_or(room.min(bytes.len()), |end| end));
-            self.line.extend_from_slice(part);
-            bytes = rest;
-            if end.is_some() {
-                bytes = &bytes[1..];
-                self.write(log, b'F');
-            } else if self.line.len() == MAX_LINE {
-                // The newline may be the very next byte: then the line is complete.
-                if let Some(b'\n') = bytes.first() {
-                    bytes = &bytes[1..];
-                    self.write(log, b'F');
-                } else {
-                    self.write(log, b'P');
-                }
-            }
-        }
-    }
-
     fn finish(&mut self, log: &mut Log) {
-        if !self.line.is_empty() {
-            self.write(log, b'F');
-        }
-    }
-
-    fn write(&mut self, log: &mut Log, tag: u8) {
-        log.write(self.name, tag, &self.line);
-        self.line.clear();
+        self.lines.finish(|tag, line| log.write(self.name, tag, line));
     }
 }
 
@@ -215,10 +190,10 @@ impl Log {
             .map_or(0, |metadata| metadata.len());
     }
 
-    fn write(&mut self, stream: &str, tag: u8, line: &[u8]) {
+    fn write(&mut self, stream: &str, tag: Tag, line: &[u8]) {
         self.entry.clear();
         // Writing to a Vec cannot fail.
-        let _ = write!(self.entry, "{} {stream} {} ", now(), char::from(tag));
+        let _ = write!(self.entry, "{} {stream} {} ", now(), tag.letter());
         self.entry.extend_from_slice(line);
         self.entry.push(b'\n');
         if self.size > 0 && self.size + self.entry.len() as u64 > self.max_size {
@@ -287,7 +262,7 @@ fn date(days: i64) -> (i64, i64, i64) {
 mod tests {
     use std::{io::Seek as _, os::fd::IntoRawFd as _};
 
-    use super::*;
+    use super::{lines::MAX_LINE, *};
 
     fn pipe_with(bytes: &[u8]) -> OwnedFd {
         let mut file = tempfile::tempfile().unwrap();
@@ -344,6 +319,12 @@ mod tests {
                 entry("stdout", "F", 5)
             ]
         );
+        // As long as a part, with and without its newline: a whole line, and no part that waits for another.
+        for end in ["", "\n", "\nx"] {
+            let exact = [vec![b'x'; MAX_LINE], end.into()].concat();
+            let first = logged(&exact, b"")[0].clone();
+            assert_eq!(first, entry("stdout", "F", MAX_LINE), "{end:?}");
+        }
     }
 
     #[test]
@@ -352,7 +333,7 @@ mod tests {
         let path = dir.path().join("0.log");
         let mut log = Log::open(path.clone(), 1000);
         for at in 0..200 {
-            log.write("stdout", b'F', format!("line {at:03}").as_bytes());
+            log.write("stdout", Tag::Full, format!("line {at:03}").as_bytes());
         }
         let mut names: Vec<String> = std::fs::read_dir(dir.path())
             .unwrap()
