@@ -158,7 +158,8 @@ fn configurations() {
 #[test]
 fn environment() {
     on_node(|node| {
-        let (long_id, long_path) = ("a".repeat(300), "/a".repeat(3000));
+        let (long_id, long_path, long_args) = ("a".repeat(300), "/a".repeat(3000), "A=b;".repeat(17_000));
+        let up = "../".repeat(40);
         let cases = [
             ("CNI_COMMAND", ""),
             ("CNI_COMMAND", "DESTROY"),
@@ -176,12 +177,18 @@ fn environment() {
             ("CNI_NETNS", "/dev/zero"),
             ("CNI_NETNS", "/proc/self/ns/net"),
             ("CNI_NETNS", "/proc/self/ns/mnt"),
+            ("CNI_NETNS", "/proc/self/fd"),
+            ("CNI_NETNS", "/proc/thread-self/ns/net"),
+            ("CNI_NETNS", &*up),
             ("CNI_ARGS", "nonsense"),
+            ("CNI_ARGS", &*long_args),
         ];
         for (variable, value) in cases {
             assert_eq!(add_with(node, variable, value), 4, "{variable}={value:.60}");
         }
-        assert_eq!(add_with(node, "CNI_NETNS", "/nowhere"), 3);
+        for gone in ["/nowhere", "../nowhere", "nowhere", "/etc/passwd/x"] {
+            assert_eq!(add_with(node, "CNI_NETNS", gone), 3, "{gone}");
+        }
         assert_eq!(add_with(node, "CNI_ARGS", "MAC=nonsense"), 7);
         let fifo = node.path("fifo");
         assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());

@@ -6,7 +6,10 @@ mod harness;
 use std::{sync::Arc, time::Duration};
 
 use harness::{Cluster, SimulatedNode, eventually};
-use orlop_node::{identity::IdentityError, link::Dial};
+use orlop_node::{
+    identity::IdentityError,
+    link::{Dial, DialError},
+};
 use orlop_proto::{
     Resource,
     core::v1::{Event, Node, NodeStatus, ObjectReference, Pod, PodStatus},
@@ -239,6 +242,12 @@ async fn joining() {
     again.join_once(0).await.unwrap();
     // Who has joined needs no token.
     assert!(cluster.identity("n1", dir.path(), "").is_joined());
+    // Another control plane at control's address: same name of its CA, another key. The agent says nothing to it.
+    let impostor = Cluster::start().await;
+    let error = impostor.joined("n1", dir.path()).await.dial().await.err().unwrap();
+    assert!(matches!(error, DialError::Connect { .. }), "{error}");
+    assert!(format!("{error:?}").contains("InvalidCertificate"), "{error:?}");
+    impostor.stop().await;
     // Another machine does not get the name.
     let thief = tempfile::tempdir().unwrap();
     let error = cluster
