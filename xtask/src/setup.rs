@@ -36,6 +36,8 @@ const PACKAGES: &[&str] = &[
     // Other people's CNI plugins, and what they call.
     "containernetworking-plugins",
     "iptables",
+    // A runtime whose networks are CNI's, under which our plugin is tested.
+    "podman",
     // What kube-proxy calls, beside which benchmarks measure.
     "nftables",
 ];

@@ -17,6 +17,7 @@ mod cnitool;
 mod foreign;
 mod hostile;
 mod node;
+mod podman;
 
 fn with_result(config: &Value, result: &Value) -> Value {
     let mut config = config.clone();
