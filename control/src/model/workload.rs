@@ -48,29 +48,13 @@ impl Model for ReplicaSet {
     fn validate_status_update(&self, old: &Self) -> Vec<FieldError> {
         let mut errors = Errors::default();
         meta::validate_update(&mut errors, self, old);
-        let status = self.status.clone().unwrap_or_default();
-        counts(
-            &mut errors,
-            status.replicas,
-            [
-                status.fully_labeled_replicas,
-                status.ready_replicas,
-                status.available_replicas,
-            ],
-            status.observed_generation,
-        );
+        self.counts().check(&mut errors);
         errors.into_found()
     }
 
     fn selectable_field(&self, name: &str) -> Option<Cow<'_, str>> {
         match name {
-            "status.replicas" => Some(
-                self.status
-                    .as_ref()
-                    .map_or(0, |status| status.replicas)
-                    .to_string()
-                    .into(),
-            ),
+            "status.replicas" => Some(self.counts().replicas.to_string().into()),
             _ => super::selectable_meta(self, name),
         }
     }
@@ -81,8 +65,7 @@ fn replica_set_spec(errors: &mut Errors, spec: Option<&ReplicaSetSpec>) {
     let Some(spec) = spec else {
         return errors.required(&path, "");
     };
-    errors.not_negative(&path.child("replicas"), spec.replicas.unwrap_or(1).into());
-    errors.not_negative(&path.child("minReadySeconds"), spec.min_ready_seconds.into());
+    sizes(errors, &path, spec.replicas, spec.min_ready_seconds);
     let selector_path = path.child("selector");
     let mut selects = None;
     match &spec.selector {
@@ -148,29 +131,13 @@ impl Model for ReplicationController {
     fn validate_status_update(&self, old: &Self) -> Vec<FieldError> {
         let mut errors = Errors::default();
         meta::validate_update(&mut errors, self, old);
-        let status = self.status.clone().unwrap_or_default();
-        counts(
-            &mut errors,
-            status.replicas,
-            [
-                status.fully_labeled_replicas,
-                status.ready_replicas,
-                status.available_replicas,
-            ],
-            status.observed_generation,
-        );
+        self.counts().check(&mut errors);
         errors.into_found()
     }
 
     fn selectable_field(&self, name: &str) -> Option<Cow<'_, str>> {
         match name {
-            "status.replicas" => Some(
-                self.status
-                    .as_ref()
-                    .map_or(0, |status| status.replicas)
-                    .to_string()
-                    .into(),
-            ),
+            "status.replicas" => Some(self.counts().replicas.to_string().into()),
             _ => super::selectable_meta(self, name),
         }
     }
@@ -181,8 +148,7 @@ fn controller_spec(errors: &mut Errors, spec: Option<&ReplicationControllerSpec>
     let Some(spec) = spec else {
         return errors.required(&path, "");
     };
-    errors.not_negative(&path.child("replicas"), spec.replicas.unwrap_or(1).into());
-    errors.not_negative(&path.child("minReadySeconds"), spec.min_ready_seconds.into());
+    sizes(errors, &path, spec.replicas, spec.min_ready_seconds);
     let selector = path.child("selector");
     if spec.selector.is_empty() {
         errors.required(&selector, "");
@@ -195,6 +161,11 @@ fn controller_spec(errors: &mut Errors, spec: Option<&ReplicationControllerSpec>
         spec.template.as_ref(),
         selects.as_ref(),
     );
+}
+
+fn sizes(errors: &mut Errors, spec: &Path<'_>, replicas: Option<i32>, min_ready_seconds: i32) {
+    errors.not_negative(&spec.child("replicas"), replicas.unwrap_or(1).into());
+    errors.not_negative(&spec.child("minReadySeconds"), min_ready_seconds.into());
 }
 
 fn template(errors: &mut Errors, path: &Path<'_>, template: Option<&PodTemplateSpec>, selector: Option<&Selector>) {
@@ -210,26 +181,61 @@ fn template(errors: &mut Errors, path: &Path<'_>, template: Option<&PodTemplateS
     pod::validate_template(errors, path, template);
 }
 
-fn counts(errors: &mut Errors, replicas: i32, parts: [i32; 3], observed_generation: i64) {
-    let path = Path::root("status");
-    errors.not_negative(&path.child("replicas"), replicas.into());
-    for (field, count) in ["fullyLabeledReplicas", "readyReplicas", "availableReplicas"]
-        .into_iter()
-        .zip(parts)
-    {
-        errors.not_negative(&path.child(field), count.into());
-        if count > replicas {
-            errors.invalid(&path.child(field), &count, "cannot be greater than status.replicas");
+/// What both kinds count in their status.
+struct Counts {
+    replicas: i32,
+    fully_labeled: i32,
+    ready: i32,
+    available: i32,
+    observed_generation: i64,
+}
+
+trait Counted {
+    fn counts(&self) -> Counts;
+}
+
+macro_rules! counted {
+    ($($kind:ty),*) => {$(
+        impl Counted for $kind {
+            fn counts(&self) -> Counts {
+                let status = self.status.clone().unwrap_or_default();
+                Counts {
+                    replicas: status.replicas,
+                    fully_labeled: status.fully_labeled_replicas,
+                    ready: status.ready_replicas,
+                    available: status.available_replicas,
+                    observed_generation: status.observed_generation,
+                }
+            }
         }
+    )*};
+}
+
+counted!(ReplicaSet, ReplicationController);
+
+impl Counts {
+    fn check(&self, errors: &mut Errors) {
+        let path = Path::root("status");
+        errors.not_negative(&path.child("replicas"), self.replicas.into());
+        for (field, count) in [
+            ("fullyLabeledReplicas", self.fully_labeled),
+            ("readyReplicas", self.ready),
+            ("availableReplicas", self.available),
+        ] {
+            errors.not_negative(&path.child(field), count.into());
+            if count > self.replicas {
+                errors.invalid(&path.child(field), &count, "cannot be greater than status.replicas");
+            }
+        }
+        if self.available > self.ready {
+            errors.invalid(
+                &path.child("availableReplicas"),
+                &self.available,
+                "cannot be greater than readyReplicas",
+            );
+        }
+        errors.not_negative(&path.child("observedGeneration"), self.observed_generation);
     }
-    if parts[2] > parts[1] {
-        errors.invalid(
-            &path.child("availableReplicas"),
-            &parts[2],
-            "cannot be greater than readyReplicas",
-        );
-    }
-    errors.not_negative(&path.child("observedGeneration"), observed_generation);
 }
 
 #[cfg(test)]

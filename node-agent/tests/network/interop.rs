@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs,
-    net::{IpAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, TcpListener, TcpStream},
     os::unix::fs::{PermissionsExt, symlink},
     path::Path,
     process::Command,
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::{
     chain, no_routes,
-    node::{Node, inside, ip, on_node, welcome},
+    node::{Node, inside, ip, on_node, reaches, welcome},
 };
 
 fn record(node: &Node, sandbox: &str) -> Value {
@@ -59,15 +59,7 @@ fn the_reference_bridge_sorts_before_ours_and_is_taken() {
         );
         network.add(&b).await.unwrap();
         network.check(&a).await.unwrap();
-        let server = inside(&a.netns, move || UdpSocket::bind((address, 7)).unwrap());
-        server.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        inside(&b.netns, move || {
-            UdpSocket::bind("0.0.0.0:0")
-                .unwrap()
-                .send_to(b"ahoy", (address, 7))
-                .unwrap()
-        });
-        assert_eq!(server.recv(&mut [0; 8]).unwrap(), 4);
+        assert!(reaches(&b, &a, address));
         // A new agent has the result and the configuration on disk, though that is another one by now.
         assert_eq!(record(&node, "a")["result"]["ips"][0]["gateway"], "10.98.0.1");
         fs::remove_file(node.path("net.d/05-theirs.conflist")).unwrap();

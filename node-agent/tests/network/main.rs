@@ -10,7 +10,7 @@ use std::{
 };
 
 use imbl::OrdMap;
-use node::{Node, inside, ip, on_node, welcome};
+use node::{Node, inside, ip, on_node, reaches, welcome};
 use orlop_node::network::{CniNetwork, Network, NetworkError, Settings};
 use orlop_proto::node::v1::Route;
 use serde_json::{Value, json};
@@ -53,16 +53,7 @@ fn pods_are_wired_checked_and_taken_down() {
         network.add(&b).await.unwrap();
         network.check(&a).await.unwrap();
 
-        let address = status.addresses[0];
-        let server = inside(&a.netns, move || UdpSocket::bind((address, 7)).unwrap());
-        server.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
-        inside(&b.netns, move || {
-            UdpSocket::bind("0.0.0.0:0")
-                .unwrap()
-                .send_to(b"ahoy", (address, 7))
-                .unwrap()
-        });
-        assert_eq!(server.recv(&mut [0; 8]).unwrap(), 4);
+        assert!(reaches(&b, &a, status.addresses[0]));
         // The pod's own loopback is up.
         inside(&a.netns, || {
             UdpSocket::bind("127.0.0.1:0")

@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    net::{IpAddr, UdpSocket},
     os::{fd::AsFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
     process::Command,
@@ -69,7 +70,9 @@ fn bridge_plugin() -> &'static Path {
             .to_owned();
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let built = Command::new(cargo)
-            .args(["build", "--quiet", "--package", "orlop-bridge", "--target-dir"])
+            // With the features of the whole workspace, as `cargo xtask test` has built it already.
+            .args(["build", "--quiet", "--workspace", "--exclude", "orlop-ebpf"])
+            .args(["--bin", "orlop-bridge", "--target-dir"])
             .arg(target.parent().unwrap())
             .args(if target.ends_with("release") {
                 &["--release"] as &[&str]
@@ -212,4 +215,18 @@ pub fn inside<T: Send + 'static>(netns: &Path, f: impl FnOnce() -> T + Send + 's
     })
     .join()
     .unwrap()
+}
+
+/// Whether a datagram from one sandbox reaches another, which has this address.
+pub fn reaches(from: &PodNetwork, to: &PodNetwork, address: IpAddr) -> bool {
+    let server = inside(&to.netns, move || UdpSocket::bind((address, 7)).unwrap());
+    server.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    inside(&from.netns, move || {
+        let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        UdpSocket::bind(any).unwrap().send_to(b"ahoy", (address, 7)).unwrap()
+    });
+    let mut buffer = [0; 8];
+    server
+        .recv(&mut buffer)
+        .is_ok_and(|length| &buffer[..length] == b"ahoy")
 }

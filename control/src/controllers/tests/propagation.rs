@@ -14,18 +14,11 @@ use super::{
 use crate::{
     cache::ObjectKey,
     controllers::pods,
-    registry::{DeleteOptions, FOREGROUND, ORPHAN, Propagation},
+    registry::{DeleteOptions, FOREGROUND, ORPHAN, Propagation, Registered},
 };
 
 /// Keeps what has it until the test lets it go.
 const KEPT: &str = "orlop.dev/kept";
-
-fn by(propagation: Propagation) -> DeleteOptions {
-    DeleteOptions {
-        propagation,
-        ..DeleteOptions::default()
-    }
-}
 
 fn reference<T: Resource>(owner: &T, blocks: bool) -> OwnerReference {
     OwnerReference {
@@ -39,6 +32,29 @@ fn reference<T: Resource>(owner: &T, blocks: bool) -> OwnerReference {
 }
 
 impl World {
+    /// With a set of three pods that run.
+    async fn with_a_set() -> Self {
+        let world = Self::start().await;
+        world.node("n1").await;
+        world.registry.create(replica_set("web", 3)).await.unwrap();
+        world
+            .until("three pods run", |world| world.running("web").len() == 3)
+            .await;
+        world
+    }
+
+    async fn delete<T: Registered>(&self, key: &ObjectKey, propagation: Propagation) -> T {
+        let options = DeleteOptions {
+            propagation,
+            ..DeleteOptions::default()
+        };
+        self.registry.delete(key, options).await.unwrap()
+    }
+
+    fn has_set(&self) -> bool {
+        self.cache().reader::<ReplicaSet>().get("default", "web").is_some()
+    }
+
     async fn owned_pod(&self, name: &str, owners: Vec<OwnerReference>) -> Pod {
         let mut pod = pod(name, "owned");
         pod.meta_mut().owner_references = owners;
@@ -60,12 +76,7 @@ impl World {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn in_the_foreground_the_owner_goes_last() {
-    let world = World::start().await;
-    world.node("n1").await;
-    world.registry.create(replica_set("web", 3)).await.unwrap();
-    world
-        .until("three pods run", |world| world.running("web").len() == 3)
-        .await;
+    let world = World::with_a_set().await;
     // One of the pods takes its time.
     let slow = world.running("web")[0].clone();
     world
@@ -76,11 +87,7 @@ async fn in_the_foreground_the_owner_goes_last() {
         })
         .await
         .unwrap();
-    let deleted: ReplicaSet = world
-        .registry
-        .delete(&key("web"), by(Propagation::Foreground))
-        .await
-        .unwrap();
+    let deleted: ReplicaSet = world.delete(&key("web"), Propagation::Foreground).await;
     assert!(deleted.is_deleting() && deleted.meta().finalizers == [FOREGROUND]);
     world
         .until("the slow pod is left", |world| {
@@ -93,7 +100,7 @@ async fn in_the_foreground_the_owner_goes_last() {
     world.let_go(&slow).await;
     world
         .until("then the owner goes", |world| {
-            world.pods().is_empty() && world.cache().reader::<ReplicaSet>().get("default", "web").is_none()
+            world.pods().is_empty() && !world.has_set()
         })
         .await;
 }
@@ -108,11 +115,7 @@ async fn only_what_blocks_is_waited_for_and_other_owners_keep_theirs() {
     world
         .owned_pod("shared", vec![reference(&owner, true), reference(&other, true)])
         .await;
-    world
-        .registry
-        .delete::<Pod>(&key("owner"), by(Propagation::Foreground))
-        .await
-        .unwrap();
+    world.delete::<Pod>(&key("owner"), Propagation::Foreground).await;
     world
         .until("two are asked to go and the shared one has another owner", |world| {
             let going = |name: &str| world.find(name).is_some_and(|pod| pod.is_deleting());
@@ -143,11 +146,7 @@ async fn the_foreground_reaches_down_and_ends_in_circles() {
     middle.meta_mut().owner_references = vec![reference(&top, true)];
     let middle = world.registry.create(middle).await.unwrap();
     let leaf = world.owned_pod("leaf", vec![reference(&middle, true)]).await;
-    world
-        .registry
-        .delete::<Pod>(&key("top"), by(Propagation::Foreground))
-        .await
-        .unwrap();
+    world.delete::<Pod>(&key("top"), Propagation::Foreground).await;
     world
         .until("the leaf is asked to go", |world| {
             world.find("leaf").is_some_and(|leaf| leaf.is_deleting())
@@ -174,39 +173,22 @@ async fn the_foreground_reaches_down_and_ends_in_circles() {
         })
         .await
         .unwrap();
-    world
-        .registry
-        .delete::<Pod>(&key("first"), by(Propagation::Foreground))
-        .await
-        .unwrap();
+    world.delete::<Pod>(&key("first"), Propagation::Foreground).await;
     world.until("the circle is gone", |world| world.pods().is_empty()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn orphans_stay_without_their_owner() {
-    let world = World::start().await;
-    world.node("n1").await;
-    world.registry.create(replica_set("web", 3)).await.unwrap();
-    world
-        .until("three pods run", |world| world.running("web").len() == 3)
-        .await;
+    let world = World::with_a_set().await;
     let uids = |world: &World| {
         let mut uids: Vec<String> = world.running("web").iter().map(|pod| pod.uid().to_owned()).collect();
         uids.sort();
         uids
     };
     let before = uids(&world);
-    let deleted: ReplicaSet = world
-        .registry
-        .delete(&key("web"), by(Propagation::Orphan))
-        .await
-        .unwrap();
+    let deleted: ReplicaSet = world.delete(&key("web"), Propagation::Orphan).await;
     assert!(deleted.is_deleting() && deleted.meta().finalizers == [ORPHAN]);
-    world
-        .until("the set is gone", |world| {
-            world.cache().reader::<ReplicaSet>().get("default", "web").is_none()
-        })
-        .await;
+    world.until("the set is gone", |world| !world.has_set()).await;
     assert!(world.pods().iter().all(|pod| pods::controller(pod).is_none()));
     // Another set of the same name takes them as its own: none was deleted, and none is made.
     world.registry.create(replica_set("web", 3)).await.unwrap();
@@ -228,17 +210,13 @@ async fn owners_without_dependents_and_namespaces_go_too() {
     let world = World::start().await;
     for (name, propagation) in [("a", Propagation::Foreground), ("b", Propagation::Orphan)] {
         world.registry.create(pod(name, "x")).await.unwrap();
-        world.registry.delete::<Pod>(&key(name), by(propagation)).await.unwrap();
+        world.delete::<Pod>(&key(name), propagation).await;
     }
     let mut namespace = Namespace::default();
     namespace.meta_mut().name = "shop".into();
     world.registry.create(namespace).await.unwrap();
     let shop = ObjectKey::new("", "shop");
-    world
-        .registry
-        .delete::<Namespace>(&shop, by(Propagation::Foreground))
-        .await
-        .unwrap();
+    world.delete::<Namespace>(&shop, Propagation::Foreground).await;
     world
         .until("all are gone", |world| {
             world.pods().is_empty() && world.cache().reader::<Namespace>().get("", "shop").is_none()
