@@ -146,13 +146,15 @@ pub async fn run_parts(
     let (applier, handle, desired) = Applier::new(ledger, desired, Arc::clone(&dataplane), Arc::clone(&network));
     tasks.spawn("applier", applier.run(stop.clone()));
 
-    let (updates, mut pods) = mpsc::channel(256);
+    let (updates, pods) = mpsc::channel(256);
     let (events, mut told) = mpsc::channel(256);
     let (used, gc) = (Arc::clone(&runtime), config.images.gc.clone());
     tasks.spawn(
         "image garbage collection",
         garbage::run(used, desired.clone(), gc, stop.clone()),
     );
+    // Ends with the reconciler, which holds the other side.
+    tasks.spawn("pod updates", link::carry(pods, desired.clone(), reports.clone()));
     let inputs = Inputs {
         desired,
         runtime: Arc::clone(&runtime),
@@ -163,14 +165,6 @@ pub async fn run_parts(
         settings: reconciler,
     };
     tasks.spawn("reconciler", reconciler::run(inputs, stop.clone()));
-    let queue = reports.clone();
-    tasks.spawn("pod updates", async move {
-        // Ends with the reconciler, which holds the other side.
-        while let Some(update) = pods.recv().await {
-            queue.pod(update);
-        }
-    });
-
     let queue = reports.clone();
     queue.event(starting(&config.node_name));
     tasks.spawn("events", async move {

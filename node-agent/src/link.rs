@@ -13,7 +13,7 @@ mod session;
 
 pub use applier::{Applier, ApplierHandle};
 pub use dial::{Dial, DialError, TlsDialer, connect};
-pub use reports::Reports;
+pub use reports::{Reports, carry};
 pub use session::{Hello, SessionError, run};
 
 /// The version of the link's protocol that this agent speaks.

@@ -39,7 +39,7 @@ enum Input {
     Update(u64, link::Update),
 }
 
-/// How far a session's Updates are durable and applied.
+/// How far a session's Updates are taken in: what they ask for is durable and applied, or waits for the disk or the kernel to take it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Applied {
     /// The session, as [`ApplierHandle`] counts them.
@@ -206,7 +206,9 @@ impl Applier {
             let wait = self.retry.map_or(RETRY_MIN, |(_, wait)| (wait * 2).min(RETRY_MAX));
             self.retry = Some((Instant::now() + wait, wait));
         }
-        if pods && self.session > 0 && self.batch.in_force() {
+        // Also of orders that the ledger did not take, which wait in the batch: control sends nothing more when too much is not
+        // acknowledged, and services are to go on.
+        if self.session > 0 && self.batch.in_force() {
             let applied = Applied {
                 session: self.session,
                 version: self.batch.version,

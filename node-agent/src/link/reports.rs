@@ -10,9 +10,9 @@ use orlop_proto::{
     metrics::v1 as metrics,
     node::v1::{self as link, NodeMessage, node_message::Message},
 };
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc, watch};
 
-use crate::reconciler::PodUpdate;
+use crate::{desired::Desired, reconciler::PodUpdate};
 
 /// Events wait for control in a queue of this length; the oldest is dropped when it is full.
 const EVENTS: usize = 256;
@@ -60,7 +60,39 @@ impl<T> Pending<T> {
     }
 }
 
+/// Queues what the reconciler says of its pods until it ends, and forgets pods that control does not name any more: one that had ended
+/// is deleted without waiting for this node's word, and nobody acknowledges that it is gone.
+pub async fn carry(
+    mut updates: mpsc::Receiver<PodUpdate>,
+    mut desired: watch::Receiver<Arc<Desired>>,
+    reports: Reports,
+) {
+    // What it holds at the beginning counts, too.
+    desired.mark_changed();
+    loop {
+        tokio::select! {
+            biased;
+            // Both are cancel-safe: a version and a message are only taken by the branch that is chosen.
+            Ok(()) = desired.changed() => {
+                let named = desired.borrow_and_update().clone();
+                reports.forget(|uid| !named.pods.contains_key(uid));
+            }
+            update = updates.recv() => {
+                let Some(update) = update else { return };
+                if desired.borrow().pods.contains_key(&update.uid) {
+                    reports.pod(update);
+                }
+            }
+        }
+    }
+}
+
 impl Reports {
+    /// Drops what is known of pods.
+    fn forget(&self, gone: impl Fn(&str) -> bool) {
+        self.queue().pods.retain(|uid, _| !gone(uid));
+    }
+
     /// Queues a pod's status, in place of an earlier one.
     pub fn pod(&self, update: PodUpdate) {
         let mut queue = self.queue();
@@ -312,6 +344,35 @@ mod tests {
             ["5 a Running", "end"],
             "what is gone and acknowledged is forgotten"
         );
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_control_does_not_name_any_more_is_forgotten() {
+        let reports = Reports::default();
+        let mut named = Desired::default();
+        named.pods.insert("a".into(), Arc::default());
+        named.pods.insert("b".into(), Arc::default());
+        let (control, desired) = watch::channel(Arc::new(named.clone()));
+        let after = |updates: Vec<PodUpdate>| {
+            let (reports, desired) = (reports.clone(), desired.clone());
+            async move {
+                let (sender, receiver) = mpsc::channel(8);
+                for update in updates {
+                    sender.send(update).await.unwrap();
+                }
+                drop(sender);
+                carry(receiver, desired, reports.clone()).await;
+                reports.begin_session();
+                drain(&reports)
+            }
+        };
+        let first = vec![update("a", "Succeeded", false), update("b", "Running", false)];
+        assert_eq!(after(first).await, ["1 a Succeeded", "2 b Running", "end"]);
+        named.pods.remove("a");
+        control.send_replace(Arc::new(named));
+        // The reconciler may still speak of it once.
+        let late = vec![update("a", "Failed", false)];
+        assert_eq!(after(late).await, ["3 b Running", "end"]);
     }
 
     #[test]

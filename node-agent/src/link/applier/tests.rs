@@ -8,6 +8,7 @@ use crate::simulated::{SimulatedDataplane, SimulatedNetwork};
 /// An agent's life until it is killed.
 struct Life {
     handle: ApplierHandle,
+    desired: watch::Receiver<Arc<Desired>>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -15,9 +16,9 @@ impl Life {
     fn begin(dir: &Path, dataplane: &Arc<SimulatedDataplane>) -> Self {
         let (ledger, desired, _) = Ledger::open(dir).unwrap();
         let network = Arc::new(SimulatedNetwork::default());
-        let (applier, handle, _desired) = Applier::new(ledger, desired, dataplane.clone(), network);
+        let (applier, handle, desired) = Applier::new(ledger, desired, dataplane.clone(), network);
         let task = tokio::spawn(applier.run(CancellationToken::new()));
-        Self { handle, task }
+        Self { handle, desired, task }
     }
 
     async fn session(&self) {
@@ -41,7 +42,9 @@ impl Life {
         };
         self.handle.update(1, update).await;
         let mut applied = self.handle.applied();
-        applied.wait_for(|applied| applied.version == version).await.unwrap();
+        let acknowledged = applied.wait_for(|applied| applied.version == version);
+        let in_time = tokio::time::timeout(Duration::from_secs(60), acknowledged).await;
+        in_time.expect("it is acknowledged").unwrap();
     }
 
     async fn kill(self) {
@@ -128,5 +131,33 @@ async fn routes_reach_the_ledger_and_a_burst_of_them_costs_few_writes() {
     while Ledger::open(dir.path()).unwrap().1.routes.len() < 60 {
         tokio::time::sleep(WRITE_BEHIND).await;
     }
+    life.kill().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn services_go_on_while_the_ledger_takes_no_pods() {
+    let dir = tempfile::tempdir().unwrap();
+    let dataplane = Arc::new(SimulatedDataplane::default());
+    let mut life = Life::begin(dir.path(), &dataplane);
+    life.session().await;
+    life.update(1, web("old")).await;
+    let (pods, away) = (dir.path().join("ledger/pods"), dir.path().join("away"));
+    std::fs::rename(&pods, &away).unwrap();
+    let mut pod = orlop_proto::core::v1::Pod::default();
+    pod.metadata.get_or_insert_default().uid = "a".to_owned();
+    life.change(2, link::change::Change::Pod(pod)).await;
+    // Without acknowledgements control would fall silent after a few more.
+    life.update(3, web("new")).await;
+    assert_eq!(in_force(&dataplane), ["new"]);
+    assert!(life.handle.ledger().borrow().is_some(), "people are told");
+    assert!(
+        life.desired.borrow().pods.is_empty(),
+        "what is not durable is not acted on"
+    );
+    std::fs::rename(&away, &pods).unwrap();
+    let acted_on = life.desired.wait_for(|desired| desired.pods.contains_key("a"));
+    let in_time = tokio::time::timeout(Duration::from_secs(60), acted_on).await;
+    in_time.expect("the order is acted on").unwrap();
+    assert!(life.handle.ledger().borrow().is_none());
     life.kill().await;
 }
