@@ -53,6 +53,7 @@ pub fn identity(data_dir: &Path) -> io::Result<String> {
     file.write_all(identity.as_bytes())?;
     file.sync_all()?;
     std::fs::rename(&temporary, &path)?;
+    std::fs::File::open(data_dir)?.sync_all()?;
     Ok(identity)
 }
 

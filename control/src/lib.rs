@@ -14,6 +14,7 @@ pub mod memory;
 pub mod merge;
 pub mod metrics;
 pub mod model;
+pub mod panics;
 pub mod pki;
 pub mod registry;
 pub mod run;

@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use hyper_util::rt::TokioIo;
-use orlop_control::{config::Config, memory, run, server};
+use orlop_control::{config::Config, memory, panics, run, server};
 use orlop_proto::cluster::v1::{CreateTokenRequest, RevokeTokenRequest, join_client::JoinClient};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
@@ -66,6 +66,7 @@ fn main() -> ExitCode {
     memory::bound_arenas();
     let arguments = Arguments::parse();
     log_to_stderr(arguments.json);
+    panics::end_the_process();
     // Several TLS providers in one process would each have to be named everywhere; there is one.
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         tracing::error!("another TLS provider is installed");

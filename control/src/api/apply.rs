@@ -21,7 +21,7 @@ use crate::{
     cache::{Cache, ObjectKey},
     kinds::{KindVisitor, visit_kind},
     manifest::{self, ManifestError},
-    merge, model,
+    merge, model, panics,
     registry::{FieldError, Registered, Registry, RegistryError},
 };
 
@@ -67,8 +67,10 @@ pub(super) async fn apply(
     service.catch_up().await?;
     let registry = service.registry.clone();
     let checked = tokio::task::spawn_blocking(move || {
-        let (given, what) = parse(input)?;
-        check(&registry, given, &namespace).map_err(|fields| errors::bad_request(what, &fields))
+        panics::contain(|| {
+            let (given, what) = parse(input)?;
+            check(&registry, given, &namespace).map_err(|fields| errors::bad_request(what, &fields))
+        })
     });
     let items = checked.await.map_err(|error| Status::internal(error.to_string()))??;
     let registry = service.registry.clone();

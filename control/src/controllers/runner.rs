@@ -1,8 +1,12 @@
 //! What all controllers share: keys in from events, one look at a time, and never a look at a cache that lacks our own writes.
 
-use std::{sync::Arc, time::Duration};
+#[cfg(test)]
+mod tests;
+
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use futures::FutureExt as _;
 use orlop_proto::Resource;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -10,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::queue::{Key, WorkQueue};
 use crate::{
     cache::{Cache, Event, Reader, Snapshot},
+    panics,
     registry::RegistryError,
     store::{Revision, StoreError},
 };
@@ -29,6 +34,9 @@ pub enum ControlError {
     /// An object that is stored has no meaning to the controller.
     #[error("{0}")]
     Malformed(String),
+    /// The look ended in a panic, which was told where it happened.
+    #[error("it ended in a panic")]
+    Panicked,
 }
 
 /// What a look left behind.
@@ -93,7 +101,9 @@ pub async fn work<C: Controller>(
 }
 
 async fn look<C: Controller>(controller: &C, queue: &WorkQueue<C::Key>, cache: &Cache, key: C::Key) {
-    let result = controller.reconcile(&key).await;
+    // One object that makes us panic must end neither the worker, by which all others are looked at, nor the process, again and again.
+    let looked = AssertUnwindSafe(panics::contained(controller.reconcile(&key))).catch_unwind();
+    let result = looked.await.unwrap_or(Err(ControlError::Panicked));
     // Invariant: a key never runs on a cache that lacks a write of its last run; else a ReplicaSet would create its pods twice.
     match result {
         Ok(outcome) => {

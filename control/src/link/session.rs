@@ -35,6 +35,7 @@ use super::{
     reports::{LeaseWriter, ReportWriter},
 };
 use crate::{
+    panics,
     registry::RegistryError,
     server::identity::{Identity, caller},
 };
@@ -64,7 +65,7 @@ pub(super) async fn begin(
     let incoming = request.into_inner();
     // Room for one message: what waits shall wait in the mailbox, where it is folded.
     let (outgoing, stream) = mpsc::channel(1);
-    tokio::spawn(async move {
+    tokio::spawn(panics::contained(async move {
         inner.counters.sessions_begun.fetch_add(1, Ordering::Relaxed);
         inner.counters.sessions.fetch_add(1, Ordering::Relaxed);
         let stop = inner.stop.clone();
@@ -77,7 +78,7 @@ pub(super) async fn begin(
         tracing::info!(node = &*name, code = ?status.code(), reason = status.message(), "session ended");
         // The one place may still be taken by a message; a node that reads nothing is not told.
         let _told = timeout(LAST_WORD, outgoing.send(Err(status))).await;
-    });
+    }));
     Ok(ReceiverStream::new(stream))
 }
 

@@ -14,7 +14,7 @@ use std::{
 
 use hyper::service::service_fn;
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioIo, TokioTimer},
     server::conn::auto,
 };
 use tokio::{
@@ -27,7 +27,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{Front, Identity, Listener, PeerAddress, ServerTls, Trust};
-use crate::config::Limits;
+use crate::{config::Limits, panics};
 
 /// HTTP/2 begins with so many bytes; a connection that has not sent them in time is closed.
 const PREFACE: usize = 24;
@@ -101,8 +101,8 @@ impl Acceptor {
                 continue;
             };
             let this = Arc::clone(&self);
-            self.connections
-                .spawn(async move { this.connection(accepted, permit).await });
+            let connection = async move { this.connection(accepted, permit).await };
+            self.connections.spawn(panics::contained(connection));
         }
     }
 
@@ -216,14 +216,14 @@ impl Acceptor {
         }
     }
 
-    fn builder(&self, http2: Option<bool>, is_anonymous: bool) -> auto::Builder<TokioExecutor> {
+    fn builder(&self, http2: Option<bool>, is_anonymous: bool) -> auto::Builder<Requests> {
         let (stream_window, connection_window, streams) = if is_anonymous {
             let streams = self.limits.streams_per_connection.min(ANONYMOUS_STREAMS);
             (ANONYMOUS_STREAM_WINDOW, ANONYMOUS_CONNECTION_WINDOW, streams)
         } else {
             (STREAM_WINDOW, CONNECTION_WINDOW, self.limits.streams_per_connection)
         };
-        let mut builder = auto::Builder::new(TokioExecutor::new());
+        let mut builder = auto::Builder::new(Requests);
         builder
             .http1()
             .timer(TokioTimer::new())
@@ -247,6 +247,19 @@ impl Acceptor {
             Some(false) => builder.http1_only(),
             None => builder,
         }
+    }
+}
+
+/// Where hyper has the requests of HTTP/2 worked on: each in a task of its own, and a panic in it is that request's alone.
+#[derive(Debug, Clone)]
+struct Requests;
+
+impl<F> hyper::rt::Executor<F> for Requests
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    fn execute(&self, request: F) {
+        tokio::spawn(panics::contained(request));
     }
 }
 

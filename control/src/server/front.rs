@@ -188,7 +188,7 @@ impl Front {
             }
         }
         // Only methods that exist are counted by name: labels must stay few.
-        if self.is_known(path) {
+        if is_known(path) {
             self.metrics
                 .calls
                 .get_or_create(&Method {
@@ -197,36 +197,6 @@ impl Front {
                 .inc();
         }
         Ok(())
-    }
-
-    fn is_known(&self, path: &str) -> bool {
-        const SERVICES: [(&str, &[&str]); 4] = [
-            (
-                "orlop.api.v1.Objects",
-                &[
-                    "Create",
-                    "Get",
-                    "List",
-                    "Watch",
-                    "Update",
-                    "UpdateStatus",
-                    "Apply",
-                    "Delete",
-                ],
-            ),
-            (
-                "orlop.cluster.v1.Join",
-                &["Join", "Renew", "CreateToken", "RevokeToken"],
-            ),
-            ("orlop.node.v1.NodeLink", &["Session"]),
-            ("orlop.metrics.v1.Metrics", &["ListNodes", "ListPods", "ListServices"]),
-        ];
-        let Some((service, method)) = path.trim_start_matches('/').split_once('/') else {
-            return false;
-        };
-        SERVICES
-            .iter()
-            .any(|(name, methods)| *name == service && methods.contains(&method))
     }
 
     /// The pages that are not gRPC.
@@ -271,6 +241,41 @@ impl Front {
     }
 }
 
+/// Whether there is such a method of ours.
+fn is_known(path: &str) -> bool {
+    const SERVICES: [(&str, &[&str]); 4] = [
+        (
+            "orlop.api.v1.Objects",
+            &[
+                "Create",
+                "Get",
+                "List",
+                "Watch",
+                "Update",
+                "UpdateStatus",
+                "Patch",
+                "Apply",
+                "Delete",
+            ],
+        ),
+        (
+            "orlop.cluster.v1.Join",
+            &["Join", "Renew", "CreateToken", "RevokeToken"],
+        ),
+        ("orlop.node.v1.NodeLink", &["Session"]),
+        (
+            "orlop.metrics.v1.Metrics",
+            &["ListNodes", "ListPods", "ListServices", "ListReports"],
+        ),
+    ];
+    let Some((service, method)) = path.trim_start_matches('/').split_once('/') else {
+        return false;
+    };
+    SERVICES
+        .iter()
+        .any(|(name, methods)| *name == service && methods.contains(&method))
+}
+
 /// From OpenMetrics to Prometheus' own text format: no end mark, and a counter's description bears the name of its samples.
 fn classic(page: &str) -> String {
     let mut result = String::with_capacity(page.len());
@@ -307,7 +312,22 @@ fn text(status: StatusCode, body: impl Into<String>) -> Response<Body> {
 
 #[cfg(test)]
 mod tests {
-    use super::classic;
+    use super::{classic, is_known};
+
+    #[test]
+    fn every_method_of_ours_is_counted() {
+        use prost::Message as _;
+        let files = prost_types::FileDescriptorSet::decode(orlop_proto::FILE_DESCRIPTOR_SET).expect("descriptors");
+        for file in &files.file {
+            for service in &file.service {
+                for method in &service.method {
+                    let path = format!("/{}.{}/{}", file.package(), service.name(), method.name());
+                    assert!(is_known(&path), "{path}");
+                }
+            }
+        }
+        assert!(!is_known("/orlop.api.v1.Objects/Destroy"));
+    }
 
     #[test]
     fn counters_are_described_by_the_name_of_their_samples() {
