@@ -4,7 +4,8 @@
 //! `pods/UID` (one pod each, synced before it is acted on), `services` (all of them, written behind the maps; as long as it
 //! lacks what the maps have, `services.behind` is there) and `routes` (all of them, behind the kernel's). Every
 //! file is written to a temporary name, synced and renamed; the folder is synced after that. A file is framed with a magic, a format version
-//! and a SHA-256 of its body: one that does not match is moved to `damaged/` and reported, and everything else goes on.
+//! and a SHA-256 of its body: one that does not match is moved to `damaged/` and reported, and everything else goes on. One that the disk
+//! does not give now is not damaged: the agent does not start without it, and its service manager tries again.
 //!
 //! Invariant: every session with control gets a generation, greater than all earlier ones; a write of an older generation
 //! than the last accepted one is refused.
@@ -105,6 +106,9 @@ struct ServicesFile {
 
 impl Ledger {
     /// Opens the ledger under `data_dir` and reads what it holds. Damaged files are moved aside and named.
+    ///
+    /// # Errors
+    /// What the disk refuses, also to read a file: that says nothing about what is in it.
     pub fn open(data_dir: &Path) -> Result<(Self, Desired, Vec<Damage>), LedgerError> {
         let dir = data_dir.join("ledger");
         for path in [dir.join("pods"), dir.join("damaged")] {
@@ -421,9 +425,11 @@ fn read_or_put_aside<M: Message + Default>(
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => {
-            put_aside(ledger, path, error.to_string(), damage)?;
-            return Ok(None);
+        Err(source) => {
+            return Err(LedgerError::Io {
+                path: path.to_owned(),
+                source,
+            });
         }
     };
     match unframe(&bytes).and_then(|body| M::decode(body).map_err(|error| error.to_string())) {

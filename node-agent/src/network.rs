@@ -14,6 +14,7 @@ use orlop_proto::node::v1 as link;
 pub use node_network::CniNetwork;
 pub use settings::Settings;
 
+mod addresses;
 mod attachments;
 mod conflist;
 mod kernel;
@@ -39,6 +40,11 @@ pub trait Network: Send + Sync + 'static {
     /// Wires the sandbox by CNI ADD and gives what came of it. What a failed ADD left is rolled back. A sandbox that was added
     /// before is answered from the cached result.
     async fn add(&self, pod: &PodNetwork) -> Result<NetworkStatus, NetworkError>;
+
+    /// The pod is no more: the addresses that it had are not kept for it any longer. Until then a new sandbox of the pod asks for
+    /// those of the one before.
+    /// A network that keeps nothing for a pod has nothing to do.
+    fn forget(&self, _pod_uid: &str) {}
 
     /// CNI CHECK against the cached result.
     async fn check(&self, pod: &PodNetwork) -> Result<(), NetworkError>;

@@ -53,6 +53,7 @@ pub fn up(nodes: u16, store: StoreEngine, controls: u16, port: u16) -> Result<()
         control_extra: String::new(),
         node_extra: String::new(),
         registry: false,
+        clocks: Vec::new(),
         containerd: std::collections::BTreeMap::new(),
     };
     images::write_fixture_image(&spec.static_binaries.join("orlop-fixture"), &orlop.join("images"))?;

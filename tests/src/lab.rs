@@ -13,14 +13,14 @@ use std::{
 use anyhow::{Context, Result, bail};
 use orlop_proto::{
     Resource,
-    core::v1::{Node, Pod},
+    core::v1::{Node, NodeCondition, Pod},
 };
 
 use crate::{
     client::Client,
     images,
     layout::{Members, Spec, StoreEngine},
-    supervisor::{Lock, Request, Response, ServiceStatus, send, sweep},
+    supervisor::{Lock, Request, Response, ServiceStatus, configuration, send, sweep},
 };
 
 /// How a test's lab differs from the default: three nodes, the embedded store.
@@ -40,6 +40,8 @@ pub struct Options {
     pub node_extra: String,
     /// With registries of images, which the nodes know.
     pub registry: bool,
+    /// Services ("control/control", "node1/agent") whose wall clock can be stepped with [`Lab::step_clock`].
+    pub clocks: Vec<String>,
     /// Nodes that run the containerd of the 2 series, which `cargo xtask setup` unpacked beside the machine's.
     pub containerd_2: Vec<String>,
 }
@@ -54,6 +56,7 @@ impl Default for Options {
             control_extra: String::new(),
             node_extra: String::new(),
             registry: false,
+            clocks: Vec::new(),
             containerd_2: Vec::new(),
         }
     }
@@ -135,6 +138,7 @@ impl Lab {
             control_extra: options.control_extra.clone(),
             node_extra: options.node_extra.clone(),
             registry: options.registry,
+            clocks: options.clocks.clone(),
             containerd: containerd_2(&orlop, &options.containerd_2)?,
         };
         images::write_fixture_image(&spec.static_binaries.join("orlop-fixture"), &orlop.join("images"))?;
@@ -211,6 +215,30 @@ impl Lab {
     /// Asks the supervisor.
     pub fn request(&self, request: &Request) -> Result<()> {
         send(&self.spec.directory, request).map(drop)
+    }
+
+    /// Starts a service that was stopped, and returns when its process is there.
+    pub fn resume(&self, service: &str) -> Result<()> {
+        let starts = self.service(service)?.starts;
+        self.request(&Request::Start(service.to_owned()))?;
+        self.wait(&format!("{service} is started"), Duration::from_secs(60), || {
+            let now = self.service(service)?;
+            Ok((now.starts > starts && now.pid.is_some()).then_some(()))
+        })
+    }
+
+    /// Switches a node off and on, see [`Request::Reboot`].
+    pub fn reboot(&self, node: &str) -> Result<()> {
+        self.request(&Request::Reboot(node.to_owned()))
+    }
+
+    /// Steps a service's wall clock to so many seconds ahead of the machine's (behind it when negative), while it runs. The
+    /// monotonic clock goes on. The service is one of [`Options::clocks`]; it sees the step within a second.
+    pub fn step_clock(&self, service: &str, offset_seconds: i64) -> Result<()> {
+        if !self.spec.clocks.iter().any(|known| known == service) {
+            bail!("the clock of {service} cannot be stepped in this lab");
+        }
+        configuration::set_clock(&self.spec, service, offset_seconds)
     }
 
     /// All services of the lab.
@@ -299,7 +327,8 @@ impl Lab {
         network_of: Option<i32>,
         command: &[&str],
     ) -> Result<Command> {
-        let holder = self.members.get(node)?.pid;
+        // Read anew: a reboot makes another process the holder.
+        let holder = Members::read(&self.spec.directory)?.get(node)?.pid;
         let mut enter = Command::new(self.spec.binaries.join("orlop-lab"));
         enter.args(["enter", "--holder", &holder.to_string(), "--cgroup", cgroup]);
         if let Some(path) = cgroup2 {
@@ -368,6 +397,24 @@ pub fn wait_until_up(child: &mut Child, mut progress: impl FnMut(&str)) -> Resul
         progress(&line);
     }
     bail!("the lab's supervisor ended early")
+}
+
+impl Lab {
+    /// What a node's condition is now.
+    pub fn condition(&self, node: &str, kind: &str) -> Result<NodeCondition> {
+        let found: Node = self.client.get("", node)?.with_context(|| format!("no node {node}"))?;
+        let conditions = found.status.unwrap_or_default().conditions;
+        let found = conditions.into_iter().find(|condition| condition.r#type == kind);
+        found.with_context(|| format!("{node} has no condition {kind}"))
+    }
+
+    /// A page of control, and the answer's code after it.
+    pub fn page(&self, page: &str) -> Result<String> {
+        let url = format!("https://127.0.0.1:{}{page}", self.members.api_port);
+        let mut curl = Command::new("curl");
+        curl.args(["-ksS", "--max-time", "10", "-w", " %{http_code}", &url]);
+        output(curl)
+    }
 }
 
 /// Whether a node's Ready condition is True.

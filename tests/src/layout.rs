@@ -51,6 +51,9 @@ pub struct Spec {
     /// Whether there is a member with registries of images, see [`crate::registry`].
     #[serde(default)]
     pub registry: bool,
+    /// Services ("control/control", "node1/agent") whose wall clock can be stepped, see [`Spec::clock`].
+    #[serde(default)]
+    pub clocks: Vec<String>,
     /// The folders of the containerd programs that members run, where these are not the machine's.
     #[serde(default)]
     pub containerd: BTreeMap<String, PathBuf>,
@@ -164,6 +167,11 @@ impl Spec {
     /// A member's durable folder.
     pub fn member_directory(&self, member: &str) -> PathBuf {
         self.directory.join(member)
+    }
+
+    /// The file that a service's wall clock follows: libfaketime's offset, "+3600" for an hour ahead.
+    pub fn clock(&self, service: &str) -> PathBuf {
+        self.directory.join(format!("clock-{}", service.replace('/', "-")))
     }
 
     /// A member's cgroup, relative to the hierarchies' roots.

@@ -2,8 +2,9 @@
 //! services, restarts what dies, and takes commands on a socket in the lab's folder.
 
 mod commands;
-mod configuration;
+pub(crate) mod configuration;
 mod network;
+mod reboot;
 mod service;
 
 use std::{
@@ -179,13 +180,29 @@ impl Supervisor {
             configuration::install_plugin(&self.spec, member.pid)?;
             configuration::write_node(&self.spec, &name, address, &token)?;
             self.add(configuration::containerd(&self.spec, &name)?)?;
-            self.add(configuration::agent(&self.spec, &name))?;
+            self.add(configuration::agent(&self.spec, &name)?)?;
         }
+        self.write_members()
+    }
+
+    fn write_members(&self) -> Result<()> {
         let text = serde_json::to_vec_pretty(&self.members)?;
         fs::write(self.spec.directory.join("members.json"), text).context("writing members.json")
     }
 
     fn make_member(&mut self, name: &str, address: Option<std::net::Ipv4Addr>) -> Result<()> {
+        let (holder, pid) = self.hold(name)?;
+        self.holders.push(holder);
+        self.members.members.push(Member {
+            name: name.to_owned(),
+            address,
+            pid,
+        });
+        Ok(())
+    }
+
+    /// Starts a process that makes a member's namespaces and holds them.
+    fn hold(&self, name: &str) -> Result<(Child, i32)> {
         let cgroup_path = self.spec.cgroup(name);
         cgroup::create(&cgroup_path)?;
         let log = File::create(self.spec.directory.join(format!("logs/{name}-holder.log")))?;
@@ -200,18 +217,14 @@ impl Supervisor {
         let mut line = String::new();
         BufReader::new(holder.stdout.take().context("the holder has a stdout")?).read_line(&mut line)?;
         let pid = i32::try_from(holder.id())?;
-        self.holders.push(holder);
         if line.trim() != "ready" {
+            let _ = holder.kill();
+            let _ = holder.wait();
             let reason =
                 fs::read_to_string(self.spec.directory.join(format!("logs/{name}-holder.log"))).unwrap_or_default();
             bail!("the namespaces of {name} could not be made: {}", reason.trim());
         }
-        self.members.members.push(Member {
-            name: name.to_owned(),
-            address,
-            pid,
-        });
-        Ok(())
+        Ok((holder, pid))
     }
 
     fn start_control(&mut self) -> Result<()> {
@@ -245,7 +258,7 @@ impl Supervisor {
         let name = control_name(index);
         let inside = network::listen_in(self.members.get(&name)?.pid, control_address(index), API_PORT)?;
         configuration::write_control(&self.spec, index)?;
-        let mut service = configuration::control(&self.spec, &name);
+        let mut service = configuration::control(&self.spec, &name)?;
         for listener in outside.into_iter().chain([inside]) {
             service.listeners.push(service::duplicated(&listener)?);
             self._listeners.push(listener);

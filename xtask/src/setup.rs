@@ -33,6 +33,8 @@ const PACKAGES: &[&str] = &[
     "procps",
     "jq",
     "tcpdump",
+    // Clocks of the tests' own processes.
+    "libfaketime",
     // Other people's CNI plugins, and what they call.
     "containernetworking-plugins",
     "iptables",

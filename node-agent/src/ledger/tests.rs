@@ -127,6 +127,28 @@ fn an_older_session_cannot_write() {
 }
 
 #[test]
+fn what_cannot_be_read_is_an_error_and_stays_where_it_is() {
+    for file in ["pods/a", "services", "node"] {
+        let dir = tempfile::tempdir().unwrap();
+        filled(dir.path());
+        let path = dir.path().join("ledger").join(file);
+        let kept = dir.path().join("kept");
+        fs::rename(&path, &kept).unwrap();
+        // Reading a folder fails for root, too.
+        fs::create_dir(&path).unwrap();
+        let error = Ledger::open(dir.path()).unwrap_err();
+        assert!(error.to_string().contains(file), "{error}");
+        fs::remove_dir(&path).unwrap();
+        fs::rename(&kept, &path).unwrap();
+        let (_, read, damage) = Ledger::open(dir.path()).unwrap();
+        assert!(
+            read.complete && damage.is_empty() && read.pods.contains_key("a"),
+            "{file}"
+        );
+    }
+}
+
+#[test]
 fn a_damaged_file_is_put_aside_and_the_rest_stays() {
     for (file, garbage) in [
         ("pods/a", &b"garbage"[..]),

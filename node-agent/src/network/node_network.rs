@@ -10,19 +10,21 @@ use std::{
 use async_trait::async_trait;
 use imbl::OrdMap;
 use orlop_proto::node::v1 as link;
-use serde_json::{Map, Value, json};
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, RwLock};
 
 use super::{
     Attachment, Network, NetworkError, NetworkStatus, PodNetwork,
+    addresses::Addresses,
     attachments::{Attachments, Record},
-    conflist::{ConfList, Configurations, plugin_type},
+    conflist::{Configurations, plugin_type},
     kernel,
     namespace::{self, Pins},
     own_conflist, plugin, result,
     routes::{parse_ranges, wanted_routes},
     settings::Settings,
 };
+
+mod calls;
 
 /// The interface that a sandbox gets.
 const IFNAME: &str = "eth0";
@@ -34,6 +36,7 @@ pub struct CniNetwork {
     configurations: Configurations,
     pins: Pins,
     attachments: Attachments,
+    addresses: Addresses,
     /// One call at a time for a sandbox.
     busy: Mutex<HashMap<String, Arc<AsyncMutex<()>>>>,
     /// GC must not see half an ADD: they read, it writes.
@@ -47,6 +50,7 @@ impl CniNetwork {
             configurations: Configurations::new(&settings.conf_dir),
             pins: Pins::new(&settings.run_dir),
             attachments: Attachments::new(&settings.data_dir),
+            addresses: Addresses::new(&settings.data_dir),
             busy: Mutex::default(),
             collecting: RwLock::default(),
             settings,
@@ -98,132 +102,6 @@ impl CniNetwork {
             other => other,
         }
     }
-
-    /// Runs the list's ADDs, each with the result of the one before; that result stays in `reached`, also when the next fails.
-    async fn add_list(&self, record: &mut Record, pod: &PodNetwork) -> Result<NetworkStatus, NetworkError> {
-        let list = record.list.clone();
-        for (at, config) in list.plugins.iter().enumerate() {
-            if at > 0 {
-                // What this plugin makes its DEL may find only by this result, should the agent not live to see its own.
-                self.attachments.write(record)?;
-            }
-            let given = self
-                .run(&list, config, "ADD", Some(pod), record.reached.as_ref())
-                .await?;
-            let bad = |reason: &str| no_result(config, reason);
-            match given {
-                Some(Value::Object(object)) => record.reached = Some(Value::Object(object)),
-                Some(_) => return Err(bad("printed what is no result")),
-                None => return Err(bad("printed no result")),
-            }
-        }
-        let (Some(value), Some(last)) = (&record.reached, list.plugins.last()) else {
-            return Err(NetworkError::NotConfigured("a network without plugins".into()));
-        };
-        result::status(value, &pod.netns).map_err(|reason| {
-            // To DEL it would make no more sense than to us.
-            let error = no_result(last, &reason);
-            record.reached = None;
-            error
-        })
-    }
-
-    /// Runs the list's DELs in reverse, all of them even if some fail.
-    async fn del_list(&self, list: &ConfList, pod: &PodNetwork, previous: Option<&Value>) -> Result<(), NetworkError> {
-        // Before 0.4.0 DEL had no prevResult.
-        let previous = previous.filter(|_| list.at_least("0.4.0"));
-        let mut errors = Vec::new();
-        for config in list.plugins.iter().rev() {
-            errors.extend(self.run(list, config, "DEL", Some(pod), previous).await.err());
-        }
-        match errors.len() {
-            0 => Ok(()),
-            1 => Err(errors.remove(0)),
-            _ => Err(NetworkError::Several(errors)),
-        }
-    }
-
-    async fn run(
-        &self,
-        list: &ConfList,
-        config: &Map<String, Value>,
-        command: &'static str,
-        pod: Option<&PodNetwork>,
-        previous: Option<&Value>,
-    ) -> Result<Option<Value>, NetworkError> {
-        let mut more = Vec::new();
-        let declared = config.get("capabilities").and_then(Value::as_object);
-        let wants = |name: &String| declared.is_some_and(|d| d.get(name) == Some(&Value::Bool(true)));
-        let args: Map<String, Value> = self
-            .settings
-            .capability_args
-            .iter()
-            .filter(|(name, _)| wants(name))
-            .map(|(n, v)| (n.clone(), v.clone()))
-            .collect();
-        if !args.is_empty() {
-            more.push(("runtimeConfig", Value::Object(args)));
-        }
-        more.extend(previous.map(|value| ("prevResult", value.clone())));
-        self.call(list, config, command, pod, &more).await
-    }
-
-    async fn call(
-        &self,
-        list: &ConfList,
-        config: &Map<String, Value>,
-        command: &'static str,
-        pod: Option<&PodNetwork>,
-        more: &[(&str, Value)],
-    ) -> Result<Option<Value>, NetworkError> {
-        let env = pod.map(environment).unwrap_or_default();
-        let call = plugin::Call {
-            bin_dirs: &self.settings.bin_dirs,
-            plugin: plugin_type(config),
-            command,
-            env: &env,
-            config: &list.config(config, more),
-            timeout: self.settings.plugin_timeout,
-        };
-        call.run().await
-    }
-
-    /// DEL and the end of the record. Without a record nothing was added.
-    async fn del_recorded(&self, sandbox_id: &str) -> Result<(), NetworkError> {
-        let Some(record) = self.record(sandbox_id)? else {
-            return Ok(());
-        };
-        let mut pod = PodNetwork::from(&record.pod);
-        if namespace::identity(&pod.netns).is_none() {
-            // The specification: no namespace any more, no path of it.
-            pod.netns = PathBuf::new();
-        }
-        let previous = record.result.as_ref().or(record.reached.as_ref());
-        self.del_list(&record.list, &pod, previous).await?;
-        self.attachments.remove(sandbox_id)
-    }
-
-    async fn garbage_verb(&self, valid: &BTreeSet<String>) -> Result<(), NetworkError> {
-        let list = match self.configurations.load() {
-            Ok(list) if list.at_least("1.1.0") && !list.disable_gc => list,
-            Ok(_) | Err(NetworkError::NotConfigured(_)) => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        let attachments: Vec<Value> = valid
-            .iter()
-            .map(|id| json!({"containerID": id, "ifname": IFNAME}))
-            .collect();
-        let mut errors = Vec::new();
-        for config in &list.plugins {
-            let more = [("cni.dev/valid-attachments", attachments.clone().into())];
-            errors.extend(self.call(&list, config, "GC", None, &more).await.err());
-        }
-        if errors.is_empty() {
-            Ok(())
-        } else {
-            Err(NetworkError::Several(errors))
-        }
-    }
 }
 
 #[async_trait]
@@ -271,23 +149,22 @@ impl Network for CniNetwork {
             result: None,
             reached: None,
         };
-        self.attachments.write(&record)?;
-        match self.add_list(&mut record, pod).await {
-            Ok(status) => {
-                record.result = record.reached.take();
-                self.attachments.write(&record)?;
-                tracing::debug!(sandbox = pod.sandbox_id, addresses = ?status.addresses, "network added");
-                Ok(status)
-            }
-            Err(error) => {
-                // The record stays if this fails, and the caller's DEL does it again.
-                let noted = self.attachments.write(&record);
-                if let Err(undo) = noted.and(self.del_recorded(&pod.sandbox_id).await) {
-                    tracing::warn!(sandbox = pod.sandbox_id, error = %undo, "a failed ADD is not rolled back yet");
-                }
-                Err(error)
-            }
+        let had = self.addresses.of(&pod.uid);
+        let mut added = self.add_recorded(&mut record, pod, &had).await;
+        if let (Err(NetworkError::Plugin { msg, .. }), false) = (&added, had.is_empty()) {
+            // Another pod has them by now, or the node's range is another.
+            tracing::warn!(pod = pod.uid, addresses = ?had, reason = msg, "a pod does not get the addresses that it had");
+            record.reached = None;
+            added = self.add_recorded(&mut record, pod, &[]).await;
         }
+        if added.is_ok() {
+            self.addresses.forget(&pod.uid);
+        }
+        added
+    }
+
+    fn forget(&self, pod_uid: &str) {
+        self.addresses.forget(pod_uid);
     }
 
     async fn check(&self, pod: &PodNetwork) -> Result<(), NetworkError> {
@@ -409,32 +286,6 @@ impl Network for CniNetwork {
         }
         Ok(())
     }
-}
-
-fn no_result(config: &Map<String, Value>, reason: &str) -> NetworkError {
-    NetworkError::Exec {
-        plugin: plugin_type(config).to_owned(),
-        command: "ADD",
-        reason: reason.to_owned(),
-    }
-}
-
-fn environment(pod: &PodNetwork) -> Vec<(&'static str, String)> {
-    // `;` and `=` cannot be in these names by Kubernetes' rules; they would be other arguments.
-    let clean = |text: &str| text.replace([';', '='], "_");
-    let args = format!(
-        "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_INFRA_CONTAINER_ID={};K8S_POD_UID={}",
-        clean(&pod.namespace),
-        clean(&pod.name),
-        pod.sandbox_id,
-        clean(&pod.uid)
-    );
-    vec![
-        ("CNI_CONTAINERID", pod.sandbox_id.clone()),
-        ("CNI_IFNAME", IFNAME.to_owned()),
-        ("CNI_NETNS", pod.netns.to_string_lossy().into_owned()),
-        ("CNI_ARGS", args),
-    ]
 }
 
 /// A sandbox's id is a file's name and a CNI container id.

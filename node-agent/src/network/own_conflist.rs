@@ -37,6 +37,8 @@ pub fn conflist(ranges: &[IpNet], mtu: u32, lease_dir: &Path, boot_id_file: &Pat
             "forceAddress": true,
             "hairpinMode": true,
             "mtu": mtu,
+            // A pod's next sandbox asks for the addresses of the one before.
+            "capabilities": {"ips": true},
             "ipam": {"type": "orlop", "ranges": sets, "dataDir": lease_dir, "bootIdFile": boot_id_file},
         }],
     })

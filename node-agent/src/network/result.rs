@@ -52,6 +52,20 @@ pub fn status(value: &Value, netns: &Path) -> Result<NetworkStatus, String> {
     })
 }
 
+/// The sandbox's addresses as a runtime asks for them (capability `ips`), from a result that [`status`] takes.
+pub fn addresses(value: &Value, netns: &Path) -> Vec<String> {
+    let Ok(status) = status(value, netns) else {
+        return Vec::new();
+    };
+    let of = |ip: &Ip| status.addresses.contains(&ip.address.addr());
+    let result = CniResult::deserialize(value);
+    let ips = result.map(|result| result.ips).unwrap_or_default();
+    ips.iter()
+        .filter(|ip| of(ip))
+        .map(|ip| ip.address.to_string())
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -70,6 +84,7 @@ mod tests {
             (&*status.host_interface, status.gateway),
             ("veth1", Some("10.0.0.1".parse().unwrap()))
         );
+        assert_eq!(addresses(&result, Path::new("/n")), ["10.0.0.7/24"]);
     }
 
     #[test]

@@ -206,7 +206,10 @@ impl Executor {
                 Ok(self.runtime.remove_sandbox(pod, &id).await?)
             }
             Action::RemoveNetwork { id } => self.remove_network(pod, &id).await,
-            Action::RemovePod => Ok(self.runtime.remove_pod(pod).await?),
+            Action::RemovePod => {
+                self.network.forget(&pod.uid);
+                Ok(self.runtime.remove_pod(pod).await?)
+            }
         }
     }
 

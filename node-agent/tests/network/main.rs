@@ -115,16 +115,61 @@ fn a_new_agent_finds_what_the_old_one_made() {
 fn after_a_reboot_everything_is_made_anew() {
     on_node(async |node: Node| {
         let network = node.configured().await;
-        let pod = node.sandbox(&network, "a").await;
-        network.add(&pod).await.unwrap();
-        // A reboot: the namespace, the bridge and the boot id go; the cached result stays.
-        network.delete_namespace("a").await.unwrap();
+        let pods = [node.sandbox(&network, "a").await, node.sandbox(&network, "b").await];
+        let (before_a, before_b) = (
+            network.add(&pods[0]).await.unwrap().addresses,
+            network.add(&pods[1]).await.unwrap().addresses,
+        );
+        // A reboot: the namespaces, the bridge, the leases and the boot id go; the cached results stay.
+        for pod in &pods {
+            network.delete_namespace(&pod.sandbox_id).await.unwrap();
+        }
         node.ip("link del orlop0");
+        fs::remove_dir_all(node.path("run/ipam")).unwrap();
         fs::write(node.path("boot_id"), "another\n").unwrap();
-        let pod = node.sandbox(&network, "a").await;
-        network.add(&pod).await.unwrap();
-        network.check(&pod).await.unwrap();
-        assert_eq!((node.leases(), node.veths()), (1, 1));
+        // An agent that dies after it has cleared what the reboot left.
+        node.network().gc(&BTreeSet::new()).await.unwrap();
+        assert_eq!(node.leases(), 0);
+        // Nobody can be told of other addresses, so the pods get those that they had, in whatever order they come.
+        let network = node.network();
+        let again = |name: &str, uid: &str| {
+            let (network, name, uid) = (&network, name.to_owned(), uid.to_owned());
+            let node = &node;
+            async move {
+                let mut pod = node.sandbox(network, &name).await;
+                pod.uid = uid;
+                let status = network.add(&pod).await.unwrap();
+                network.check(&pod).await.unwrap();
+                (pod, status.addresses)
+            }
+        };
+        let (b, after_b) = again("b2", "uid-b").await;
+        let (_, after_a) = again("a2", "uid-a").await;
+        assert_eq!((after_a, &after_b), (before_a, &before_b));
+        assert_eq!((node.leases(), node.veths()), (2, 2));
+        // The same for a sandbox that is made anew within a boot; unless somebody else has the address by then.
+        network.del(&b).await.unwrap();
+        network.delete_namespace("b2").await.unwrap();
+        let (b, after_b) = again("b3", "uid-b").await;
+        assert_eq!(after_b, before_b);
+        network.del(&b).await.unwrap();
+        network.delete_namespace("b3").await.unwrap();
+        let mut thief = node.sandbox(&network, "c").await;
+        thief.uid = "uid-b".to_owned();
+        network.add(&thief).await.unwrap();
+        fs::create_dir_all(node.path("data/cni/addresses")).unwrap();
+        fs::write(
+            node.path("data/cni/addresses/uid-d.json"),
+            format!("[\"{}/24\"]", before_b[0]),
+        )
+        .unwrap();
+        let (_, other) = again("d", "uid-d").await;
+        assert_ne!(other, before_b);
+        assert_eq!((node.leases(), node.veths()), (3, 3));
+        // A pod that is no more leaves nothing.
+        network.del(&thief).await.unwrap();
+        network.forget("uid-b");
+        assert_eq!(fs::read_dir(node.path("data/cni/addresses")).unwrap().count(), 0);
     });
 }
 

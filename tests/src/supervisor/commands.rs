@@ -36,6 +36,8 @@ pub enum Request {
     Lose(String, Option<Way>),
     /// Ends a service and starts another program in its place, with the same arguments: as an upgrade on a host does.
     Replace(String, PathBuf),
+    /// Switches a member off and on: its folders stay, all else is new.
+    Reboot(String),
     /// Takes the lab down.
     Shutdown,
 }
@@ -127,7 +129,7 @@ fn short_path(directory: &Path) -> Result<(File, PathBuf)> {
 }
 
 impl Supervisor {
-    pub(super) fn handle(&self, request: Request) -> Response {
+    pub(super) fn handle(&mut self, request: Request) -> Response {
         let outcome = match request {
             Request::Status => {
                 let services = self.services.iter().map(|service| {
@@ -147,6 +149,7 @@ impl Supervisor {
             Request::Link(member, up) => network::set_link(&self.members, &member, up),
             Request::Lose(member, way) => network::lose(&self.members, &member, way),
             Request::Replace(name, program) => self.service(&name).map(|service| service.replace(program)),
+            Request::Reboot(member) => self.reboot(&member),
             Request::Shutdown => Ok(()),
         };
         outcome.map_or_else(|error| Response::Failed(format!("{error:#}")), |()| Response::Done)

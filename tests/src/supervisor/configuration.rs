@@ -18,6 +18,38 @@ use crate::{
     registry,
 };
 
+/// Debian's libfaketime: what stands before the clock of a program.
+const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
+
+/// Steps the wall clock that a service sees: so many seconds ahead of the machine's.
+pub fn set_clock(spec: &Spec, service: &str, offset_seconds: i64) -> Result<()> {
+    let (path, next) = (spec.clock(service), spec.clock(service).with_extension("next"));
+    // Renamed, so that nobody reads half of it.
+    fs::write(&next, format!("{offset_seconds:+}\n")).context("writing a clock")?;
+    fs::rename(&next, &path).context("setting a clock")
+}
+
+/// What makes a service follow its clock's file.
+fn clock(spec: &Spec, service: &str) -> Result<Vec<(String, String)>> {
+    if !spec.clocks.iter().any(|known| known == service) {
+        return Ok(Vec::new());
+    }
+    if !Path::new(FAKETIME).is_file() {
+        bail!("{FAKETIME} is not there: run cargo xtask setup");
+    }
+    set_clock(spec, service, 0)?;
+    let file = spec.clock(service).display().to_string();
+    let settings = [
+        ("LD_PRELOAD", FAKETIME),
+        ("FAKETIME_TIMESTAMP_FILE", &file),
+        ("FAKETIME_CACHE_DURATION", "1"),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+        ("DONT_FAKE_MONOTONIC", "1"),
+        ("NO_FAKE_STAT", "1"),
+    ];
+    Ok(settings.map(|(name, value)| (name.to_owned(), value.to_owned())).into())
+}
+
 /// What a lab's logs show; `ORLOP_LAB_LOG` overrides it.
 const LOG_FILTER: &str = "info";
 
@@ -57,14 +89,20 @@ pub fn write_control(spec: &Spec, index: u16) -> Result<()> {
 }
 
 /// A control replica.
-pub fn control(spec: &Spec, name: &str) -> Service {
+pub fn control(spec: &Spec, name: &str) -> Result<Service> {
     let config = spec.member_directory(name).join("control.toml");
     let command = vec![
         program(spec, "orlop-control"),
         "--config".to_owned(),
         config.display().to_string(),
     ];
-    service(spec, name, "control", command)
+    with_clock(spec, service(spec, name, "control", command))
+}
+
+fn with_clock(spec: &Spec, mut service: Service) -> Result<Service> {
+    let name = format!("{}/{}", service.member, service.name);
+    service.environment.extend(clock(spec, &name)?);
+    Ok(service)
 }
 
 /// The port on which etcd's first member serves clients; each further member is ten higher.
@@ -186,14 +224,14 @@ pub fn containerd(spec: &Spec, name: &str) -> Result<Service> {
 }
 
 /// A node's agent. The CNI plugin is put where operators put it.
-pub fn agent(spec: &Spec, name: &str) -> Service {
+pub fn agent(spec: &Spec, name: &str) -> Result<Service> {
     let config = spec.member_directory(name).join("node.toml");
     let command = vec![
         program(spec, "orlop-node"),
         "--config".to_owned(),
         config.display().to_string(),
     ];
-    service(spec, name, "agent", command)
+    with_clock(spec, service(spec, name, "agent", command))
 }
 
 /// Puts the CNI plugin into a node's `/opt/cni/bin`.

@@ -25,21 +25,33 @@ pub fn build(members: &Members) -> Result<()> {
     )?;
     in_network_of(switch, "ip", &["link", "set", BRIDGE, "up"])?;
     for member in &members.members {
-        if let Some(address) = member.address {
-            let (port, pid) = (format!("to-{}", member.name), member.pid.to_string());
-            in_network_of(
-                switch,
-                "ip",
-                &[
-                    "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &pid,
-                ],
-            )?;
-            in_network_of(switch, "ip", &["link", "set", &port, "master", BRIDGE, "up"])?;
-            in_network_of(member, "ip", &["addr", "add", &format!("{address}/16"), "dev", "eth0"])?;
-            in_network_of(member, "ip", &["link", "set", "eth0", "up"])?;
-        }
+        cable(members, member)?;
     }
     Ok(())
+}
+
+/// Makes the cable of a member that has an address.
+pub fn cable(members: &Members, member: &Member) -> Result<()> {
+    let Some(address) = member.address else { return Ok(()) };
+    let switch = members.get("switch")?;
+    let (port, pid) = (format!("to-{}", member.name), member.pid.to_string());
+    in_network_of(
+        switch,
+        "ip",
+        &[
+            "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &pid,
+        ],
+    )?;
+    in_network_of(switch, "ip", &["link", "set", &port, "master", BRIDGE, "up"])?;
+    in_network_of(member, "ip", &["addr", "add", &format!("{address}/16"), "dev", "eth0"])?;
+    in_network_of(member, "ip", &["link", "set", "eth0", "up"]).map(drop)
+}
+
+/// Removes the switch's end of a cable; it may be gone with the other end's namespace.
+pub fn uncable(members: &Members, member: &str) {
+    if let Ok(switch) = members.get("switch") {
+        let _ = in_network_of(switch, "ip", &["link", "del", &format!("to-{member}")]);
+    }
 }
 
 /// Pulls or plugs a member's cable.

@@ -8,7 +8,10 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI32, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -48,7 +51,8 @@ struct State {
 /// A service and the thread that keeps it running.
 pub struct Supervised {
     service: Service,
-    holder: i32,
+    /// The process that holds the member's namespaces.
+    holder: AtomicI32,
     logs: PathBuf,
     state: Mutex<State>,
     changed: Condvar,
@@ -68,7 +72,7 @@ impl Supervised {
         });
         let supervised = Arc::new(Self {
             service,
-            holder,
+            holder: AtomicI32::new(holder),
             logs,
             state,
             changed: Condvar::new(),
@@ -84,6 +88,22 @@ impl Supervised {
     /// "node1/agent".
     pub fn full_name(&self) -> String {
         format!("{}/{}", self.service.member, self.service.name)
+    }
+
+    /// The member it runs in.
+    pub fn member(&self) -> &str {
+        &self.service.member
+    }
+
+    /// Does not start it again when it ends.
+    pub fn forbid(&self) {
+        self.lock().wanted = false;
+    }
+
+    /// Starts it in namespaces that another process holds.
+    pub fn resume_in(&self, holder: i32) {
+        self.holder.store(holder, Ordering::Release);
+        self.resume();
     }
 
     /// (process, starts so far, how it last ended)
@@ -175,7 +195,7 @@ impl Supervised {
         command.args([
             "enter",
             "--holder",
-            &self.holder.to_string(),
+            &self.holder.load(Ordering::Acquire).to_string(),
             "--cgroup",
             &self.service.cgroup,
         ]);
