@@ -4,6 +4,9 @@
 //! was not renewed for as long as it says. Clocks need not agree, and a wrong judgement costs nothing but a change of leader: each
 //! term has a fence ([`Registry::take_leadership`]) that the store checks with every write of that term.
 //!
+//! A leader that was killed and is started again before its claim ends takes it up at once: the claim is its own, the fence is a new one, and
+//! nobody waits until the claim ends. The others take over when it does not come back.
+//!
 //! Invariant: in one process a term's tasks have ended before the next term begins, and a term begins on a cache that has every
 //! write of the terms before it.
 

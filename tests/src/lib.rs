@@ -6,6 +6,7 @@
 
 pub mod cgroup;
 pub mod client;
+pub mod disk;
 pub mod faults;
 pub mod images;
 pub mod lab;

@@ -7,6 +7,7 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use orlop_tests::{
+    disk,
     faults::{campaign::Campaign, plan::Kind},
     lab,
     layout::{MAX_CONTROLS, StoreEngine},
@@ -73,6 +74,9 @@ enum Command {
         #[arg(long)]
         tied: bool,
     },
+    /// Puts a disk that can be made to fail under a folder (internal).
+    #[command(hide = true)]
+    Disk { folder: PathBuf },
     /// Holds a member's namespaces (internal).
     #[command(hide = true)]
     Hold {
@@ -141,6 +145,7 @@ fn run(command: Command) -> Result<()> {
             only,
         } => soak(seed, rounds, store, &only),
         Command::Supervise { directory, tied } => supervise(&directory, tied),
+        Command::Disk { folder } => disk::serve(&folder),
         Command::Hold { name, cgroup, keep } => hold(&name, &cgroup, &keep),
         Command::Enter {
             holder,
@@ -165,7 +170,14 @@ fn run(command: Command) -> Result<()> {
 }
 
 fn soak(seed: u64, rounds: u64, store: Option<StoreEngine>, only: &[Kind]) -> Result<()> {
-    let all = [&Kind::PROCESSES[..], &Kind::ETCD, &Kind::NETWORK].concat();
+    let all = [
+        &Kind::PROCESSES[..],
+        &Kind::ETCD,
+        &Kind::NETWORK,
+        &Kind::MACHINES,
+        &Kind::DISKS,
+    ]
+    .concat();
     let kinds = if only.is_empty() { all } else { only.to_vec() };
     let both = [StoreEngine::Embedded, StoreEngine::Etcd];
     for engine in both

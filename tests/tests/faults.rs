@@ -31,3 +31,16 @@ fn cables_are_cut_and_control_dies_meanwhile() -> Result<()> {
     };
     campaign.run()
 }
+
+#[test]
+fn clocks_are_set_a_node_reboots_and_the_disk_fails() -> Result<()> {
+    let campaign = Campaign {
+        name: "faults-machines".to_owned(),
+        seed: 6,
+        rounds: 1,
+        kinds: [&Kind::MACHINES[..], &Kind::DISKS, &[Kind::ReplaceControl]].concat(),
+        store: StoreEngine::Embedded,
+        nodes: 3,
+    };
+    campaign.run()
+}

@@ -1,5 +1,7 @@
 //! Acting a planned fault out, and waiting until its end. Makes no choices but that of the pod whose shim is hit: the first.
 
+mod machines;
+
 use std::{
     fs,
     path::PathBuf,
@@ -36,6 +38,9 @@ const ELSEWHERE: Duration = Duration::from_secs(60);
 /// What stands before the id of the agent's kernel programs, in its binary: `node-agent/src/dataplane/object.rs`.
 const PROGRAMS_ID: &[u8] = b"orlop-ebpf ";
 
+/// The service that is control.
+pub(super) const CONTROL: &str = "control/control";
+
 impl Vigil<'_> {
     /// Acts a fault out and waits until the lab is well again.
     pub fn suffer(&mut self, fault: &Fault) -> Result<()> {
@@ -53,7 +58,11 @@ impl Vigil<'_> {
                 self.cut(&node, *way, |vigil| vigil.wait_until_replaced(&node))
             }
             Fault::LoseQuorum(members, time) => self.hang(members, *time),
+            Fault::Replace(name) if name == CONTROL => self.replace_control(),
             Fault::Replace(name) => self.replace(name),
+            Fault::StepClock(service, seconds) => self.step_clock(service, *seconds),
+            Fault::Reboot(node) => self.reboot(node),
+            Fault::Disk(troubles, time) => self.trouble_disk(*troubles, *time),
         }
         .and_then(|()| self.goes_on(fault))
         .and_then(|()| self.settle())

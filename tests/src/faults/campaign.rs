@@ -4,10 +4,12 @@ use anyhow::{Context, Result, bail, ensure};
 use std::time::Duration;
 
 use super::{
+    act::CONTROL,
     plan::{self, Kind, Shape},
     vigil::{RECOVERY, Vigil},
 };
 use crate::{
+    disk::FaultyDisk,
     lab::{Lab, Options, output},
     layout::StoreEngine,
     supervisor::Request,
@@ -40,17 +42,46 @@ impl Campaign {
             etcd_members: 3,
             // One pod may be hit in every round: what is measured is not its back-off.
             node_extra: "restart_backoff_ms = 500\nrestart_backoff_max_ms = 1000\n".to_owned(),
+            clocks: self.clocks(),
             ..Options::default()
         };
         let lab = Lab::start(&self.name, &options)?;
+        let mut disk = self.disk(&lab)?;
         for round in 0..self.rounds {
-            self.round(&lab, round)
+            self.round(&lab, disk.as_mut(), round)
                 .with_context(|| format!("seed {} round {round} of {:?}", self.seed, self.store))?;
         }
-        lab.finish()
+        // The disk outlives what uses it.
+        let ended = lab.finish();
+        drop(disk);
+        ended
     }
 
-    fn round(&self, lab: &Lab, round: u64) -> Result<()> {
+    fn has(&self, kinds: &[Kind]) -> bool {
+        kinds.iter().any(|kind| self.kinds.contains(kind))
+    }
+
+    /// The services whose clocks this campaign sets.
+    fn clocks(&self) -> Vec<String> {
+        let agents = (1..=self.nodes).map(|index| format!("node{index}/agent"));
+        let control = self.has(&[Kind::StepControlClock]).then(|| CONTROL.to_owned());
+        let agents = agents.filter(|_| self.has(&[Kind::StepAgentClock]));
+        control.into_iter().chain(agents).collect()
+    }
+
+    /// The disk under the store, where this campaign troubles it.
+    fn disk(&self, lab: &Lab) -> Result<Option<FaultyDisk>> {
+        if self.store != StoreEngine::Embedded || !self.has(&Kind::DISKS) {
+            return Ok(None);
+        }
+        let data = lab.spec.member_directory("control").join("data");
+        let disk = FaultyDisk::put_under(lab, "control", &data, CONTROL)?;
+        lab.wait("control answers", RECOVERY, || Ok(lab.client.ready().ok()))?;
+        lab.wait_for_nodes()?;
+        Ok(Some(disk))
+    }
+
+    fn round(&self, lab: &Lab, disk: Option<&mut FaultyDisk>, round: u64) -> Result<()> {
         let nodes = lab.spec.node_names();
         let with_etcd = self.store == StoreEngine::Etcd;
         let etcd = |name: String| format!("control/{name}");
@@ -63,7 +94,7 @@ impl Campaign {
             },
             nodes,
         };
-        let mut vigil = Vigil::begin(lab, self.seed, round)?;
+        let mut vigil = Vigil::begin(lab, disk, self.seed, round)?;
         for fault in plan::round(self.seed, round, &shape, &self.kinds) {
             println!("   round {round}: {fault:?}");
             vigil.suffer(&fault)?;

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 
-use crate::layout::Way;
+use crate::{
+    disk::{DiskError, Troubles},
+    layout::Way,
+};
 
 /// A part of the lab that can be killed or stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,8 +31,14 @@ pub enum Fault {
     CutUntilReplaced(String, Option<Way>),
     /// All but a minority of etcd's members (these services) stop for this time.
     LoseQuorum(Vec<String>, Duration),
-    /// Another version of the agent takes the place of this one.
+    /// Another version of the agent, or of control, takes the place of this one.
     Replace(String),
+    /// A service's wall clock is set so many seconds ahead (behind, when negative), and back.
+    StepClock(String, i64),
+    /// A node is switched off and on while there is no control.
+    Reboot(String),
+    /// The disk under the embedded store goes wrong for this time.
+    Disk(Troubles, Duration),
 }
 
 /// The kinds of faults.
@@ -48,13 +57,20 @@ pub enum Kind {
     HangEtcd,
     LoseQuorum,
     ReplaceAgent,
+    ReplaceControl,
     CutBriefly,
     CutUntilReplaced,
+    StepControlClock,
+    StepAgentClock,
+    Reboot,
+    FailingDisk,
+    FullDisk,
+    SlowDisk,
 }
 
 impl Kind {
     /// What befalls processes.
-    pub const PROCESSES: [Self; 9] = [
+    pub const PROCESSES: [Self; 10] = [
         Self::KillControl,
         Self::HangControl,
         Self::KillAgent,
@@ -64,11 +80,16 @@ impl Kind {
         Self::KillShim,
         Self::HangShim,
         Self::ReplaceAgent,
+        Self::ReplaceControl,
     ];
     /// What befalls etcd.
     pub const ETCD: [Self; 3] = [Self::KillEtcd, Self::HangEtcd, Self::LoseQuorum];
     /// What befalls the network.
     pub const NETWORK: [Self; 2] = [Self::CutBriefly, Self::CutUntilReplaced];
+    /// What befalls a machine as a whole.
+    pub const MACHINES: [Self; 3] = [Self::StepControlClock, Self::StepAgentClock, Self::Reboot];
+    /// What befalls the disk under the embedded store.
+    pub const DISKS: [Self; 3] = [Self::FailingDisk, Self::FullDisk, Self::SlowDisk];
 }
 
 /// Whom faults can hit.
@@ -86,9 +107,12 @@ pub struct Shape {
 pub fn round(seed: u64, round: u64, shape: &Shape, kinds: &[Kind]) -> Vec<Fault> {
     let mut random = StdRng::seed_from_u64(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(round));
     let mut kinds: Vec<Kind> = kinds.to_vec();
-    if shape.etcd.is_empty() {
-        kinds.retain(|kind| !Kind::ETCD.contains(kind));
-    }
+    let impossible: &[Kind] = if shape.etcd.is_empty() {
+        &Kind::ETCD
+    } else {
+        &Kind::DISKS
+    };
+    kinds.retain(|kind| !impossible.contains(kind));
     kinds.shuffle(&mut random);
     kinds.into_iter().map(|kind| fault(&mut random, kind, shape)).collect()
 }
@@ -116,6 +140,25 @@ fn fault(random: &mut StdRng, kind: Kind, shape: &Shape) -> Fault {
             Fault::LoseQuorum(members, brief)
         }
         Kind::ReplaceAgent => Fault::Replace(format!("{node}/agent")),
+        Kind::ReplaceControl => Fault::Replace("control/control".to_owned()),
+        Kind::StepControlClock => Fault::StepClock("control/control".to_owned(), step(random)),
+        Kind::StepAgentClock => Fault::StepClock(format!("{node}/agent"), step(random)),
+        Kind::Reboot => Fault::Reboot(shape.remote.clone()),
+        Kind::FailingDisk => Fault::Disk(failing(random), brief),
+        Kind::FullDisk => Fault::Disk(
+            Troubles {
+                write: Some(DiskError::NoSpace),
+                ..Troubles::default()
+            },
+            brief,
+        ),
+        Kind::SlowDisk => Fault::Disk(
+            Troubles {
+                sync_delay_ms: random.random_range(50..1_000),
+                ..Troubles::default()
+            },
+            brief,
+        ),
         Kind::CutBriefly => Fault::Cut(shape.remote.clone(), way(random), brief),
         Kind::CutUntilReplaced => Fault::CutUntilReplaced(shape.remote.clone(), way(random)),
     }
@@ -126,6 +169,25 @@ fn one_of(random: &mut StdRng, names: &[String]) -> String {
         .get(random.random_range(0..names.len().max(1)))
         .cloned()
         .unwrap_or_default()
+}
+
+/// An hour or a month, ahead or behind.
+fn step(random: &mut StdRng) -> i64 {
+    const HOUR: i64 = 3600;
+    [HOUR, -HOUR, 30 * 24 * HOUR, -30 * 24 * HOUR][random.random_range(0..4)]
+}
+
+fn failing(random: &mut StdRng) -> Troubles {
+    let (write, sync) = [
+        (Some(DiskError::Io), None),
+        (None, Some(DiskError::Io)),
+        (Some(DiskError::Io), Some(DiskError::Io)),
+    ][random.random_range(0..3)];
+    Troubles {
+        write,
+        sync,
+        ..Troubles::default()
+    }
 }
 
 fn way(random: &mut StdRng) -> Option<Way> {
@@ -146,7 +208,14 @@ mod tests {
     }
 
     fn all() -> Vec<Kind> {
-        [&Kind::PROCESSES[..], &Kind::ETCD, &Kind::NETWORK].concat()
+        [
+            &Kind::PROCESSES[..],
+            &Kind::ETCD,
+            &Kind::NETWORK,
+            &Kind::MACHINES,
+            &Kind::DISKS,
+        ]
+        .concat()
     }
 
     #[test]
@@ -160,7 +229,11 @@ mod tests {
     fn each_kind_happens_once_and_quorum_is_really_lost() {
         for seed in 0..50 {
             let faults = round(seed, 0, &shape(), &all());
-            assert_eq!(faults.len(), all().len());
+            assert_eq!(
+                faults.len(),
+                all().len() - Kind::DISKS.len(),
+                "etcd's disks are its own"
+            );
             let lost = faults.iter().find_map(|fault| match fault {
                 Fault::LoseQuorum(members, _) => Some(members.clone()),
                 _ => None,

@@ -16,6 +16,7 @@ use super::{
     recorder::{Recorder, summary},
 };
 use crate::{
+    disk::FaultyDisk,
     lab::{Lab, pod_is_ready},
     workload::{client, finish, web},
 };
@@ -44,6 +45,8 @@ pub struct Figure {
 pub struct Vigil<'lab> {
     pub(super) lab: &'lab Lab,
     pub(super) recorder: Recorder,
+    /// The disk under the embedded store, when faults can hit it.
+    pub(super) disk: Option<&'lab mut FaultyDisk>,
     /// Times that were measured.
     pub figures: Vec<Figure>,
     calm: Vec<Pod>,
@@ -73,7 +76,7 @@ fn calm() -> String {
 
 impl<'lab> Vigil<'lab> {
     /// Brings the workload up and begins to write, to watch and to ask.
-    pub fn begin(lab: &'lab Lab, seed: u64, round: u64) -> Result<Self> {
+    pub fn begin(lab: &'lab Lab, disk: Option<&'lab mut FaultyDisk>, seed: u64, round: u64) -> Result<Self> {
         let namespace = format!("history-{round}");
         lab.client.apply(&format!(
             "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}}}\n---\n{}---\n{}{}",
@@ -95,6 +98,7 @@ impl<'lab> Vigil<'lab> {
             hold: lab.begin(&client, &["hold", &address, "80", "stdin"])?,
             load: lab.begin(&client, &["load", &address, "80", RATE, "stdin"])?,
             lab,
+            disk,
             figures: Vec::new(),
             calm,
             before,

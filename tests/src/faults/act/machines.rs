@@ -1,0 +1,144 @@
+//! What befalls a machine as a whole: its clock, its power, its disk, another version of what runs there.
+
+use std::{
+    collections::BTreeMap,
+    fs, thread,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use orlop_proto::{Resource, coordination::v1::Lease, core::v1::Pod};
+
+use super::{CONTROL, Vigil};
+use crate::{
+    disk::Troubles,
+    faults::{pods::node_of, vigil::PREY},
+    lab::{Lab, pod_is_ready},
+    supervisor::Request,
+};
+
+impl Vigil<'_> {
+    /// Sets a wall clock, waits until every node's Lease was renewed with it, sets it back and waits again: nobody is taken for
+    /// silent, nothing is evicted, nothing restarts.
+    pub(super) fn step_clock(&mut self, service: &str, seconds: i64) -> Result<()> {
+        let before = self.uids()?;
+        for offset in [seconds, 0] {
+            let (settings, leases) = (clock_settings(self.lab, service)?, leases_of(self.lab)?);
+            self.lab.step_clock(service, offset)?;
+            self.wait("the service has seen its clock being set", |lab| {
+                let seen = if service == CONTROL {
+                    leases_of(lab)?.values().all(|lease| bears(lease, offset))
+                } else {
+                    clock_settings(lab, service)? > settings
+                };
+                Ok(seen.then_some(()))
+            })?;
+            self.wait("every node has renewed its Lease since a clock was set", |lab| {
+                let now = leases_of(lab)?;
+                let renewed = |(node, lease): (&String, &Lease)| now.get(node).is_some_and(|now| now != lease);
+                Ok(leases.iter().all(renewed).then_some(()))
+            })?;
+            ensure!(self.uids()? == before, "pods were replaced when a clock was set");
+            self.goes_on_at(service)?;
+        }
+        Ok(())
+    }
+
+    /// A pod starts on the node whose clock was set; control's is everybody's.
+    fn goes_on_at(&mut self, service: &str) -> Result<()> {
+        let node = match service.split_once('/') {
+            Some((node, "agent")) => node.to_owned(),
+            _ => "node1".to_owned(),
+        };
+        let took = self.start_probe(&node)?;
+        self.measured("a new pod was ready after a clock was set and", took, None);
+        self.remove_probe()
+    }
+
+    fn uids(&self) -> Result<Vec<String>> {
+        let pods: Vec<Pod> = self.lab.client.list("default", "")?;
+        let mut uids: Vec<String> = pods.iter().map(|pod| pod.uid().to_owned()).collect();
+        uids.sort();
+        Ok(uids)
+    }
+
+    /// Off and on without control: the node's pods run again, as the same pods, from the ledger alone.
+    pub(super) fn reboot(&mut self, node: &str) -> Result<()> {
+        let pods: Vec<Pod> = self.lab.client.list("default", PREY)?;
+        let here: Vec<Pod> = pods.into_iter().filter(|pod| node_of(pod) == node).collect();
+        let starts = self.lab.service(CONTROL)?.starts;
+        self.lab.request(&Request::Stop(CONTROL.to_owned()))?;
+        let outcome = self.lab.reboot(node).and_then(|()| {
+            let lab = self.lab;
+            lab.wait("a rebooted node runs its pods without control", super::RECOVERY, || {
+                let missing = here.iter().filter(|pod| lab.pod_process(node, pod.uid()).is_err());
+                Ok((missing.count() == 0).then_some(()))
+            })
+        });
+        self.lab.request(&Request::Start(CONTROL.to_owned()))?;
+        outcome?;
+        self.wait("control is there again", |lab| {
+            Ok((lab.service(CONTROL)?.starts > starts && lab.client.ready().is_ok()).then_some(()))
+        })?;
+        for pod in here {
+            self.wait("a pod of a rebooted node is ready", |lab| {
+                let now: Pod = lab.client.get("default", pod.name())?.context("the pod is gone")?;
+                ensure!(now.uid() == pod.uid(), "the pod was replaced");
+                Ok(pod_is_ready(&now).then_some(()))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Something is wrong with the disk under the store for a while; nobody restarts control for it.
+    pub(super) fn trouble_disk(&mut self, troubles: Troubles, time: Duration) -> Result<()> {
+        let starts = self.lab.service(CONTROL)?.starts;
+        let Some(disk) = &mut self.disk else {
+            bail!("this lab's disks cannot be troubled")
+        };
+        disk.suffer(troubles)?;
+        thread::sleep(time);
+        disk.heal()?;
+        let took = self.recorder.wait_for_writes()?;
+        self.measured("writes went on, after the disk was well again, after", took, None);
+        ensure!(self.lab.service(CONTROL)?.starts == starts, "control was restarted");
+        Ok(())
+    }
+
+    /// Stops control and starts another program in its place, on the same store and the same sockets.
+    pub(super) fn replace_control(&mut self) -> Result<()> {
+        let starts = self.lab.service(CONTROL)?.starts;
+        let next = self.lab.spec.directory.join(format!("orlop-control-{starts}"));
+        fs::copy(self.lab.spec.binaries.join("orlop-control"), &next).context("copying control")?;
+        self.lab.request(&Request::Replace(CONTROL.to_owned(), next))?;
+        self.wait("the other control answers", |lab| {
+            Ok((lab.service(CONTROL)?.starts > starts && lab.client.ready().is_ok()).then_some(()))
+        })
+    }
+}
+
+/// Each node's Lease.
+fn leases_of(lab: &Lab) -> Result<BTreeMap<String, Lease>> {
+    let leases: Vec<Lease> = lab.client.list("kube-node-lease", "")?;
+    Ok(leases
+        .into_iter()
+        .map(|lease| (lease.name().to_owned(), lease))
+        .collect())
+}
+
+/// Whether a Lease was renewed by a clock of this offset: the time is control's.
+fn bears(lease: &Lease, offset_seconds: i64) -> bool {
+    let renewed = lease.spec.as_ref().and_then(|spec| spec.renew_time);
+    let since = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    let now = i64::try_from(since.as_secs()).unwrap_or(i64::MAX) + offset_seconds;
+    renewed.is_some_and(|renewed| renewed.seconds.abs_diff(now) < 300)
+}
+
+/// How often an agent has told that its wall clock was set.
+fn clock_settings(lab: &Lab, service: &str) -> Result<usize> {
+    let log = format!("logs/{}.log", service.replace('/', "-"));
+    let text = fs::read_to_string(lab.spec.directory.join(log)).context("reading a log")?;
+    Ok(text.matches("the wall clock was set").count())
+}
