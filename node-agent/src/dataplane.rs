@@ -49,7 +49,7 @@ pub struct Counters {
     pub cpu_by_cgroup: HashMap<u64, u64>,
     /// Traffic at the pod's interface, as the pod sees it, by pod uid.
     pub network_by_pod: HashMap<String, NetworkCounters>,
-    /// Connections by service.
+    /// Connections by service, of those that had any.
     pub services: HashMap<ServiceId, ServiceCounters>,
 }
 
@@ -73,7 +73,7 @@ pub struct ServiceCounters {
     pub connections: u64,
     /// Refused because no endpoint was ready.
     pub refused: u64,
-    /// By backend.
+    /// By backend, of those that were given any.
     pub backends: Vec<BackendCounters>,
 }
 

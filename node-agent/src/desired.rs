@@ -1,9 +1,13 @@
 //! What the node was told: the input of the reconciler, the dataplane and the routes.
 
+pub mod services;
+
 use std::sync::Arc;
 
 use imbl::OrdMap;
 use orlop_proto::{core::v1::Pod, node::v1 as link};
+
+pub use services::Services;
 
 /// All that concerns this node, as control last said it. A clone costs a few pointers, and a change copies only the path
 /// to what changed: the maps are persistent. Handed on through a `tokio::sync::watch`.
@@ -14,8 +18,8 @@ use orlop_proto::{core::v1::Pod, node::v1 as link};
 pub struct Desired {
     /// Pods bound to this node, by uid.
     pub pods: OrdMap<String, Arc<Pod>>,
-    /// Services by (namespace, name).
-    pub services: OrdMap<(String, String), Arc<link::Service>>,
+    /// Services.
+    pub services: Services,
     /// Other nodes' ranges, by node name.
     pub routes: OrdMap<String, Arc<link::Route>>,
     /// The node's own and the cluster's ranges; `None` until control has said it for the first time.
@@ -23,15 +27,4 @@ pub struct Desired {
     /// A whole snapshot has arrived (now, or in an earlier life and the ledger has it). Until then nothing that is
     /// found running and is not named here may be removed.
     pub complete: bool,
-}
-
-impl Desired {
-    /// The services of a namespace, in the order of their names.
-    pub fn services_in<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = &'a Arc<link::Service>> {
-        let from = (namespace.to_owned(), String::new());
-        self.services
-            .range(from..)
-            .take_while(move |(key, _)| key.0 == namespace)
-            .map(|(_, service)| service)
-    }
 }

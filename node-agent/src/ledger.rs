@@ -24,7 +24,10 @@ use orlop_proto::{core::v1::Pod, node::v1 as link};
 use prost::Message;
 use sha2::{Digest, Sha256};
 
-use crate::desired::Desired;
+use crate::desired::{
+    Desired,
+    services::{Services, kept},
+};
 
 const MAGIC: &[u8; 8] = b"orlopldg";
 const FORMAT: u32 = 1;
@@ -136,11 +139,7 @@ impl Ledger {
         let routes = routes.map_or_else(|| node.routes.clone(), |file| file.routes);
         let desired = Desired {
             pods,
-            services: services
-                .services
-                .into_iter()
-                .map(|service| ((service.namespace.clone(), service.name.clone()), Arc::new(service)))
-                .collect(),
+            services: services.services.into_iter().map(kept).collect(),
             routes: routes
                 .into_iter()
                 .map(|route| (route.node_name.clone(), Arc::new(route)))
@@ -291,9 +290,9 @@ pub struct Writer {
 
 impl Writer {
     /// Writes all services; durable when it returns.
-    pub fn services(&self, services: &OrdMap<(String, String), Arc<link::Service>>) -> Result<(), LedgerError> {
+    pub fn services(&self, services: &Services) -> Result<(), LedgerError> {
         let path = self.dir.join("services");
-        write_all(&path, services.values())?;
+        write_all(&path, services.iter())?;
         let path = behind(&path);
         match fs::remove_file(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(LedgerError::Io { path, source }),

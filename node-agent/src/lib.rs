@@ -7,6 +7,7 @@ pub mod desired;
 pub mod identity;
 pub mod ledger;
 pub mod link;
+pub mod memory;
 pub mod metrics;
 pub mod network;
 pub mod node_status;

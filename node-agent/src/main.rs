@@ -9,7 +9,7 @@ use orlop_node::{
     config::Config,
     dataplane::{self, PodInterface},
     identity::Identity,
-    ledger,
+    ledger, memory,
     network::{self, Attachment, CniNetwork, Network as _},
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -38,6 +38,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    memory::configure();
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()

@@ -1,87 +1,86 @@
 //! The arena of backends, mapped into memory: a slot is written with plain stores.
+//!
+//! Mapped in windows, when one is first needed: a mapping of a map counts as memory of ours whether it is used or not, and an arena has
+//! room for many more slots than most nodes need.
 
 use std::{
     io,
     num::NonZeroUsize,
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     ptr::NonNull,
-    sync::atomic::{Ordering, fence},
+    sync::{
+        OnceLock,
+        atomic::{Ordering, fence},
+    },
 };
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use orlop_ebpf_abi::{Slot, SlotState};
 
+/// Slots of a window: 256 KiB.
+const WINDOW: u32 = 1 << 14;
+
 /// The mapped arena.
 pub struct Arena {
-    memory: NonNull<u64>,
-    bytes: NonZeroUsize,
+    map: OwnedFd,
     slots: u32,
+    windows: Box<[OnceLock<Window>]>,
 }
 
-// SAFETY: plain shared memory; all access is by volatile words, and only the holder of the dataplane's lock writes.
-unsafe impl Send for Arena {}
-// SAFETY: as above; reading while another thread writes gives old or new words.
-unsafe impl Sync for Arena {}
-
 impl Arena {
-    /// Maps the array `map` of so many slots.
+    /// Maps the array `map` of so many slots, as they are used.
     ///
     /// # Errors
-    /// mmap(2)'s.
+    /// The descriptor cannot be copied.
     pub fn map(map: impl AsFd, slots: u32) -> io::Result<Self> {
-        let bytes = (slots as usize * size_of::<Slot>()).next_multiple_of(4096);
-        let bytes = NonZeroUsize::new(bytes).ok_or_else(|| io::Error::other("an arena without slots"))?;
-        // SAFETY: a new shared mapping where the kernel likes; nobody truncates a map.
-        let memory = unsafe {
-            mmap(
-                None,
-                bytes,
-                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                MapFlags::MAP_SHARED,
-                map,
-                0,
-            )
-        }?;
         Ok(Self {
-            memory: memory.cast(),
-            bytes,
+            map: map.as_fd().try_clone_to_owned()?,
             slots,
+            windows: (0..slots.div_ceil(WINDOW)).map(|_| OnceLock::new()).collect(),
         })
     }
 
     /// Writes slots one after the other from `base` on. What lies beyond the arena is left out; the planner never does that.
-    pub fn write(&self, base: u32, slots: &[Slot]) {
+    ///
+    /// # Errors
+    /// mmap(2)'s; then some of them may be written.
+    pub fn write(&self, base: u32, slots: &[Slot]) -> io::Result<()> {
         for (index, slot) in (base..self.slots).zip(slots) {
-            let words = encode(slot);
-            // SAFETY: index is below the number of slots, each of which is two words.
-            unsafe {
-                self.memory.as_ptr().add(index as usize * 2).write_volatile(words[0]);
-                self.memory
-                    .as_ptr()
-                    .add(index as usize * 2 + 1)
-                    .write_volatile(words[1]);
-            }
+            self.window(index / WINDOW)?.write(index % WINDOW, encode(slot));
         }
         // The frontend that leads here is written by a system call; nothing may move behind it.
         fence(Ordering::SeqCst);
+        Ok(())
     }
 
     /// Zeroes a range; returns how many slots were not zero.
-    pub fn clear(&self, base: u32, count: u32) -> u32 {
-        let mut cleared = 0;
-        for index in base..base.saturating_add(count).min(self.slots) {
-            if self.words(index) != [0, 0] {
-                self.write(index, &[Slot::FREE]);
-                cleared += 1;
-            }
+    ///
+    /// # Errors
+    /// mmap(2)'s; then some of them may be zeroed.
+    pub fn clear(&self, base: u32, count: u32) -> io::Result<u32> {
+        let end = base.saturating_add(count).min(self.slots);
+        let (mut index, mut cleared) = (base, 0);
+        while index < end {
+            let (number, first) = (index / WINDOW, index % WINDOW);
+            let length = (end - index).min(WINDOW - first);
+            cleared += match self.windows[number as usize].get() {
+                Some(window) => window.clear(first, length),
+                // Nobody needs it: not for longer than this.
+                None => self.map_window(number)?.clear(first, length),
+            };
+            index += length;
         }
-        cleared
+        fence(Ordering::SeqCst);
+        Ok(cleared)
     }
 
-    /// Reads a slot. `None` beyond the arena, or if its state is none that we write.
+    /// Reads a slot. `None` beyond the arena, if its state is none that we write, or where it cannot be mapped.
     #[must_use]
     pub fn read(&self, index: u32) -> Option<Slot> {
-        (index < self.slots).then(|| decode(self.words(index))).flatten()
+        let window = (index < self.slots)
+            .then(|| self.window(index / WINDOW).ok())
+            .flatten()?;
+        decode(window.read(index % WINDOW))
     }
 
     /// How many slots there are.
@@ -90,18 +89,91 @@ impl Arena {
         self.slots
     }
 
-    fn words(&self, index: u32) -> [u64; 2] {
-        // SAFETY: the callers have checked the index.
-        unsafe {
-            let slot = self.memory.as_ptr().add(index as usize * 2);
-            [slot.read_volatile(), slot.add(1).read_volatile()]
+    fn window(&self, number: u32) -> io::Result<&Window> {
+        let place = &self.windows[number as usize];
+        if let Some(window) = place.get() {
+            return Ok(window);
         }
+        let window = self.map_window(number)?;
+        Ok(place.get_or_init(|| window))
+    }
+
+    fn map_window(&self, number: u32) -> io::Result<Window> {
+        let first = number * WINDOW;
+        let slots = (self.slots - first).min(WINDOW);
+        let bytes = (slots as usize * size_of::<Slot>()).next_multiple_of(4096);
+        let bytes = NonZeroUsize::new(bytes).ok_or_else(|| io::Error::other("a window without slots"))?;
+        let offset = i64::from(first) * i64::try_from(size_of::<Slot>()).map_err(io::Error::other)?;
+        // SAFETY: a new shared mapping where the kernel likes; nobody truncates a map.
+        let memory = unsafe {
+            mmap(
+                None,
+                bytes,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED,
+                &self.map,
+                offset,
+            )
+        }?;
+        Ok(Window {
+            memory: memory.cast(),
+            bytes,
+        })
     }
 }
 
-impl Drop for Arena {
+/// Some slots, mapped. Two words each.
+struct Window {
+    memory: NonNull<u64>,
+    bytes: NonZeroUsize,
+}
+
+// SAFETY: plain shared memory; all access is by volatile words, and only the holder of the dataplane's lock writes.
+unsafe impl Send for Window {}
+// SAFETY: as above; reading while another thread writes gives old or new words.
+unsafe impl Sync for Window {}
+
+impl Window {
+    fn write(&self, index: u32, words: [u64; 2]) {
+        let slot = self.slot(index);
+        // SAFETY: `slot` gives a slot of this mapping.
+        unsafe {
+            slot.write_volatile(words[0]);
+            slot.add(1).write_volatile(words[1]);
+        }
+    }
+
+    fn read(&self, index: u32) -> [u64; 2] {
+        let slot = self.slot(index);
+        // SAFETY: as above.
+        unsafe { [slot.read_volatile(), slot.add(1).read_volatile()] }
+    }
+
+    fn clear(&self, first: u32, length: u32) -> u32 {
+        let mut cleared = 0;
+        for index in first..first + length {
+            if self.read(index) != [0, 0] {
+                self.write(index, [0, 0]);
+                cleared += 1;
+            }
+        }
+        cleared
+    }
+
+    fn slot(&self, index: u32) -> *mut u64 {
+        let offset = index as usize * 2;
+        assert!(
+            (offset + 2) * 8 <= self.bytes.get(),
+            "slot {index} is beyond its window"
+        );
+        // SAFETY: within the mapping, as was just asserted.
+        unsafe { self.memory.as_ptr().add(offset) }
+    }
+}
+
+impl Drop for Window {
     fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this length, and not used any more.
+        // SAFETY: mapped by `map_window` with this length, and not used any more.
         let _still_mapped_until_exit = unsafe { munmap(self.memory.cast(), self.bytes.get()) };
     }
 }

@@ -51,7 +51,8 @@ fn array<const N: usize>(map: &Map, highest: u32) -> io::Result<Vec<[u64; N]>> {
     Ok(sums)
 }
 
-/// Connections by service: frontends of one service together.
+/// Connections by service: frontends of one service together. Services and backends that nobody here has connected to are left
+/// out: of thousands, a node uses some.
 pub fn services(kernel: &Kernel, planner: &Planner) -> io::Result<HashMap<ServiceId, ServiceCounters>> {
     let (services, backends) = planner.highest_ids();
     let by_service: Vec<[u64; 2]> = array(kernel.map(abi::SERVICE_COUNTERS), services)?;
@@ -60,18 +61,23 @@ pub fn services(kernel: &Kernel, planner: &Planner) -> io::Result<HashMap<Servic
     for (key, entry) in planner.entries() {
         let Some(owner) = planner.owner_of(key) else { continue };
         let [connections, refused] = by_service.get(entry.service as usize).copied().unwrap_or_default();
+        if connections == 0 && refused == 0 {
+            continue;
+        }
         let of_service = counters
             .entry((owner.namespace.clone(), owner.name.clone()))
             .or_default();
         of_service.connections += connections;
         of_service.refused += refused;
-        of_service
-            .backends
-            .extend(entry.backends.iter().map(|backend| BackendCounters {
+        let used = entry.backends.iter().filter_map(|backend| {
+            let [connections] = by_backend.get(backend.id as usize).copied()?;
+            (connections > 0).then(|| BackendCounters {
                 address: SocketAddr::from((Ipv4Addr::from(backend.address), backend.port)),
                 protocol: key.protocol as u8,
-                connections: by_backend.get(backend.id as usize).copied().unwrap_or_default()[0],
-            }));
+                connections,
+            })
+        });
+        of_service.backends.extend(used);
     }
     Ok(counters)
 }

@@ -265,7 +265,7 @@ impl Inner {
         let applied = Applied {
             frontends_written: count(writes.frontends.len()),
             frontends_deleted: count(writes.deletions.len()),
-            slots_written: count(writes.slots.iter().map(|(_, slots)| slots.len()).sum()),
+            slots_written: count(writes.slots.len()),
         };
         state.total = state.total.plus(applied);
         if !writes.retired.is_empty() {
@@ -290,15 +290,17 @@ impl Inner {
     /// After the grace period: zeroes slots and counters, then they can be used again.
     fn release(&self, state: &mut State, batch: &[Retired]) -> Result<(), DataplaneError> {
         for retired in batch {
-            for (base, length) in &retired.ranges {
-                self.arena.clear(*base, *length);
-            }
-            let cleared = counters::clear_ids(self.kernel.map(abi::SERVICE_COUNTERS), &retired.services)
+            let zeroed = retired
+                .ranges
+                .iter()
+                .try_for_each(|(base, length)| self.arena.clear(*base, *length).map(drop));
+            let cleared = zeroed
+                .and_then(|()| counters::clear_ids(self.kernel.map(abi::SERVICE_COUNTERS), &retired.services))
                 .and_then(|()| counters::clear_ids(self.kernel.map(abi::BACKEND_COUNTERS), &retired.backends));
             if let Err(error) = cleared {
                 // What is free is found again in the maps before the next write.
                 state.unsure = true;
-                return Err(failed("zero counters that were given up", error));
+                return Err(failed("zero slots and counters that were given up", error));
             }
             state.planner.release(retired);
         }
@@ -328,7 +330,9 @@ fn adopt(kernel: &Kernel, arena: &Arena) -> Result<Planner, DataplaneError> {
     // An earlier life may have ended between a flip and the grace period after it.
     grace_period();
     for (base, length) in planner.free_ranges() {
-        arena.clear(base, length);
+        arena
+            .clear(base, length)
+            .map_err(|error| failed("map the arena", error))?;
     }
     counters::clear(kernel.map(abi::SERVICE_COUNTERS), |id| planner.service_id_is_free(id))
         .and_then(|()| counters::clear(kernel.map(abi::BACKEND_COUNTERS), |id| planner.backend_id_is_free(id)))

@@ -163,7 +163,8 @@ impl Kernel {
             Some(programs) => programs,
             None => {
                 let programs = load::load(config, &pins, &programs_directory, node_cgroup_id, &found, &growing)?;
-                load::give_memory_back();
+                // The kernel's BTF took tens of megabytes, which are not needed again.
+                crate::memory::give_back();
                 programs
             }
         };

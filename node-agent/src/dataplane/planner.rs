@@ -5,21 +5,25 @@
 //! given up, and hands it back with [`Planner::release`]. Whatever the order in which changes came, the maps serve the same.
 
 mod adoption;
+mod claims;
 pub mod records;
 pub mod space;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, btree_map},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, hash_map},
     hash::{BuildHasherDefault, Hasher},
     sync::Arc,
 };
 
+use claims::Claimants;
+use indexmap::IndexSet;
 use orlop_ebpf_abi::{Frontend, FrontendKey, Slot, SlotState, selection};
 use orlop_proto::node::v1 as link;
-use records::{backends_of, frontends_of, owner};
+use records::{frontends_of, owner, read_backends};
 use space::{Ids, Ranges};
 
-use super::{ServiceChanges, ServiceId};
+use super::ServiceChanges;
+use crate::desired::services::{Name, Named};
 
 /// How much fits into the maps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,8 +65,8 @@ pub struct Entry {
 /// What to write, in this order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Writes {
-    /// Fresh ranges: the first slot and all of them.
-    pub slots: Vec<(u32, Vec<Slot>)>,
+    /// Fresh ranges.
+    pub slots: FreshSlots,
     /// Frontends, written after the slots.
     pub frontends: Vec<(FrontendKey, Frontend)>,
     /// Frontends that go.
@@ -71,6 +75,45 @@ pub struct Writes {
     pub retired: Retired,
     /// The map that has no room for the rest, which is planned again with the next changes.
     pub full: Option<&'static str>,
+}
+
+/// Slots to be written: ranges of the arena, and what they are to hold, one after the other.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FreshSlots {
+    /// First slot and length.
+    ranges: Vec<(u32, usize)>,
+    slots: Vec<Slot>,
+}
+
+impl FreshSlots {
+    /// Every range: its first slot and all of them.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &[Slot])> {
+        let mut rest = &self.slots[..];
+        self.ranges.iter().map(move |(base, length)| {
+            let (slots, after) = rest.split_at(*length);
+            rest = after;
+            (*base, slots)
+        })
+    }
+
+    /// How many slots.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// None at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    fn push(&mut self, entry: &Entry) {
+        if !entry.backends.is_empty() {
+            self.ranges.push((entry.base, entry.backends.len()));
+            self.slots.extend(slots_of(entry));
+        }
+    }
 }
 
 /// Ranges and ids that nothing refers to any more.
@@ -93,6 +136,7 @@ impl Retired {
 }
 
 /// A port of a service, and what the frontends that it claims should be.
+#[derive(Debug, Default)]
 struct Wanted {
     owner: u32,
     backends: Vec<([u8; 4], u16, SlotState)>,
@@ -127,9 +171,8 @@ impl Hasher for KeyHasher {
 #[derive(Debug)]
 pub struct Planner {
     limits: Limits,
-    services: BTreeMap<ServiceId, Arc<link::Service>>,
-    /// Who wants to be at a frontend, by namespace and name; the first of them is.
-    claims: ByKey<Vec<Arc<link::Service>>>,
+    services: IndexSet<Named>,
+    claims: ByKey<Claimants>,
     entries: ByKey<Entry>,
     ranges: Ranges,
     service_ids: Ids,
@@ -137,6 +180,8 @@ pub struct Planner {
     generation: u32,
     /// Frontends that did not fit.
     pending: BTreeSet<FrontendKey>,
+    /// Of the frontend that is being settled.
+    wanted: Wanted,
 }
 
 impl Planner {
@@ -145,7 +190,7 @@ impl Planner {
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
-            services: BTreeMap::new(),
+            services: IndexSet::new(),
             claims: ByKey::default(),
             entries: ByKey::default(),
             ranges: Ranges::new(1, limits.slots),
@@ -153,27 +198,27 @@ impl Planner {
             backend_ids: Ids::new(limits.slots),
             generation: 0,
             pending: BTreeSet::new(),
+            wanted: Wanted::default(),
         }
     }
 
     /// Plans the changes.
     pub fn apply(&mut self, changes: &ServiceChanges) -> Writes {
         let mut touched: Vec<_> = std::mem::take(&mut self.pending).into_iter().collect();
-        for service in &changes.removals {
-            self.remove_service(service, &mut touched);
+        for (namespace, name) in &changes.removals {
+            self.remove_service(Name { namespace, name }, &mut touched);
         }
         if changes.complete && !self.services.is_empty() {
-            let kept: BTreeSet<_> = changes.upserts.iter().map(|service| named(service)).collect();
-            let gone: Vec<_> = self
-                .services
-                .keys()
-                .filter(|(namespace, name)| !kept.contains(&(namespace.as_str(), name.as_str())))
-                .cloned()
-                .collect();
+            let kept: HashSet<_> = changes.upserts.iter().map(|service| Name::of(service)).collect();
+            let gone = |named: &&Named| !kept.contains(&Name::of(&named.0));
+            let gone: Vec<Named> = self.services.iter().filter(gone).cloned().collect();
             for service in &gone {
-                self.remove_service(service, &mut touched);
+                self.remove_service(Name::of(&service.0), &mut touched);
             }
         }
+        touched.reserve(changes.upserts.len());
+        self.claims
+            .reserve(changes.upserts.len().saturating_sub(self.services.len()));
         for service in &changes.upserts {
             self.upsert_service(service, &mut touched);
         }
@@ -188,6 +233,8 @@ impl Planner {
         touched.sort_unstable();
         touched.dedup();
         let mut writes = Writes::default();
+        self.entries
+            .reserve(self.claims.len().saturating_sub(self.entries.len()));
         // What goes first gives its room up for what comes, if not at once then after the grace period.
         let (staying, going): (Vec<_>, Vec<_>) = touched.into_iter().partition(|key| self.claims.contains_key(key));
         for key in going.into_iter().chain(staying) {
@@ -222,12 +269,12 @@ impl Planner {
     /// Who serves at a frontend: `None` for an adopted entry that nothing has claimed yet.
     #[must_use]
     pub fn owner_of(&self, key: &FrontendKey) -> Option<&Arc<link::Service>> {
-        self.claims.get(key)?.first()
+        self.claims.get(key).map(Claimants::first)
     }
 
     /// Known services.
     pub fn services(&self) -> impl Iterator<Item = &Arc<link::Service>> {
-        self.services.values()
+        self.services.iter().map(|named| &named.0)
     }
 
     /// Free ranges of the arena: first slot and length.
@@ -253,41 +300,36 @@ impl Planner {
         self.backend_ids.is_free(id)
     }
 
-    fn remove_service(&mut self, id: &ServiceId, touched: &mut Vec<FrontendKey>) {
-        if let Some(service) = self.services.remove(id) {
-            self.unclaim(&service, touched);
+    fn remove_service(&mut self, name: Name<'_>, touched: &mut Vec<FrontendKey>) {
+        if let Some(service) = self.services.swap_take(&name) {
+            self.unclaim(&service.0, touched);
         }
     }
 
     fn unclaim(&mut self, service: &link::Service, touched: &mut Vec<FrontendKey>) {
         for key in frontends_of(service) {
-            if let Some(claimants) = self.claims.get_mut(&key) {
-                claimants.retain(|claimant| named(claimant) != named(service));
-                if claimants.is_empty() {
-                    self.claims.remove(&key);
-                }
+            if let Some(others) = self.claims.remove(&key).and_then(|all| all.without(Name::of(service))) {
+                self.claims.insert(key, others);
             }
             touched.push(key);
         }
     }
 
     fn upsert_service(&mut self, service: &Arc<link::Service>, touched: &mut Vec<FrontendKey>) {
-        let id = (service.namespace.clone(), service.name.clone());
-        match self.services.entry(id) {
-            btree_map::Entry::Vacant(place) => {
-                place.insert(Arc::clone(service));
-            }
-            btree_map::Entry::Occupied(known) if Arc::ptr_eq(known.get(), service) || known.get() == service => return,
-            btree_map::Entry::Occupied(mut known) => {
-                let old = known.insert(Arc::clone(service));
-                self.unclaim(&old, touched);
-            }
+        if let Some(known) = self.services.get(&Name::of(service))
+            && (Arc::ptr_eq(&known.0, service) || known.0 == *service)
+        {
+            return;
+        }
+        if let Some(old) = self.services.replace(Named(Arc::clone(service))) {
+            self.unclaim(&old.0, touched);
         }
         for key in frontends_of(service) {
-            // Nearly always there is one.
-            let claimants = self.claims.entry(key).or_insert_with(|| Vec::with_capacity(1));
-            if let Err(place) = claimants.binary_search_by(|claimant| named(claimant).cmp(&named(service))) {
-                claimants.insert(place, Arc::clone(service));
+            match self.claims.entry(key) {
+                hash_map::Entry::Vacant(place) => {
+                    place.insert(Claimants::One(Arc::clone(service)));
+                }
+                hash_map::Entry::Occupied(mut others) => others.get_mut().add(service),
             }
             touched.push(key);
         }
@@ -295,28 +337,30 @@ impl Planner {
 
     /// Brings one frontend to what its first claimant wants.
     fn settle(&mut self, key: FrontendKey, writes: &mut Writes) {
-        let wanted = self.owner_of(&key).map(|service| wanted(service, &key));
-        match wanted {
-            None => {
-                if let Some(entry) = self.entries.remove(&key) {
-                    writes.deletions.push(key);
-                    retire(&entry, &[], true, &mut writes.retired);
-                }
+        let mut wanted = std::mem::take(&mut self.wanted);
+        let owned = self.owner_of(&key).map(|service| {
+            wanted.owner = owner(service, &key);
+            read_backends(service, &key, &mut wanted.backends);
+        });
+        if owned.is_none() {
+            if let Some(entry) = self.entries.remove(&key) {
+                writes.deletions.push(key);
+                retire(&entry, &[], true, &mut writes.retired);
             }
-            Some(wanted) => {
-                if self.entries.get(&key).is_some_and(|entry| is_as_wanted(entry, &wanted)) {
-                    return;
-                }
-                if let Err(map) = self.write(key, &wanted, writes) {
-                    writes.full = Some(map);
-                    self.pending.insert(key);
-                }
-            }
+        } else if let Err(map) = self.write(key, &wanted, writes) {
+            writes.full = Some(map);
+            self.pending.insert(key);
         }
+        self.wanted = wanted;
     }
 
+    /// Unless it is as wanted.
     fn write(&mut self, key: FrontendKey, wanted: &Wanted, writes: &mut Writes) -> Result<(), &'static str> {
-        let same_owner = self.entries.get(&key).filter(|entry| entry.owner == wanted.owner);
+        let existing = self.entries.get(&key);
+        if existing.is_some_and(|entry| is_as_wanted(entry, wanted)) {
+            return Ok(());
+        }
+        let same_owner = existing.filter(|entry| entry.owner == wanted.owner);
         let known: BTreeMap<u64, u32> = same_owner
             .iter()
             .flat_map(|entry| entry.backends.iter())
@@ -324,12 +368,10 @@ impl Planner {
             .collect();
         let kept_service = same_owner.map(|entry| entry.service);
         let length = u32::try_from(wanted.backends.len()).map_err(|_too_many| orlop_ebpf_abi::ARENA)?;
-        let fresh = wanted
-            .backends
-            .iter()
-            .filter(|(address, port, _)| !known.contains_key(&selection::order(*address, *port)))
-            .count();
-        if !self.entries.contains_key(&key) && self.entries.len() >= self.limits.frontends as usize {
+        let is_known =
+            |(address, port, _): &&([u8; 4], u16, SlotState)| known.contains_key(&selection::order(*address, *port));
+        let fresh = wanted.backends.len() - wanted.backends.iter().filter(is_known).count();
+        if existing.is_none() && self.entries.len() >= self.limits.frontends as usize {
             return Err(orlop_ebpf_abi::FRONTENDS);
         }
         if !self.backend_ids.has(fresh) {
@@ -362,9 +404,7 @@ impl Planner {
             owner: wanted.owner,
             backends,
         };
-        if !entry.backends.is_empty() {
-            writes.slots.push((base, slots_of(&entry)));
-        }
+        writes.slots.push(&entry);
         writes.frontends.push((key, frontend_of(&key, &entry)));
         if let Some(old) = self.entries.insert(key, entry) {
             let new = &self.entries[&key];
@@ -372,11 +412,6 @@ impl Planner {
         }
         Ok(())
     }
-}
-
-/// A service's namespace and name.
-fn named(service: &link::Service) -> (&str, &str) {
-    (&service.namespace, &service.name)
 }
 
 /// Gives up an entry's range, and the ids that `kept` does not have.
@@ -410,20 +445,15 @@ fn is_as_wanted(entry: &Entry, wanted: &Wanted) -> bool {
 }
 
 /// The slots of an entry's range.
-#[must_use]
-pub fn slots_of(entry: &Entry) -> Vec<Slot> {
-    entry
-        .backends
-        .iter()
-        .map(|backend| Slot {
-            address: backend.address,
-            port: backend.port,
-            state: backend.state,
-            reserved: 0,
-            generation: entry.generation,
-            backend: backend.id,
-        })
-        .collect()
+fn slots_of(entry: &Entry) -> impl Iterator<Item = Slot> {
+    entry.backends.iter().map(|backend| Slot {
+        address: backend.address,
+        port: backend.port,
+        state: backend.state,
+        reserved: 0,
+        generation: entry.generation,
+        backend: backend.id,
+    })
 }
 
 /// The frontend's value of an entry.
@@ -447,13 +477,6 @@ pub fn frontend_of(key: &FrontendKey, entry: &Entry) -> Frontend {
     };
     value.check = selection::checksum(key, &value);
     value
-}
-
-fn wanted(service: &link::Service, key: &FrontendKey) -> Wanted {
-    Wanted {
-        owner: owner(service, key),
-        backends: backends_of(service, key),
-    }
 }
 
 #[cfg(test)]

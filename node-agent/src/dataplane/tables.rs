@@ -1,6 +1,6 @@
 //! The service maps: frontends and arena, as the planner's entries.
 
-use std::io;
+use std::{io, thread};
 
 use orlop_ebpf_abi::{self as abi, Frontend, FrontendKey, Protocol, Scope};
 
@@ -10,18 +10,46 @@ use super::{
     planner::Writes,
 };
 
+/// From so many frontends on they are written by several threads: the kernel needs most of a microsecond for each, and locks
+/// but one bucket meanwhile.
+const MANY: usize = 2048;
+/// So many at most.
+const THREADS: usize = 4;
+
 /// Carries out what was planned: slots, then frontends, then deletions.
 ///
 /// # Errors
 /// The kernel's. What is written then is unknown: read the maps again.
 pub fn write(kernel: &Kernel, arena: &super::arena::Arena, writes: &Writes) -> io::Result<()> {
-    for (base, slots) in &writes.slots {
-        arena.write(*base, slots);
+    for (base, slots) in writes.slots.iter() {
+        arena.write(base, slots)?;
     }
     let map = &kernel.map(abi::FRONTENDS).fd;
-    let keys: Vec<_> = writes.frontends.iter().map(|(key, _)| encode_key(key)).collect();
-    let values: Vec<_> = writes.frontends.iter().map(|(_, value)| encode_value(value)).collect();
-    bpf::update_batch(map, keys.as_flattened(), values.as_flattened(), keys.len())?;
+    let update = |frontends: &[(FrontendKey, Frontend)]| {
+        let keys: Vec<_> = frontends.iter().map(|(key, _)| encode_key(key)).collect();
+        let values: Vec<_> = frontends.iter().map(|(_, value)| encode_value(value)).collect();
+        bpf::update_batch(map, keys.as_flattened(), values.as_flattened(), keys.len())
+    };
+    if writes.frontends.len() < MANY {
+        update(&writes.frontends)?;
+    } else {
+        let threads = thread::available_parallelism().map_or(1, usize::from).min(THREADS);
+        let (own, others) = writes.frontends.split_at(writes.frontends.len() / threads);
+        thread::scope(|scope| {
+            let others: Vec<_> = others
+                .chunks(writes.frontends.len().div_ceil(threads))
+                .map(|part| scope.spawn(|| update(part)))
+                .collect();
+            let mut done = update(own);
+            for other in others {
+                let of_other = other
+                    .join()
+                    .map_err(|_panic| io::Error::other("a thread that wrote panicked"));
+                done = done.and(of_other.flatten());
+            }
+            done
+        })?;
+    }
     delete(kernel, &writes.deletions)
 }
 

@@ -46,9 +46,7 @@ fn filled(dir: &Path) -> Desired {
             ..Default::default()
         }),
     );
-    desired
-        .services
-        .insert(("default".into(), "web".into()), service("web"));
+    desired.services.insert(service("web"));
     ledger.write_node_state(generation, &desired).unwrap();
     let writer = ledger.writer(generation).unwrap();
     writer.services(&desired.services).unwrap();

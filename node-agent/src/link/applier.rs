@@ -23,6 +23,7 @@ use crate::{
     dataplane::{Dataplane, ServiceChanges},
     desired::Desired,
     ledger::{Generation, Ledger, LedgerError},
+    memory,
     network::Network,
 };
 
@@ -238,7 +239,7 @@ impl Applier {
         }
         let changes = if self.resync {
             ServiceChanges {
-                upserts: self.desired.services.values().cloned().collect(),
+                upserts: self.desired.services.iter().cloned().collect(),
                 removals: Vec::new(),
                 complete: true,
             }
@@ -377,11 +378,14 @@ impl Applier {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .writer(generation)?;
-            if file == ROUTES {
+            let written = if file == ROUTES {
                 writer.routes(&desired.routes)
             } else {
                 writer.services(&desired.services)
-            }
+            };
+            // This was the end of a burst, if there was one: the snapshot, and now the file's contents.
+            memory::give_back();
+            written
         });
         let failed = match written.await {
             Ok(Ok(())) => None,

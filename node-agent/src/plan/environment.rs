@@ -118,14 +118,15 @@ pub fn environment(pod: &Pod, container: &Container, desired: &Desired) -> Resul
         .and_then(|spec| spec.enable_service_links)
         .unwrap_or(true);
     let mut services: BTreeMap<&str, &link::Service> = BTreeMap::new();
-    if let Some(master) = desired.services.get(&(MASTER.0.to_owned(), MASTER.1.to_owned())) {
+    if let Some(master) = desired.services.get(MASTER.0, MASTER.1) {
         services.insert(MASTER.1, master);
     }
     if links {
         // The pod's namespace may have a service of the same name: it wins, as in Kubernetes.
         services.extend(
             desired
-                .services_in(pod.namespace())
+                .services
+                .in_namespace(pod.namespace())
                 .map(|service| (service.name.as_str(), service.as_ref())),
         );
     }
@@ -249,15 +250,15 @@ mod tests {
                 ports: vec![port],
                 ..Default::default()
             };
-            ((namespace.to_owned(), name.to_owned()), Arc::new(service))
+            Arc::new(service)
         };
         let mut desired = Desired::default();
-        for (key, value) in [
+        for service in [
             service("default", "kubernetes", [10, 96, 0, 1]),
             service("shop", "my-web", [10, 96, 0, 7]),
             service("other", "web", [10, 96, 0, 8]),
         ] {
-            insert(&mut desired, key, value);
+            desired.services.insert(service);
         }
         let mut pod = Pod {
             spec: Some(PodSpec::default()),
@@ -292,9 +293,5 @@ mod tests {
             .into_iter()
             .collect();
         assert!(all.contains_key("KUBERNETES_SERVICE_HOST") && !all.contains_key("MY_WEB_SERVICE_HOST"));
-    }
-
-    fn insert(desired: &mut Desired, key: (String, String), value: Arc<link::Service>) {
-        desired.services.insert(key, value);
     }
 }

@@ -99,15 +99,6 @@ pub(super) fn load(
     Ok(programs)
 }
 
-/// The kernel's BTF took tens of megabytes, which are not needed again.
-pub(super) fn give_memory_back() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: returns free pages to the kernel, nothing else.
-    unsafe {
-        libc::malloc_trim(0)
-    };
-}
-
 fn load_program(program: &mut Program, btf: &Btf) -> Result<(), ProgramError> {
     match program {
         Program::CgroupSockAddr(program) => program.load(),

@@ -35,24 +35,28 @@ pub fn port_of<'a>(service: &'a link::Service, key: &FrontendKey) -> Option<&'a 
 /// The backends of a service at a frontend: ready ones first, each part in the order of [`selection::order`].
 #[must_use]
 pub fn backends_of(service: &link::Service, key: &FrontendKey) -> Vec<([u8; 4], u16, SlotState)> {
+    let mut backends = Vec::new();
+    read_backends(service, key, &mut backends);
+    backends
+}
+
+/// The same, in the place of what is in `backends`.
+pub fn read_backends(service: &link::Service, key: &FrontendKey, backends: &mut Vec<([u8; 4], u16, SlotState)>) {
     let packed = port_of(service, key).map_or(&[][..], |port| &port.backends_v4);
-    let mut backends: Vec<_> = packed
-        .chunks_exact(8)
-        .filter_map(|bytes| {
-            let address = [bytes[0], bytes[1], bytes[2], bytes[3]];
-            let port = u16::from_be_bytes([bytes[4], bytes[5]]);
-            let state = match link::BackendState::try_from(i32::from(bytes[6])) {
-                Ok(link::BackendState::Ready) => SlotState::Ready,
-                Ok(link::BackendState::ServingTerminating) => SlotState::Terminating,
-                _ => return None,
-            };
-            (port != 0 && may_be_a_backend(address)).then_some((address, port, state))
-        })
-        .collect();
+    backends.clear();
+    backends.extend(packed.chunks_exact(8).filter_map(|bytes| {
+        let address = [bytes[0], bytes[1], bytes[2], bytes[3]];
+        let port = u16::from_be_bytes([bytes[4], bytes[5]]);
+        let state = match link::BackendState::try_from(i32::from(bytes[6])) {
+            Ok(link::BackendState::Ready) => SlotState::Ready,
+            Ok(link::BackendState::ServingTerminating) => SlotState::Terminating,
+            _ => return None,
+        };
+        (port != 0 && may_be_a_backend(address)).then_some((address, port, state))
+    }));
     backends.sort_by_key(|(address, port, state)| (selection::order(*address, *port), *state));
     backends.dedup_by_key(|(address, port, _)| selection::order(*address, *port));
     backends.sort_by_key(|(_, _, state)| *state);
-    backends
 }
 
 /// Control refuses such endpoints; here is the last place to.

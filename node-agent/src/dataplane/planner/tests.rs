@@ -3,7 +3,8 @@ use std::net::Ipv4Addr;
 use orlop_ebpf_abi::{Protocol, Scope};
 use proptest::prelude::*;
 
-use super::*;
+use super::{records::backends_of, *};
+use crate::dataplane::ServiceId;
 
 const LIMITS: Limits = Limits {
     frontends: 64,
@@ -19,8 +20,8 @@ struct Maps {
 
 impl Maps {
     fn write(&mut self, writes: &Writes) {
-        for (base, slots) in &writes.slots {
-            for (index, slot) in (*base..).zip(slots) {
+        for (base, slots) in writes.slots.iter() {
+            for (index, slot) in (base..).zip(slots) {
                 assert!(index < LIMITS.slots && index > 0);
                 assert!(
                     self.arena.insert(index, *slot).is_none(),
@@ -99,6 +100,10 @@ fn upsert(services: &[&Arc<link::Service>]) -> ServiceChanges {
     }
 }
 
+fn ranges(writes: &Writes) -> Vec<(u32, &[Slot])> {
+    writes.slots.iter().collect()
+}
+
 fn key(address: [u8; 4], port: u16) -> FrontendKey {
     FrontendKey {
         address,
@@ -121,12 +126,12 @@ fn a_service_becomes_slots_and_a_frontend() {
         generation: 1,
         backend,
     };
-    let slots = vec![
+    let slots = [
         slot(2, SlotState::Ready, 1),
         slot(3, SlotState::Ready, 2),
         slot(1, SlotState::Terminating, 3),
     ];
-    assert_eq!(writes.slots, [(1, slots)]);
+    assert_eq!(ranges(&writes), [(1, &slots[..])]);
     let (written, value) = writes.frontends[0];
     assert_eq!(written, key([10, 96, 0, 7], 80));
     assert_eq!(
@@ -168,8 +173,8 @@ fn one_endpoint_writes_only_its_service() {
     let more = service("web", "u1", [10, 96, 0, 7], &[(6, 80, &[(1, 1), (2, 2), (5, 1)])]);
     let writes = planner.apply(&upsert(&[&more]));
     assert_eq!(writes.frontends.len(), 1);
-    assert_eq!(writes.slots.len(), 1);
-    let ids: Vec<_> = writes.slots[0]
+    assert_eq!(ranges(&writes).len(), 1);
+    let ids: Vec<_> = ranges(&writes)[0]
         .1
         .iter()
         .map(|slot| (slot.address[3], slot.backend))
@@ -197,7 +202,7 @@ fn an_address_that_goes_to_another_service_gets_new_ids() {
     let second = service("web", "u2", [10, 96, 0, 7], &[(6, 80, &[(1, 1)])]);
     let writes = planner.apply(&upsert(&[&second]));
     assert_eq!(writes.frontends[0].1.service, 2);
-    assert_eq!(writes.slots[0].1[0].backend, 2);
+    assert_eq!(ranges(&writes)[0].1[0].backend, 2);
     assert_eq!(
         writes.retired,
         Retired {
@@ -213,15 +218,38 @@ fn two_claimants_the_first_serves_until_it_goes() {
     let mut planner = Planner::new(LIMITS);
     let a = service("a", "u1", [10, 96, 0, 7], &[(6, 80, &[(1, 1)])]);
     let b = service("b", "u2", [10, 96, 0, 7], &[(6, 80, &[(2, 1)])]);
-    assert_eq!(planner.apply(&upsert(&[&b])).slots[0].1[0].address[3], 2);
-    assert_eq!(planner.apply(&upsert(&[&a])).slots[0].1[0].address[3], 1);
+    assert_eq!(ranges(&planner.apply(&upsert(&[&b])))[0].1[0].address[3], 2);
+    assert_eq!(ranges(&planner.apply(&upsert(&[&a])))[0].1[0].address[3], 1);
     let removal = ServiceChanges {
         removals: vec![("default".into(), "a".into())],
         ..Default::default()
     };
     let writes = planner.apply(&removal);
-    assert_eq!(writes.slots[0].1[0].address[3], 2);
+    assert_eq!(ranges(&writes)[0].1[0].address[3], 2);
     assert!(writes.deletions.is_empty());
+}
+
+#[test]
+fn of_three_claimants_one_after_the_other_serves() {
+    let mut planner = Planner::new(LIMITS);
+    let claimant = |name: &str, last| service(name, name, [10, 96, 0, 7], &[(6, 80, &[(last, 1)])]);
+    let (a, b, c) = (claimant("a", 1), claimant("b", 2), claimant("c", 3));
+    for service in [&c, &a, &b] {
+        planner.apply(&upsert(&[service]));
+    }
+    let frontend = key([10, 96, 0, 7], 80);
+    let mut remove = |name: &str| {
+        let removals = vec![("default".into(), name.into())];
+        planner.apply(&ServiceChanges {
+            removals,
+            ..Default::default()
+        });
+        planner.owner_of(&frontend).map(|service| service.name.clone())
+    };
+    assert_eq!(remove("a").as_deref(), Some("b"));
+    assert_eq!(remove("c").as_deref(), Some("b"));
+    assert_eq!(remove("b"), None);
+    assert!(planner.entries().next().is_none());
 }
 
 #[test]

@@ -7,7 +7,13 @@ use orlop_proto::{
     node::v1::{self as link, change::Change as Kind},
 };
 
-use crate::{dataplane::ServiceId, desired::Desired};
+use crate::{
+    dataplane::ServiceId,
+    desired::{
+        Desired,
+        services::{Name, kept},
+    },
+};
 
 /// What a session has asked for and what is not applied yet.
 #[derive(Debug, Default)]
@@ -19,9 +25,10 @@ pub(super) struct Batch {
     snapshot: Option<Snapshot>,
     /// By uid: the pod, or its removal.
     pods: BTreeMap<String, Option<Arc<Pod>>>,
+    /// All services that there are, by a snapshot, in order.
+    all_services: Option<Vec<Arc<link::Service>>>,
+    /// What came after it.
     services: BTreeMap<ServiceId, Option<Arc<link::Service>>>,
-    /// `services` is all there are.
-    all_services: bool,
     routes: BTreeMap<String, Option<Arc<link::Route>>>,
     complete: bool,
 }
@@ -40,7 +47,8 @@ pub(super) struct Pending {
 #[derive(Debug, Default)]
 struct Snapshot {
     pods: BTreeMap<String, Arc<Pod>>,
-    services: BTreeMap<ServiceId, Arc<link::Service>>,
+    /// As they came.
+    services: Vec<Arc<link::Service>>,
     routes: BTreeMap<String, Arc<link::Route>>,
 }
 
@@ -83,20 +91,36 @@ impl Batch {
         self.snapshot.is_none()
     }
 
-    /// The services that differ, put into `desired`; and whether they are part of a whole snapshot.
+    /// Puts services into `desired`: those that came one by one and differ, those that went, and whether a whole snapshot was put in
+    /// before them, which has them all.
     pub fn take_services(&mut self, desired: &mut Desired) -> (Vec<Arc<link::Service>>, Vec<ServiceId>, bool) {
         let mut upserts = Vec::new();
         let mut removals = Vec::new();
-        let complete = std::mem::take(&mut self.all_services);
+        let all = self.all_services.take();
+        let complete = all.is_some();
+        if let Some(all) = all {
+            // What is the same stays the very same record: others hold it too.
+            let before = std::mem::take(&mut desired.services);
+            let same = |service: &Arc<link::Service>| {
+                before
+                    .get(&service.namespace, &service.name)
+                    .filter(|known| *known == service)
+                    .cloned()
+            };
+            desired.services = all
+                .into_iter()
+                .map(|service| same(&service).unwrap_or(service))
+                .collect();
+        }
         for (id, service) in std::mem::take(&mut self.services) {
             match service {
-                Some(service) if desired.services.get(&id) == Some(&service) => {}
+                Some(service) if desired.services.get(&id.0, &id.1) == Some(&service) => {}
                 Some(service) => {
-                    desired.services.insert(id, Arc::clone(&service));
+                    desired.services.insert(Arc::clone(&service));
                     upserts.push(service);
                 }
                 None => {
-                    if desired.services.remove(&id).is_some() {
+                    if desired.services.remove(&id.0, &id.1).is_some() {
                         removals.push(id);
                     }
                 }
@@ -159,7 +183,7 @@ impl Batch {
                 self.pods.insert(key.uid, None);
             }
             Kind::Service(service) => {
-                self.services.insert(id(&service), Some(Arc::new(service)));
+                self.services.insert(id(&service), Some(kept(service)));
             }
             Kind::ServiceRemoved(key) => {
                 self.services.insert((key.namespace, key.name), None);
@@ -175,7 +199,6 @@ impl Batch {
 
     fn snapshot_ends(&mut self, snapshot: Snapshot, desired: &Desired) {
         self.complete = true;
-        self.all_services = true;
         let gone = |keys: Vec<String>| keys.into_iter().map(|key| (key, None));
         self.pods = gone(
             desired
@@ -197,14 +220,12 @@ impl Batch {
         self.routes = routes_gone(routes);
         self.routes
             .extend(snapshot.routes.into_iter().map(|(node, route)| (node, Some(route))));
-        self.services = desired
-            .services
-            .keys()
-            .filter(|id| !snapshot.services.contains_key(*id))
-            .map(|id| (id.clone(), None))
-            .collect();
-        self.services
-            .extend(snapshot.services.into_iter().map(|(id, service)| (id, Some(service))));
+        let mut services = snapshot.services;
+        // Of two records of one name the later counts: it is the first of them now, and stays that.
+        services.reverse();
+        services.sort_by(|one, other| Name::of(one).cmp(&Name::of(other)));
+        services.dedup_by(|one, other| Name::of(one) == Name::of(other));
+        self.all_services = Some(services);
     }
 }
 
@@ -215,7 +236,7 @@ impl Snapshot {
                 self.pods.insert(uid(&pod), Arc::new(pod));
             }
             Kind::Service(service) => {
-                self.services.insert(id(&service), Arc::new(service));
+                self.services.push(kept(service));
             }
             Kind::Route(route) => {
                 self.routes.insert(route.node_name.clone(), Arc::new(route));
@@ -224,7 +245,8 @@ impl Snapshot {
                 self.pods.remove(&key.uid);
             }
             Kind::ServiceRemoved(key) => {
-                self.services.remove(&(key.namespace, key.name));
+                self.services
+                    .retain(|service| service.namespace != key.namespace || service.name != key.name);
             }
             Kind::RouteRemoved(node) => {
                 self.routes.remove(&node);
