@@ -25,6 +25,7 @@ pub mod netns;
 pub mod plugin;
 pub mod request;
 pub mod result;
+pub mod unlink;
 pub mod version;
 
 /// Does one call: what to print, if anything, or the error's JSON.

@@ -20,6 +20,7 @@ use crate::{
     netns::{self, Namespaces},
     request::{Attachment, Env},
     result::{CniResult, Interface, Ip, Route, mac_text},
+    unlink,
 };
 
 /// How long the bridge may take to let the new port's frames pass. It takes a millisecond.
@@ -54,9 +55,7 @@ pub async fn add(config: &Config, at: &Attachment, env: &Env) -> Result<CniResul
 pub async fn del(config: &Config, at: &Attachment, env: &Env) -> Result<(), Failure> {
     let _turn = netns::turn_if_there(&at.netns).await?;
     // The link first: an address is free only when nobody has it any more. With one end of a veth both go.
-    Net::open()?
-        .delete(&names::host_interface(&config.name, &at.container_id, &at.ifname))
-        .await?;
+    unlink::remove(&names::host_interface(&config.name, &at.container_id, &at.ifname))?;
     match &config.ipam {
         Ipam::None => Ok(()),
         Ipam::Orlop(ipam) => Leases::open(ipam, &config.name)?.release(&at.container_id, &at.ifname),

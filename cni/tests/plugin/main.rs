@@ -18,6 +18,7 @@ mod foreign;
 mod hostile;
 mod node;
 mod podman;
+mod removal;
 
 fn with_result(config: &Value, result: &Value) -> Value {
     let mut config = config.clone();
