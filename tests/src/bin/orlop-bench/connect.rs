@@ -4,30 +4,36 @@
 //! The tables are filled by the agent's own dataplane, in a process inside the node, from as many services as are asked for:
 //! the agent is stopped meanwhile, for it would sweep what control does not know. Programs, maps and pins are the agent's.
 
-use std::{fs, process::Command, time::Duration};
+use std::{cell::RefCell, fs, process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use orlop_node::dataplane::bpf;
 use orlop_proto::{Resource, core::v1::Pod};
 use orlop_tests::{
+    cgroup,
     lab::{Lab, Options, output},
     supervisor::Request,
     workload::client,
 };
 
 use super::{
-    inside, kube_proxy,
-    pairs::{SLICE_SECONDS, compare},
+    affinity, inside, kube_proxy,
+    pairs::{Compared, SLICE_SECONDS, Way, compare},
     report::{Figure, Report},
 };
 
 const PORT: &str = "9000";
-const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 /// For one ratio.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(20);
+/// Direct against direct may differ from one by this.
+const TOLERANCE: f64 = 0.01;
 const PROGRAM_CONNECTS: &str = "20000";
 
 /// What is measured, and what it has to reach.
 pub const KINDS: [(&str, f64); 3] = [("crr", 0.97), ("rr", 0.99), ("bulk", 0.99)];
+
+/// The programs that count, by the words of [`inside::Switch`].
+const COUNTERS: [(&str, &str); 2] = [("traffic", "bytes and packets"), ("cpu", "CPU time")];
 
 /// The lab with a server and a client, the agent and control stopped.
 struct Stage {
@@ -35,6 +41,8 @@ struct Stage {
     client: Pod,
     direct: String,
     service: String,
+    /// Where clients and the server run.
+    cpu: usize,
 }
 
 /// Runs the benchmark; options are the numbers of services (default 10, 10 000 and 100 000), and `--no-peer`.
@@ -53,9 +61,11 @@ pub fn run(options: &[String]) -> Result<()> {
     }
     let mut report = Report::new("connect");
     let ours = Stage::start().and_then(|stage| {
+        stage.check_method(&mut report)?;
         for size in &sizes {
             stage.measure(*size, &mut report)?;
         }
+        stage.measure_counters(&mut report)?;
         stage.lab.finish()
     });
     let held = report.part("Orlop", ours);
@@ -93,12 +103,32 @@ impl Stage {
         })?;
         lab.request(&Request::Stop("node1/agent".to_owned()))?;
         lab.request(&Request::Stop("control/control".to_owned()))?;
+        let cpu = affinity::chosen()?;
+        pin_pod(&lab, &server, cpu)?;
         Ok(Self {
             lab,
             client,
             direct,
             service,
+            cpu,
         })
+    }
+
+    /// Direct against direct: the method is right when that gives one.
+    fn check_method(&self, report: &mut Report) -> Result<()> {
+        println!("== the method");
+        for (kind, _) in KINDS {
+            let direct = || Way::of(|| self.slices(false, kind, &self.direct));
+            let compared = self.compare(direct(), direct())?;
+            report.add(Figure::ratio("the method: direct / direct", kind, compared.ratio).one_within(TOLERANCE));
+        }
+        Ok(())
+    }
+
+    fn compare<'a>(&self, through: Way<'a>, direct: Way<'a>) -> Result<Compared> {
+        let compared = compare(through, direct, self.cpu, LIMIT)?;
+        println!("   {} pairs, direct {:.0} a second", compared.pairs, compared.direct);
+        Ok(compared)
     }
 
     fn measure(&self, size: u32, report: &mut Report) -> Result<()> {
@@ -109,13 +139,10 @@ impl Stage {
         println!("== {size} services ({})", filled.trim());
         let name = format!("{size} services");
         for (kind, bar) in KINDS {
-            let compared = compare(
-                self.slices(true, kind, &self.service)?,
-                self.slices(false, kind, &self.direct)?,
-                Some(bar),
-                LIMIT,
+            let compared = self.compare(
+                Way::of(|| self.slices(true, kind, &self.service)),
+                Way::of(|| self.slices(false, kind, &self.direct)),
             )?;
-            println!("   {} pairs, direct {:.0} a second", compared.pairs, compared.direct);
             report.add(
                 Figure::ratio(
                     format!("{kind} through a ClusterIP / direct"),
@@ -143,11 +170,35 @@ impl Stage {
     /// Nanoseconds that the programs of connect and close run for, by the kernel's own statistics, in a slice of its own: the
     /// statistics cost time themselves.
     fn program_time(&self) -> Result<[f64; 2]> {
-        let before = fs::read_to_string(STATS).context("reading bpf_stats_enabled")?;
-        fs::write(STATS, "1").context("switching the kernel's program statistics on")?;
-        let measured = self.program_time_counted();
-        fs::write(STATS, before.trim()).context("switching the kernel's program statistics back")?;
-        measured
+        // Ends with the descriptor, so with this process at the latest.
+        let _statistics = bpf::enable_run_time_statistics().context("switching the kernel's program statistics on")?;
+        self.program_time_counted()
+    }
+
+    /// What the programs that only count cost a packet: they are at every pod's interface and every switch of tasks, on both sides
+    /// of the other ratios. Each kind is taken away and put back between slices.
+    fn measure_counters(&self, report: &mut Report) -> Result<()> {
+        println!("== the counting programs");
+        let switch = RefCell::new(inside::Switch::start(&self.lab)?);
+        for (word, what) in COUNTERS {
+            for kind in ["rr", "bulk"] {
+                let way = |how: &str| {
+                    let (switch, what) = (&switch, format!("{word} {how}"));
+                    Way {
+                        client: Box::new(move || self.slices(true, kind, &self.service)),
+                        before: Box::new(move || switch.borrow_mut().set(&what)),
+                    }
+                };
+                let compared = self.compare(way("on"), way("off"))?;
+                report.add(Figure::ratio(
+                    format!("{kind} with a counting program / without it"),
+                    what,
+                    compared.ratio,
+                ));
+            }
+            switch.borrow_mut().set(&format!("{word} on"))?;
+        }
+        Ok(())
     }
 
     fn program_time_counted(&self) -> Result<[f64; 2]> {
@@ -179,6 +230,24 @@ impl Stage {
         let field = |name: &str| program[name].as_f64().unwrap_or(0.0);
         Ok((field("run_time_ns"), field("run_cnt")))
     }
+}
+
+/// Puts all processes of a pod on one CPU.
+fn pin_pod(lab: &Lab, pod: &Pod, cpu: usize) -> Result<()> {
+    let root = cgroup::hierarchies()?[0].mount.join(lab.pod_cgroup("node1", pod.uid()));
+    let mut pinned = 0;
+    for entry in fs::read_dir(&root)
+        .with_context(|| format!("reading {}", root.display()))?
+        .flatten()
+    {
+        let processes = fs::read_to_string(entry.path().join("cgroup.procs")).unwrap_or_default();
+        for process in processes.lines() {
+            affinity::pin(process.parse()?, cpu)?;
+            pinned += 1;
+        }
+    }
+    ensure!(pinned > 0, "pod {} has no process", pod.name());
+    Ok(())
 }
 
 fn server() -> String {

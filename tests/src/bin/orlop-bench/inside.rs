@@ -1,10 +1,18 @@
 //! What benchmarks do inside a node, in a process of its own there: the node's own dataplane and containerd, without the agent.
 
 mod containerd;
+mod switch;
 
-use std::{net::Ipv4Addr, path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    io::{BufRead, BufReader, Write},
+    net::Ipv4Addr,
+    path::PathBuf,
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    sync::Arc,
+    time::Instant,
+};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use orlop_node::dataplane::{Config, EbpfDataplane, ServiceChanges, Sizes};
 use orlop_proto::node::v1 as link;
 use orlop_tests::lab::{Lab, output};
@@ -16,11 +24,65 @@ pub const MODEL: &str = "model";
 
 /// Runs one of [`main`]'s jobs in node1; what it printed.
 pub fn run(lab: &Lab, arguments: &[&str]) -> Result<String> {
+    output(command(lab, arguments)?)
+}
+
+fn command(lab: &Lab, arguments: &[&str]) -> Result<Command> {
     let own = std::env::current_exe().context("finding this program")?;
     let own = own.to_str().context("this program's path is not UTF-8")?;
     let mut words = vec![own, NAME];
     words.extend(arguments);
-    output(lab.on_node("node1", &words)?)
+    lab.on_node("node1", &words)
+}
+
+/// A process in node1 that takes its counting programs away and puts them back (see `switch`). All are there when it is dropped
+/// after the last one was put back.
+pub struct Switch {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+    /// What was asked for last.
+    now: String,
+}
+
+impl Switch {
+    /// Starts it.
+    pub fn start(lab: &Lab) -> Result<Self> {
+        let mut child = command(lab, &["switch"])?
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("starting this program in node1")?;
+        let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
+            bail!("a process without pipes")
+        };
+        Ok(Self {
+            child,
+            input,
+            output: BufReader::new(output),
+            now: String::new(),
+        })
+    }
+
+    /// `traffic on`, `cpu off`, ...: in effect when it returns.
+    pub fn set(&mut self, what: &str) -> Result<()> {
+        if self.now == what {
+            return Ok(());
+        }
+        what.clone_into(&mut self.now);
+        writeln!(self.input, "{what}").context("the switch has ended")?;
+        let mut line = String::new();
+        self.output.read_line(&mut line)?;
+        ensure!(line.trim() == what, "the switch has failed at {what:?}");
+        Ok(())
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        let _gone = self.child.kill();
+        let _reaped = self.child.wait();
+    }
 }
 
 /// In the node.
@@ -29,6 +91,7 @@ pub fn main(arguments: &[String]) -> Result<()> {
     match words[..] {
         ["fill", count, service, pod, port] => fill(count.parse()?, service.parse()?, pod.parse()?, port.parse()?),
         ["counters", services, endpoints] => counters(services.parse()?, endpoints.parse()?),
+        ["switch"] => switch::run(),
         ["containerd", socket, count, parallel] => containerd::run(socket, count.parse()?, parallel.parse()?),
         _ => bail!("nothing to do inside for {words:?}"),
     }

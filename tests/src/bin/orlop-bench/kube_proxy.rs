@@ -15,9 +15,10 @@ use orlop_tests::lab::static_binaries;
 use serde_json::{Value, json};
 
 use super::{
+    affinity,
     connect::KINDS,
     netns,
-    pairs::{SLICE_SECONDS, compare},
+    pairs::{SLICE_SECONDS, Way, compare},
     report::{Figure, Report},
     scale::{
         isolation::{self, Place},
@@ -237,6 +238,8 @@ fn first_sync(proxy: &mut Process) -> Result<f64> {
 /// A client's and a server's namespace, routed through that of kube-proxy.
 struct Network {
     client: PathBuf,
+    /// Where clients and the server run.
+    cpu: usize,
     _server: Process,
 }
 
@@ -265,9 +268,12 @@ impl Network {
         let fixture = static_binaries().join("orlop-fixture").display().to_string();
         let server = format!("--net={}", place.memory.join("server").display());
         let arguments = [server, fixture, "echo".to_owned(), SERVER_PORT.to_owned()];
-        let server = Process::start(&PathBuf::from("nsenter"), &place.folder("server")?, &arguments)?;
+        let cpu = affinity::chosen()?;
+        let folder = place.folder("server")?;
+        let server = affinity::on(cpu, || Process::start(&PathBuf::from("nsenter"), &folder, &arguments))?;
         Ok(Self {
             client: place.memory.join("client"),
+            cpu,
             _server: server,
         })
     }
@@ -301,9 +307,10 @@ impl Network {
     fn ratios(&self, services: u32) -> Result<()> {
         let service = cluster_ip(services - 1);
         for (kind, _) in KINDS {
-            let through = self.fixture(&["slices", kind, &service, "80", SLICE_SECONDS]);
-            let direct = self.fixture(&["slices", kind, SERVER, SERVER_PORT, SLICE_SECONDS]);
-            let ratio = compare(through, direct, None, RATIO_LIMIT)?.ratio;
+            let slices = |address, port| Ok(self.fixture(&["slices", kind, address, port, SLICE_SECONDS]));
+            let through = Way::of(|| slices(&service, "80"));
+            let direct = Way::of(|| slices(SERVER, SERVER_PORT));
+            let ratio = compare(through, direct, self.cpu, RATIO_LIMIT)?.ratio;
             let chart = format!("{kind} through a ClusterIP / direct");
             let name = format!("{services} services");
             tell(&chart, &name, ratio.median, "ratio", Some([ratio.low, ratio.high]));

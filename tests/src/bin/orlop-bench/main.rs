@@ -1,5 +1,6 @@
 //! `cargo xtask bench NAME`: benchmarks in a lab of their own. The last line is one JSON object.
 
+mod affinity;
 mod cni;
 mod connect;
 mod inside;

@@ -20,6 +20,8 @@ pub enum Bar {
     AtLeast(f64),
     /// Times and sizes.
     Below(f64),
+    /// What should be one, and by how much it may not be.
+    OneWithin(f64),
 }
 
 impl Bar {
@@ -27,6 +29,7 @@ impl Bar {
     pub fn value(self) -> f64 {
         match self {
             Self::AtLeast(value) | Self::Below(value) => value,
+            Self::OneWithin(_) => 1.0,
         }
     }
 }
@@ -103,6 +106,16 @@ impl Figure {
         self
     }
 
+    /// It has to be one: the method's own test, two ways that are the same.
+    #[must_use]
+    pub fn one_within(mut self, tolerance: f64) -> Self {
+        let [low, high] = self.interval.unwrap_or([self.value, self.value]);
+        let (least, most) = (1.0 - tolerance, 1.0 + tolerance);
+        self.bar = Some(Bar::OneWithin(tolerance));
+        self.holds = verdict(least <= low && high <= most, high < least || most < low);
+        self
+    }
+
     fn say(&self) -> String {
         let interval = self
             .interval
@@ -114,6 +127,7 @@ impl Figure {
             match bar {
                 Bar::AtLeast(bar) => format!(", at least {bar}: {verdict}"),
                 Bar::Below(bar) => format!(", below {bar}: {verdict}"),
+                Bar::OneWithin(tolerance) => format!(", one within {tolerance}: {verdict}"),
             }
         });
         let value = number(self.value);
@@ -230,6 +244,14 @@ mod tests {
         assert_eq!(holds(0.975, 0.99), Some(true));
         assert_eq!(holds(0.95, 0.96), Some(false));
         assert_eq!(holds(0.96, 0.98), None);
+        let same = |low, high| {
+            Figure::ratio("direct / direct", "rr", ratio(low, high))
+                .one_within(0.01)
+                .holds
+        };
+        assert_eq!(same(0.995, 1.004), Some(true));
+        assert_eq!(same(0.98, 1.004), None);
+        assert_eq!(same(1.02, 1.03), Some(false));
         assert_eq!(Figure::new("rss", "10", 29.0, "MB").below(30.0).holds, Some(true));
     }
 }

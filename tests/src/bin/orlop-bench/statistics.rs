@@ -26,22 +26,25 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// The median of ratios and the interval that 95 % of the medians of its resamples lie in. Seeded: the same pairs give the
-/// same interval.
-pub fn bootstrap(ratios: &[f64]) -> Ratio {
+/// The median of all rounds' ratios and the interval that 95 % of the medians of its resamples lie in. A resample takes rounds at
+/// random, and of each as many of its ratios: what a round's ratios have in common is one observation. Seeded: the same rounds
+/// give the same interval.
+pub fn bootstrap(rounds: &[Vec<f64>]) -> Ratio {
     let mut random = StdRng::seed_from_u64(1);
+    let mut resample = Vec::new();
     let mut medians: Vec<f64> = (0..RESAMPLES)
         .map(|_| {
-            let resample: Vec<f64> = ratios
-                .iter()
-                .map(|_| ratios[random.random_range(0..ratios.len())])
-                .collect();
+            resample.clear();
+            for _ in rounds {
+                let round = &rounds[random.random_range(0..rounds.len())];
+                resample.extend(round.iter().map(|_| round[random.random_range(0..round.len())]));
+            }
             median(&resample)
         })
         .collect();
     medians.sort_by(f64::total_cmp);
     Ratio {
-        median: median(ratios),
+        median: median(&rounds.concat()),
         low: medians[RESAMPLES * 25 / 1000],
         high: medians[RESAMPLES * 975 / 1000],
     }
@@ -53,11 +56,25 @@ mod tests {
 
     #[test]
     fn an_interval_holds_the_median_and_narrows() {
-        let few: Vec<f64> = (0..10).map(|index| 0.9 + 0.02 * f64::from(index)).collect();
-        let many: Vec<f64> = (0..1000).map(|index| 0.9 + 0.0002 * f64::from(index)).collect();
-        let (few, many) = (bootstrap(&few), bootstrap(&many));
+        let rounds = |count: u32| -> Vec<Vec<f64>> {
+            let round = |index: u32| {
+                (0..10).map(move |pair| 0.9 + 0.2 * f64::from(pair * count + index) / f64::from(10 * count))
+            };
+            (0..count).map(|index| round(index).collect()).collect()
+        };
+        let (few, many) = (bootstrap(&rounds(4)), bootstrap(&rounds(100)));
         assert!(few.low <= few.median && few.median <= few.high);
         assert!(many.high - many.low < few.high - few.low);
         assert!((median(&[3.0, 1.0, 2.0]) - 2.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_a_round_has_in_common_widens_the_interval() {
+        // Ten pairs a round, each pair narrow around its round's own ratio, against the same ratios dealt to the rounds at random.
+        let own = |round: u32| 0.95 + 0.01 * f64::from(round);
+        let alike: Vec<Vec<f64>> = (0..10).map(|round| vec![own(round); 10]).collect();
+        let dealt: Vec<Vec<f64>> = (0..10).map(|_| (0..10).map(own).collect()).collect();
+        let (alike, dealt) = (bootstrap(&alike), bootstrap(&dealt));
+        assert!(alike.high - alike.low > dealt.high - dealt.low);
     }
 }
