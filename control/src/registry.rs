@@ -78,6 +78,7 @@ pub struct Registry {
     fence: Option<Fence>,
     /// Writes that a fence refused.
     refused: Arc<AtomicU64>,
+    giving: claims::BeingGiven,
 }
 
 impl Registry {
@@ -89,6 +90,7 @@ impl Registry {
             config: Arc::new(config),
             fence: None,
             refused: Arc::default(),
+            giving: Arc::default(),
         }
     }
 

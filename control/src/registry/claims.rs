@@ -3,7 +3,12 @@
 //! A claim is a record of its own (`clusterips/ADDRESS`, `podcidrs/RANGE`) that is written and removed in the transaction of the
 //! object that holds it. The store refuses the second claim, whoever makes it.
 
-use std::{collections::HashSet, net::Ipv4Addr};
+use std::{
+    collections::HashSet,
+    net::Ipv4Addr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use ipnet::Ipv4Net;
 use orlop_proto::{
@@ -15,7 +20,7 @@ use rand::Rng as _;
 
 use super::{
     FieldError, Registered, Registry, RegistryError,
-    write::{conflict, field, invalid},
+    write::{conflict, field, invalid, revision_of},
 };
 use crate::{
     cache::ObjectKey,
@@ -27,6 +32,8 @@ const POD_CIDRS: &str = "podcidrs";
 /// Addresses that are tried at random before all claims are read.
 const RANDOM_ATTEMPTS: usize = 4;
 const ATTEMPTS: usize = 64;
+/// How long the cache may take to have what the store has.
+const CATCH_UP: Duration = Duration::from_secs(1);
 /// Host number of the `kubernetes` service's address.
 const KUBERNETES_HOST: u32 = 1;
 /// Host number of the DNS service's address.
@@ -65,41 +72,108 @@ pub(super) fn taken(claim: &Key) -> Vec<FieldError> {
     }
 }
 
+/// The ranges of a node.
+fn ranges_of(node: &Node) -> Vec<Ipv4Net> {
+    let Some(spec) = &node.spec else { return Vec::new() };
+    let texts = spec.pod_cidrs.iter().chain(std::iter::once(&spec.pod_cidr));
+    texts.filter_map(|range| range.parse().ok()).collect()
+}
+
+fn give(node: &mut Node, range: Ipv4Net) {
+    let spec = node.spec.get_or_insert_default();
+    spec.pod_cidr = range.to_string();
+    spec.pod_cidrs = vec![spec.pod_cidr.clone()];
+}
+
+/// Ranges that are being given: many nodes join at once, and each takes another.
+pub(super) type BeingGiven = Arc<Mutex<HashSet<Ipv4Net>>>;
+
+/// A range that is being given, until it is in the cache or it was in vain.
+struct Giving {
+    range: Ipv4Net,
+    all: BeingGiven,
+}
+
+impl Giving {
+    /// `None` when another is being given it.
+    fn begin(all: &BeingGiven, range: Ipv4Net) -> Option<Self> {
+        let is_new = all.lock().unwrap_or_else(PoisonError::into_inner).insert(range);
+        is_new.then(|| Self {
+            range,
+            all: all.clone(),
+        })
+    }
+}
+
+impl Drop for Giving {
+    fn drop(&mut self) {
+        self.all
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.range);
+    }
+}
+
 impl Registry {
-    /// Gives a node its pod range (`spec.podCIDR`) unless it has one. A range is free when no other node's overlaps it.
+    /// Writes a new node, with a pod range (`spec.podCIDR`).
+    pub async fn create_node(&self, node: Node) -> Result<Node, RegistryError> {
+        let name = node.name().to_owned();
+        if let Ok(giving) = self.free_pod_cidr(&[]).await {
+            let mut with_range = node.clone();
+            give(&mut with_range, giving.range);
+            match self.create(with_range).await {
+                // Somebody else has taken the range, or there is none.
+                Err(RegistryError::Invalid { .. }) => {}
+                Err(error) => return Err(error),
+                Ok(node) => {
+                    self.cache.wait_for(revision_of(&node)).await;
+                    return Ok(node);
+                }
+            }
+        }
+        self.create(node).await?;
+        self.assign_pod_cidr(&name).await
+    }
+
+    /// Gives a node its pod range unless it has one. A range is free when no other node's overlaps it.
     pub async fn assign_pod_cidr(&self, node: &str) -> Result<Node, RegistryError> {
         let key = ObjectKey::new("", node);
+        // Ranges with claims that no node shows: the node's record may be damaged.
+        let mut refused = Vec::new();
         for _ in 0..ATTEMPTS {
             let old: Node = self.read(&key).await?;
             if old.spec.as_ref().is_some_and(|spec| !spec.pod_cidr.is_empty()) {
                 return Ok(old);
             }
-            let range = self.free_pod_cidr().await?.to_string();
+            let giving = self.free_pod_cidr(&refused).await?;
             let mut new = old.clone();
-            let spec = new.spec.get_or_insert_default();
-            spec.pod_cidr.clone_from(&range);
-            spec.pod_cidrs = vec![range];
+            give(&mut new, giving.range);
             match self.put(&old, new).await {
-                Ok(Some(stored)) => return Ok(stored),
-                // Another node took the range, or somebody else wrote the node.
-                Ok(None) | Err(RegistryError::Invalid { .. }) => {}
+                Ok(Some(stored)) => {
+                    // Others look for theirs in the cache.
+                    self.cache.wait_for(revision_of(&stored)).await;
+                    return Ok(stored);
+                }
+                // Somebody else wrote the node.
+                Ok(None) => {}
+                // Another node has the range.
+                Err(RegistryError::Invalid { .. }) => refused.push(giving.range),
                 Err(error) => return Err(error),
             }
         }
         Err(conflict::<Node>(&key, "no attempt to give it a range succeeded"))
     }
 
-    async fn free_pod_cidr(&self) -> Result<Ipv4Net, RegistryError> {
-        let listing = self.store.list(&format!("{POD_CIDRS}/")).await?;
-        let mut taken: Vec<Ipv4Net> = listing
-            .records
-            .iter()
-            .filter_map(|record| range_of(&record.key))
-            .collect();
+    async fn free_pod_cidr(&self, refused: &[Ipv4Net]) -> Result<Giving, RegistryError> {
+        let mut taken: Vec<Ipv4Net> = self.given_ranges().await?.into_iter().map(|(range, _)| range).collect();
+        taken.extend(refused);
         taken.sort_unstable();
-        let exact: HashSet<Ipv4Net> = taken.iter().copied().collect();
         let prefix = self.config.pod_cidr_prefix;
-        let others: Vec<Ipv4Net> = taken.into_iter().filter(|range| range.prefix_len() != prefix).collect();
+        let others: Vec<Ipv4Net> = taken
+            .iter()
+            .filter(|range| range.prefix_len() != prefix)
+            .copied()
+            .collect();
         let overlaps = |range: &Ipv4Net| {
             others
                 .iter()
@@ -111,13 +185,34 @@ impl Registry {
                 self.config.pod_cidr
             ))
         })?;
-        let mut free = subnets.filter(|range| !exact.contains(range) && !overlaps(range));
-        free.next().ok_or_else(|| {
-            RegistryError::Exhausted(format!(
-                "no range of length {prefix} is free in {}",
-                self.config.pod_cidr
-            ))
-        })
+        let mut free = subnets.filter(|range| taken.binary_search(range).is_err() && !overlaps(range));
+        free.find_map(|range| Giving::begin(&self.giving, range))
+            .ok_or_else(|| {
+                RegistryError::Exhausted(format!(
+                    "no range of length {prefix} is free in {}",
+                    self.config.pod_cidr
+                ))
+            })
+    }
+
+    /// All nodes' ranges and who has them, at least as fresh as the store at the call. The cache has them; when it is behind, the
+    /// claims are read.
+    async fn given_ranges(&self) -> Result<Vec<(Ipv4Net, Arc<str>)>, RegistryError> {
+        if matches!(self.cache.catch_up(CATCH_UP).await, Ok(true)) {
+            let nodes = self.cache.reader::<Node>().snapshot();
+            let ranges = nodes
+                .objects
+                .iter()
+                .flat_map(|(key, node)| ranges_of(&node).into_iter().map(|range| (range, key.name.clone())));
+            return Ok(ranges.collect());
+        }
+        let listing = self.store.list(&format!("{POD_CIDRS}/")).await?;
+        let claims = listing.records.iter().filter_map(|record| {
+            let holder = String::from_utf8_lossy(&record.value);
+            let name = holder.strip_prefix("nodes/").unwrap_or(&holder);
+            Some((range_of(&record.key)?, name.into()))
+        });
+        Ok(claims.collect())
     }
 
     /// Fills in a service's address; for other kinds nothing. What the user gave is checked.
@@ -165,22 +260,19 @@ impl Registry {
     /// What is wrong with a range that a node is given: another node's must not overlap it. That two have the very same is found
     /// by their claims.
     pub(super) async fn check_pod_cidrs<T: Registered>(&self, object: &T) -> Result<Vec<FieldError>, RegistryError> {
-        let prefix = format!("{POD_CIDRS}/");
         let given: Vec<Ipv4Net> = object.claims().iter().filter_map(range_of).collect();
         if given.is_empty() {
             return Ok(Vec::new());
         }
-        let text = format!("nodes/{}", ObjectKey::of(object));
-        let others = self.store.list(&prefix).await?.records;
-        let others = others.iter().filter(|record| *record.value != *text.as_bytes());
         let overlaps = |one: &Ipv4Net, other: &Ipv4Net| one != other && (one.contains(other) || other.contains(one));
-        let mut found = others.filter_map(|record| {
-            let other = range_of(&record.key)?;
-            let own = given.iter().find(|own| overlaps(own, &other))?;
-            let holder = String::from_utf8_lossy(&record.value);
-            Some(field("spec.podCIDRs", format!("{own} overlaps {other} of {holder}")))
+        let others = self.given_ranges().await?;
+        let mut found = others.iter().filter(|(_, holder)| **holder != *object.name());
+        let found = found.find_map(|(other, holder)| {
+            let own = given.iter().find(|own| overlaps(own, other))?;
+            let message = format!("{own} overlaps {other} of nodes/{holder}");
+            Some(field("spec.podCIDRs", message))
         });
-        Ok(found.next().into_iter().collect())
+        Ok(found.into_iter().collect())
     }
 
     fn check_cluster_ip(&self, text: &str, is_kubernetes: bool) -> Result<(), String> {
