@@ -3,12 +3,16 @@
 //! One task follows the store and owns an index a kind as a persistent map, so that a snapshot costs a pointer. All kinds
 //! come from one watch, so they advance together and a write of any kind moves the revision of all of them.
 //!
+//! Objects are held as the store has them, encoded, and decoded for who asks; only while an event is fresh, when everybody reads it, it is
+//! kept decoded too.
+//!
 //! Each index keeps a bounded window of its last events. Readers of events hold a position in that window instead of a buffer
 //! of their own: a thousand watchers share one copy of an event, one encoding of its object, and one bound on memory. Who falls
 //! out of the window is told so by [`Lagged`].
 
 mod events;
 mod follower;
+mod held;
 mod index;
 #[cfg(test)]
 mod tests;
@@ -22,6 +26,7 @@ use crate::store::{Revision, Store, StoreError};
 
 pub use events::{Entry, EventStream, Lagged};
 use follower::Follower;
+pub use held::Objects;
 use index::{Index, Indexes};
 
 /// `namespace` (empty for cluster-wide kinds) and `name`.
@@ -64,17 +69,17 @@ pub struct Snapshot<T> {
     /// Everything up to here is in it.
     pub revision: Revision,
     /// In the order of namespace, then name.
-    pub objects: imbl::OrdMap<ObjectKey, Arc<T>>,
+    pub objects: Objects<T>,
 }
 
-impl<T> Snapshot<T> {
+impl<T: Resource> Snapshot<T> {
     /// The object with this key.
-    pub fn get(&self, namespace: &str, name: &str) -> Option<&Arc<T>> {
+    pub fn get(&self, namespace: &str, name: &str) -> Option<Arc<T>> {
         self.objects.get(&ObjectKey::new(namespace, name))
     }
 
     /// The objects of a namespace, in the order of their names; of all namespaces when it is empty.
-    pub fn in_namespace<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = (&'a ObjectKey, &'a Arc<T>)> {
+    pub fn in_namespace<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = (&'a ObjectKey, Arc<T>)> {
         self.objects
             .range(ObjectKey::new(namespace, "")..)
             .take_while(move |(key, _)| namespace.is_empty() || &*key.namespace == namespace)
@@ -113,6 +118,8 @@ pub struct CacheConfig {
     pub window_events: usize,
     /// How long they are kept.
     pub window_age: Duration,
+    /// How long they are kept decoded, for all who follow.
+    pub fresh: Duration,
     /// Snapshots of a kind that [`Reader::keep`] holds at most; the oldest goes first.
     pub kept_snapshots: usize,
     /// How long it holds them.
@@ -125,6 +132,7 @@ impl Default for CacheConfig {
             window_events: 8192,
             // Who is further behind reads the store's log; a burst of changes is not to be held much longer than it took.
             window_age: Duration::from_secs(30),
+            fresh: Duration::from_millis(500),
             kept_snapshots: 64,
             keep_for: Duration::from_secs(300),
         }

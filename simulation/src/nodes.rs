@@ -83,13 +83,13 @@ impl Node {
             if pod.is_deleting() {
                 let gone = registry.confirm_pod_gone(pod.namespace(), pod.name(), pod.uid());
                 gone.await.ok();
-            } else if matches!(phase(pod), "Succeeded" | "Failed") {
+            } else if matches!(phase(&pod), "Succeeded" | "Failed") {
                 self.running.borrow_mut().remove(pod.uid());
-            } else if !is_ready(pod) {
+            } else if !is_ready(&pod) {
                 let address = self.start(pod.uid(), network);
                 let ends = pod.meta().labels.contains_key("ends");
                 let report = |pod: &mut core::Pod| report(pod, &address, ends);
-                registry.modify_status(&ObjectKey::of(&**pod), report).await.ok();
+                registry.modify_status(&ObjectKey::of(&*pod), report).await.ok();
             }
         }
     }

@@ -132,7 +132,10 @@ impl Page {
             };
             answer.r#continue = next.to_text();
         }
-        answer.items = objects.iter().map(|object| T::clone(object).into_object()).collect();
+        answer.items = objects
+            .into_iter()
+            .map(|object| Arc::unwrap_or_clone(object).into_object())
+            .collect();
         Ok(answer)
     }
 
@@ -165,11 +168,11 @@ impl Page {
             .objects
             .range((start, Bound::Unbounded))
             .take_while(|(key, _)| namespace.is_empty() || &*key.namespace == namespace);
-        for (key, object) in inside.filter(|(_, object)| self.selection.matches(&***object)) {
+        for (key, object) in inside.filter(|(_, object)| self.selection.matches(&**object)) {
             if self.limit > 0 && objects.len() == self.limit {
                 return (objects, last);
             }
-            objects.push(Arc::clone(object));
+            objects.push(object);
             last = Some(key.clone());
         }
         (objects, None)

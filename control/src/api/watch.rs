@@ -4,7 +4,7 @@
 //! of a reader that does not read; when its position has left the window meanwhile, it is told SLOW_WATCHER and where to
 //! resume.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{ops::Bound, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::{StreamExt, future::BoxFuture, stream, stream::BoxStream};
@@ -16,7 +16,7 @@ use tonic::Status;
 
 use super::{ObjectsService, RawWatchEvent, errors, select::Selection};
 use crate::{
-    cache::{Entry, Event, EventStream, Snapshot},
+    cache::{Entry, Event, EventStream, ObjectKey, Snapshot},
     kinds::{KindVisitor, visit_kind},
     registry::Registered,
     store::Revision,
@@ -110,32 +110,31 @@ impl KindVisitor for Start {
     }
 }
 
-/// What exists at the beginning, told a piece at a time.
+/// What exists at the beginning, told one by one.
 struct Initial<T> {
     snapshot: Snapshot<T>,
-    pending: VecDeque<Arc<T>>,
-    begun: bool,
+    last: Option<ObjectKey>,
 }
 
 impl<T: Registered> Initial<T> {
     fn new(snapshot: Snapshot<T>) -> Self {
-        Self {
-            snapshot,
-            pending: VecDeque::new(),
-            begun: false,
-        }
+        Self { snapshot, last: None }
     }
 
     fn next(&mut self, selection: &Selection) -> Option<Arc<T>> {
-        if !self.begun {
-            self.begun = true;
-            let matching = self
-                .snapshot
-                .in_namespace(selection.namespace())
-                .filter(|(_, object)| selection.matches(&***object));
-            self.pending = matching.map(|(_, object)| Arc::clone(object)).collect();
-        }
-        self.pending.pop_front()
+        let namespace = selection.namespace();
+        let start = match self.last.take() {
+            Some(last) => Bound::Excluded(last),
+            None => Bound::Included(ObjectKey::new(namespace, "")),
+        };
+        let (key, object) = self
+            .snapshot
+            .objects
+            .range((start, Bound::Unbounded))
+            .take_while(|(key, _)| namespace.is_empty() || &*key.namespace == namespace)
+            .find(|(_, object)| selection.matches(&**object))?;
+        self.last = Some(key.clone());
+        Some(object)
     }
 }
 
@@ -195,7 +194,7 @@ impl<T: Registered> Watcher<T> {
     /// The event as this watcher's selection sees it: what begins to match is ADDED, what ceases to is DELETED.
     fn see(&self, entry: &Entry<T>, revision: Revision) -> Option<RawWatchEvent> {
         let told = |kind: &str| Some(event(kind, entry.encoded_object().clone(), revision.to_string()));
-        match &entry.event {
+        match &entry.event() {
             Event::Added(object) => self.selection.matches(&**object).then(|| told("ADDED")).flatten(),
             Event::Deleted(object) => self.selection.matches(&**object).then(|| told("DELETED")).flatten(),
             Event::Modified { old, new } => match (self.selection.matches(&**old), self.selection.matches(&**new)) {

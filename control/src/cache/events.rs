@@ -2,7 +2,7 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use bytes::Bytes;
@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::{
     Event, ObjectKey, Shared,
+    held::Held,
     index::{Index, Position},
 };
 use crate::store::{Change, ChangeSet, Key, Revision, StoreError, Watch};
@@ -25,31 +26,98 @@ const BATCH: usize = 256;
 pub struct Entry<T> {
     /// When it happened. Several events have the same revision when one transaction wrote several objects.
     pub revision: Revision,
-    /// What happened.
-    pub event: Event<T>,
-    /// With [`Event::Deleted`] the object as it was in the index, with the revision of its last write.
-    before: Option<Arc<T>>,
+    key: ObjectKey,
+    kept: Kept<T>,
+    decoded: Mutex<Decoded<T>>,
     encoded: OnceLock<Bytes>,
 }
 
+/// What of an event is kept decoded.
+#[derive(Debug)]
+enum Decoded<T> {
+    /// It is fresh, and nobody has read it yet: the new object, if there is one.
+    Unread(Option<Arc<T>>),
+    /// It is fresh, and others will read it too.
+    Read(Event<T>),
+    /// Those who follow have read it.
+    Nothing,
+}
+
+/// What an event is about, as it stays in the window.
+#[derive(Debug)]
+pub(super) enum Kept<T> {
+    Added(Held<T>),
+    Modified { old: Held<T>, new: Held<T> },
+    Deleted(Held<T>),
+}
+
 impl<T: Resource> Entry<T> {
-    pub(super) fn new(revision: Revision, event: Event<T>, before: Option<Arc<T>>) -> Self {
+    /// A fresh one. `new` is the new object, if there is one.
+    pub(super) fn new(revision: Revision, key: ObjectKey, kept: Kept<T>, new: Option<Arc<T>>) -> Self {
         Self {
             revision,
-            event,
-            before,
+            key,
+            kept,
+            decoded: Mutex::new(Decoded::Unread(new)),
             encoded: OnceLock::new(),
+        }
+    }
+
+    /// It is not fresh any more.
+    pub(super) fn forget(&self) {
+        *self.lock() = Decoded::Nothing;
+    }
+
+    /// What happened. Who reads it while it is fresh shares it with all others.
+    pub fn event(&self) -> Event<T> {
+        let mut decoded = self.lock();
+        match &mut *decoded {
+            Decoded::Read(event) => event.clone(),
+            Decoded::Unread(new) => {
+                let event = self.decode(new.take());
+                *decoded = Decoded::Read(event.clone());
+                event
+            }
+            Decoded::Nothing => {
+                drop(decoded);
+                self.decode(None)
+            }
         }
     }
 
     /// The event's object as an encoded `orlop.api.v1.Object`. Encoded at the first call, then shared.
     pub fn encoded_object(&self) -> &Bytes {
-        self.encoded
-            .get_or_init(|| T::clone(self.event.object()).into_object().encode_to_vec().into())
+        self.encoded.get_or_init(|| {
+            let event = self.event();
+            T::clone(event.object()).into_object().encode_to_vec().into()
+        })
     }
 
-    pub(super) fn before_deletion(&self) -> Option<Arc<T>> {
-        self.before.clone()
+    /// Takes the event back.
+    pub(super) fn undo(&self, objects: &mut imbl::OrdMap<ObjectKey, Held<T>>) {
+        match &self.kept {
+            Kept::Added(_) => objects.remove(&self.key),
+            Kept::Modified { old, .. } | Kept::Deleted(old) => objects.insert(self.key.clone(), old.clone()),
+        };
+    }
+
+    fn decode(&self, known: Option<Arc<T>>) -> Event<T> {
+        match &self.kept {
+            Kept::Added(new) => Event::Added(known.unwrap_or_else(|| new.peek())),
+            Kept::Modified { old, new } => Event::Modified {
+                old: old.peek(),
+                new: known.unwrap_or_else(|| new.peek()),
+            },
+            Kept::Deleted(old) => {
+                let mut last = Arc::unwrap_or_clone(old.peek());
+                last.meta_mut().resource_version = self.revision.to_string();
+                Event::Deleted(Arc::new(last))
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Decoded<T>> {
+        self.decoded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -244,36 +312,24 @@ impl Backlog {
 fn entries_of<T: Resource>(set: ChangeSet) -> impl Iterator<Item = Arc<Entry<T>>> {
     let revision = set.revision;
     set.changes.into_iter().filter_map(move |change| {
-        let event = match change {
+        let (key, kept, new) = match change {
             Change::Put { record, previous } => {
-                let new = Arc::new(decode(&record.key, &record.value, record.revision)?);
-                // The revision of what was there before is not told: it stays empty.
-                match previous.and_then(|previous| decode::<T>(&record.key, &previous, 0)) {
-                    Some(mut old) => {
-                        old.meta_mut().resource_version.clear();
-                        Event::Modified {
-                            old: Arc::new(old),
-                            new,
-                        }
-                    }
-                    None => Event::Added(new),
-                }
+                let (new, object) = Held::<T>::new(&record.key, &record.value, record.revision)?;
+                // The revision of what was there before is not told.
+                let old = previous.and_then(|previous| Held::new(&record.key, &previous, 0));
+                let kept = match old {
+                    Some((old, _)) => Kept::Modified { old, new },
+                    None => Kept::Added(new),
+                };
+                (ObjectKey::of(&*object), kept, Some(object))
             }
-            Change::Delete { key, previous } => Event::Deleted(Arc::new(decode(&key, &previous, revision)?)),
+            Change::Delete { key, previous } => {
+                let (old, object) = Held::new(&key, &previous, revision)?;
+                (ObjectKey::of(&*object), Kept::Deleted(old), None)
+            }
         };
-        Some(Arc::new(Entry::new(revision, event, None)))
+        Some(Arc::new(Entry::new(revision, key, kept, new)))
     })
-}
-
-/// A stored object with its resourceVersion; a damaged one is reported and put aside.
-pub(super) fn decode<T: Resource>(key: &Key, value: &Bytes, revision: Revision) -> Option<T> {
-    match crate::registry::decode(key, value, revision) {
-        Ok(object) => Some(object),
-        Err(error) => {
-            tracing::error!(%key, %error, "a stored object is damaged and was put aside");
-            None
-        }
-    }
 }
 
 /// The object key in a store key; `None` when it is not the key of an object.

@@ -1,20 +1,16 @@
 //! The task that follows the store.
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures::StreamExt as _;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::MissedTickBehavior};
 
 use super::index::Indexes;
 use crate::store::{Change, ChangeSet, Key, Record, Revision, Store, StoreError, Watch};
 
 /// How many change sets are applied together when they are there.
 const BATCH: usize = 512;
-/// How often what is too old is forgotten.
+/// How often what is too old is forgotten, and which objects are asked for.
 const TRIM: Duration = Duration::from_secs(1);
 /// Between attempts to reach the store.
 const RETRY: Duration = Duration::from_millis(500);
@@ -85,8 +81,17 @@ impl Follower {
     /// Returns the error that ended the watch.
     async fn follow(&self, watch: Watch) -> Option<StoreError> {
         let mut sets = watch.ready_chunks(BATCH);
-        let mut trimmed = Instant::now();
-        while let Some(chunk) = sets.next().await {
+        let mut ticks = tokio::time::interval(TRIM);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            // Cancel-safe: the stream keeps what it has not given.
+            let chunk = tokio::select! {
+                chunk = sets.next() => chunk?,
+                _ = ticks.tick() => {
+                    self.indexes.feeds().for_each(|(_, feed)| feed.trim());
+                    continue;
+                }
+            };
             let mut failed = None;
             let mut done = Vec::with_capacity(chunk.len());
             for set in chunk {
@@ -96,16 +101,10 @@ impl Follower {
                 }
             }
             self.apply(done);
-            // Also of kinds that nobody writes now, while others are written all the time.
-            if trimmed.elapsed() >= TRIM {
-                self.indexes.feeds().for_each(|(_, feed)| feed.trim());
-                trimmed = Instant::now();
-            }
             if failed.is_some() {
                 return failed;
             }
         }
-        None
     }
 
     fn apply(&self, mut sets: Vec<ChangeSet>) {

@@ -9,7 +9,7 @@ use std::{
 use orlop_proto::Resource;
 use tokio::{sync::watch, time::Instant};
 
-use super::{CacheConfig, Entry, Event, ObjectKey, Snapshot, events::decode};
+use super::{CacheConfig, Entry, ObjectKey, Objects, Snapshot, events::Kept, held::Held};
 use crate::{
     kinds::{KindVisitor, visit_kind},
     registry::Registered,
@@ -75,7 +75,7 @@ pub(super) trait Feed: Send + Sync {
     fn load(&self, revision: Revision, records: Vec<Record>);
     /// Takes changes in the order of their revisions.
     fn apply(&self, changes: Vec<(Revision, Change)>);
-    /// Forgets what is too old.
+    /// Forgets what is too old, and objects that are no longer asked for. To be called every now and then.
     fn trim(&self);
 }
 
@@ -88,12 +88,14 @@ pub(super) struct Index<T> {
 struct State<T> {
     /// Incremented by every load: positions of an older epoch are lost.
     epoch: u64,
-    objects: imbl::OrdMap<ObjectKey, Arc<T>>,
+    objects: Objects<T>,
     /// The revision of the last change.
     revision: Revision,
     /// The sequence number of the first entry in the window.
     first: u64,
     window: VecDeque<(Instant, Arc<Entry<T>>)>,
+    /// The sequence number of the first entry that is still decoded.
+    fresh: u64,
     /// The window has every event after this revision.
     window_start: Revision,
     kept: VecDeque<(Instant, Snapshot<T>)>,
@@ -115,10 +117,11 @@ impl<T: Resource> Index<T> {
     fn new(config: CacheConfig) -> Self {
         let state = State {
             epoch: 0,
-            objects: imbl::OrdMap::new(),
+            objects: Objects::new(),
             revision: 0,
             first: 0,
             window: VecDeque::new(),
+            fresh: 0,
             window_start: 0,
             kept: VecDeque::new(),
         };
@@ -134,7 +137,8 @@ impl<T: Resource> Index<T> {
     }
 
     pub(super) fn get(&self, key: &ObjectKey) -> Option<Arc<T>> {
-        self.read().objects.get(key).cloned()
+        let held = self.read().objects.held.get(key).cloned();
+        held.map(|held| held.object())
     }
 
     /// `progress` must have been read before: then the index has everything up to it.
@@ -218,12 +222,7 @@ impl<T: Resource> Index<T> {
             .rev()
             .take_while(|(_, entry)| entry.revision > revision)
         {
-            let key = ObjectKey::of(&**entry.event.object());
-            match &entry.event {
-                Event::Added(_) => objects.remove(&key),
-                Event::Modified { old, .. } => objects.insert(key, old.clone()),
-                Event::Deleted(_) => objects.insert(key, entry.before_deletion()?),
-            };
+            entry.undo(&mut objects.held);
         }
         Some(Snapshot { revision, objects })
     }
@@ -240,16 +239,17 @@ impl<T: Resource> Index<T> {
 
 impl<T: Resource> Feed for Index<T> {
     fn load(&self, revision: Revision, records: Vec<Record>) {
-        let decoded = records.into_iter().filter_map(|record| {
-            let object: T = decode(&record.key, &record.value, record.revision)?;
-            Some((ObjectKey::of(&object), Arc::new(object)))
+        let held = records.into_iter().filter_map(|record| {
+            let (held, object) = Held::<T>::new(&record.key, &record.value, record.revision)?;
+            Some((ObjectKey::of(&*object), held))
         });
-        let objects: imbl::OrdMap<_, _> = decoded.collect();
+        let objects = Objects { held: held.collect() };
         let mut state = self.write();
         state.epoch += 1;
         state.objects = objects;
         state.revision = revision;
         state.first = state.next();
+        state.fresh = state.first;
         state.window.clear();
         state.window_start = revision;
         drop(state);
@@ -273,11 +273,13 @@ impl<T: Resource> Feed for Index<T> {
 
     fn trim(&self) {
         self.write().trim(&self.config);
+        let objects = self.read().objects.clone();
+        objects.sweep();
     }
 }
 
 enum Step<T> {
-    Put(Revision, Arc<T>),
+    Put(Revision, ObjectKey, Held<T>, Arc<T>),
     Delete(Revision, ObjectKey),
 }
 
@@ -285,7 +287,8 @@ impl<T: Resource> Step<T> {
     fn decode(revision: Revision, change: Change) -> Option<Self> {
         match change {
             Change::Put { record, .. } => {
-                decode(&record.key, &record.value, record.revision).map(|object| Step::Put(revision, Arc::new(object)))
+                let (held, object) = Held::new(&record.key, &record.value, record.revision)?;
+                Some(Step::Put(revision, ObjectKey::of(&*object), held, object))
             }
             Change::Delete { key, .. } => Some(Step::Delete(revision, super::events::object_key(&key)?)),
         }
@@ -306,22 +309,22 @@ impl<T: Resource> State<T> {
 
     fn apply(&mut self, step: Step<T>) {
         let (revision, entry) = match step {
-            Step::Put(revision, new) => {
-                let event = match self.objects.insert(ObjectKey::of(&*new), new.clone()) {
-                    Some(old) => Event::Modified { old, new },
-                    None => Event::Added(new),
+            Step::Put(revision, key, new, object) => {
+                let kept = match self.objects.held.insert(key.clone(), new.clone()) {
+                    Some(old) => {
+                        old.replaced();
+                        Kept::Modified { old, new }
+                    }
+                    None => Kept::Added(new),
                 };
-                (revision, Entry::new(revision, event, None))
+                (revision, Entry::new(revision, key, kept, Some(object)))
             }
             Step::Delete(revision, key) => {
                 // What was put aside as damaged was never in the index.
-                let Some(old) = self.objects.remove(&key) else { return };
-                let mut last = T::clone(&old);
-                last.meta_mut().resource_version = revision.to_string();
-                (
-                    revision,
-                    Entry::new(revision, Event::Deleted(Arc::new(last)), Some(old)),
-                )
+                let Some(old) = self.objects.held.remove(&key) else {
+                    return;
+                };
+                (revision, Entry::new(revision, key, Kept::Deleted(old), None))
             }
         };
         self.revision = revision;
@@ -337,6 +340,15 @@ impl<T: Resource> State<T> {
             self.window_start = entry.revision;
             self.first += 1;
             self.window.pop_front();
+        }
+        self.fresh = self.fresh.max(self.first);
+        while let Some((at, entry)) = usize::try_from(self.fresh - self.first)
+            .ok()
+            .and_then(|at| self.window.get(at))
+            && now.duration_since(*at) > config.fresh
+        {
+            entry.forget();
+            self.fresh += 1;
         }
         while self
             .kept

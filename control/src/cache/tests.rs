@@ -1,5 +1,7 @@
 //! The cache over the embedded engine.
 
+mod fresh;
+
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use orlop_proto::{
@@ -89,12 +91,15 @@ impl World {
 /// "+name=node", "~name=node<before", "-name", each with "@revision".
 fn short(entry: &Entry<Pod>) -> String {
     let node = |pod: &Pod| pod.spec.clone().unwrap().node_name;
-    let text = match &entry.event {
+    let text = match &entry.event() {
         Event::Added(new) => format!("+{}={}", new.name(), node(new)),
         Event::Modified { old, new } => format!("~{}={}<{}", new.name(), node(new), node(old)),
         Event::Deleted(last) => format!("-{}", last.name()),
     };
-    assert_eq!(entry.event.object().meta().resource_version, entry.revision.to_string());
+    assert_eq!(
+        entry.event().object().meta().resource_version,
+        entry.revision.to_string()
+    );
     format!("{text}@{}", entry.revision)
 }
 
@@ -110,7 +115,7 @@ async fn take(events: &mut EventStream<Pod>, count: usize) -> Vec<String> {
 }
 
 fn names(snapshot: &Snapshot<Pod>) -> BTreeMap<String, String> {
-    let pair = |(key, pod): (&ObjectKey, &Arc<Pod>)| (key.name.to_string(), pod.spec.clone().unwrap().node_name);
+    let pair = |(key, pod): (&ObjectKey, Arc<Pod>)| (key.name.to_string(), pod.spec.clone().unwrap().node_name);
     snapshot.objects.iter().map(pair).collect()
 }
 
@@ -343,7 +348,7 @@ async fn an_event_is_encoded_once() {
     assert!(Arc::ptr_eq(&one, &other));
     assert_eq!(one.encoded_object().as_ptr(), other.encoded_object().as_ptr());
     let object = orlop_proto::api::v1::Object::decode(one.encoded_object().clone()).unwrap();
-    assert_eq!(Pod::from_object(object).as_ref(), Some(&**one.event.object()));
+    assert_eq!(Pod::from_object(object).as_ref(), Some(&**one.event().object()));
 }
 
 #[tokio::test]
@@ -407,9 +412,10 @@ async fn replaying_events_gives_the_snapshot_under_many_writers() {
             let entry = events.next().await.unwrap();
             assert!(entry.revision >= last && entry.revision > snapshot.revision);
             last = entry.revision;
-            let object = entry.event.object();
+            let event = entry.event();
+            let object = event.object();
             let node = object.spec.clone().unwrap().node_name;
-            match &entry.event {
+            match &entry.event() {
                 Event::Added(_) => assert_eq!(replayed.insert(object.name().to_owned(), node), None),
                 Event::Modified { old, .. } => {
                     let before = replayed.insert(object.name().to_owned(), node);

@@ -139,7 +139,7 @@ impl ApiEndpoints {
             .objects
             .range(ObjectKey::new(plan::NAMESPACE, plan::SERVICE)..)
             .take_while(|(key, _)| &*key.namespace == plan::NAMESPACE && key.name.starts_with(plan::SERVICE))
-            .map(|(_, slice)| slice.clone())
+            .map(|(_, slice)| slice)
             .collect()
     }
 
@@ -267,7 +267,6 @@ fn identities(leases: &Reader<Lease>) -> Vec<Arc<Lease>> {
         .in_namespace(NAMESPACE)
         .map(|(_, lease)| lease)
         .filter(|lease| lease.meta().labels.get(LABEL).is_some_and(|value| value == IDENTITY))
-        .cloned()
         .collect()
 }
 

@@ -51,13 +51,13 @@ pub async fn run(registry: Registry, pods: Arc<PodIndex>, cancel: CancellationTo
                 snapshot
                     .objects
                     .values()
-                    .for_each(|service| set(&mut selectors, service));
+                    .for_each(|service| set(&mut selectors, &service));
             }
             Seen::Event(Event::Added(service) | Event::Modified { new: service, .. }) => set(&mut selectors, service),
             Seen::Event(Event::Deleted(service)) => selectors.remove(&ObjectKey::of(&**service)),
         }
         drop(selectors);
-        seen.objects().for_each(|service| queue.add(ObjectKey::of(&**service)));
+        seen.objects().for_each(|service| queue.add(ObjectKey::of(&*service)));
     });
     let from_slices = runner::follow(cache.reader::<EndpointSlice>(), |seen: Seen<'_, EndpointSlice>| {
         for slice in seen.objects() {
@@ -173,7 +173,6 @@ impl EndpointSlices {
                     && labels.get(MANAGED_BY).map(String::as_str) == Some(MANAGER)
                     && !slice.is_deleting()
             })
-            .cloned()
             .collect();
         plan::plan(&service, selected.iter(), &existing)
     }

@@ -27,7 +27,6 @@ pub async fn run(registry: Registry, config: GarbageConfig) {
             .objects
             .values()
             .filter(|event| last_seen(event) < oldest)
-            .cloned()
             .collect();
         let deletions = expired.into_iter().map(|event| {
             let options = DeleteOptions {

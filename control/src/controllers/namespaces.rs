@@ -154,7 +154,7 @@ impl KindVisitor for Content<'_> {
 
     fn visit<T: Registered>(self) -> Vec<Item> {
         let snapshot = self.cache.reader::<T>().snapshot();
-        let item = |(key, object): (&ObjectKey, &Arc<T>)| Item {
+        let item = |(key, object): (&ObjectKey, Arc<T>)| Item {
             kind: T::KIND,
             key: key.clone(),
             uid: object.uid().to_owned(),

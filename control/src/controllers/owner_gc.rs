@@ -75,8 +75,8 @@ async fn watch<T: Resource>(cache: &Cache, index: &Index, queue: &WorkQueue<Depe
         match seen {
             Seen::All(snapshot) => {
                 for object in snapshot.objects.values() {
-                    insert(&mut index, &**object);
-                    queue_itself(queue, &**object);
+                    insert(&mut index, &*object);
+                    queue_itself(queue, &*object);
                 }
                 // Whose end was missed is not known: everybody that is owned by this kind is looked at.
                 for dependents in index.values() {

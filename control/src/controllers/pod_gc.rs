@@ -40,7 +40,7 @@ pub async fn run(registry: Registry, config: GarbageConfig) {
     loop {
         ticks.tick().await;
         let nodes = nodes.snapshot();
-        let known: HashSet<&str> = nodes.objects.values().map(|node| node.name()).collect();
+        let known: HashSet<&str> = nodes.objects.keys().map(|key| &*key.name).collect();
         let pods = pods.snapshot();
         let gone = quarantined(
             &mut missing_since,
@@ -58,20 +58,23 @@ pub async fn run(registry: Registry, config: GarbageConfig) {
 }
 
 /// Nodes that pods are bound to and that have been missing long enough.
-fn quarantined<'a>(
+fn quarantined(
     missing_since: &mut HashMap<String, Instant>,
     known: &HashSet<&str>,
-    pods: impl Iterator<Item = &'a Arc<Pod>>,
+    pods: impl Iterator<Item = Arc<Pod>>,
     now: Instant,
     config: &GarbageConfig,
 ) -> Vec<String> {
-    let missing: HashSet<&str> = pods
-        .map(|pod| pods::node_name(pod))
-        .filter(|node| !node.is_empty() && !known.contains(node))
-        .collect();
-    missing_since.retain(|node, _| missing.contains(node.as_str()));
+    let mut missing: HashSet<String> = HashSet::new();
+    for pod in pods {
+        let node = pods::node_name(&pod);
+        if !node.is_empty() && !known.contains(node) && !missing.contains(node) {
+            missing.insert(node.to_owned());
+        }
+    }
+    missing_since.retain(|node, _| missing.contains(node));
     for node in missing {
-        missing_since.entry(node.to_owned()).or_insert(now);
+        missing_since.entry(node).or_insert(now);
     }
     let ripe = missing_since
         .iter()
@@ -95,21 +98,21 @@ async fn confirm_gone(registry: &Registry, candidates: Vec<String>) -> HashSet<S
 }
 
 /// Which pods go. Pure.
-fn plan<'a>(
-    all: impl Iterator<Item = &'a Arc<Pod>>,
+fn plan(
+    all: impl Iterator<Item = Arc<Pod>>,
     gone_nodes: &HashSet<String>,
     terminated_limit: usize,
 ) -> Vec<(Arc<Pod>, Reason)> {
     let mut doomed = Vec::new();
     let mut ended = Vec::new();
     for pod in all {
-        let node = pods::node_name(pod);
+        let node = pods::node_name(&pod);
         if gone_nodes.contains(node) {
-            doomed.push((pod.clone(), Reason::NodeGone));
+            doomed.push((pod, Reason::NodeGone));
         } else if node.is_empty() && pod.is_deleting() && pod.meta().finalizers.is_empty() {
-            doomed.push((pod.clone(), Reason::NeverScheduled));
-        } else if is_terminal(pod) && !pod.is_deleting() {
-            ended.push(pod.clone());
+            doomed.push((pod, Reason::NeverScheduled));
+        } else if is_terminal(&pod) && !pod.is_deleting() {
+            ended.push(pod);
         }
     }
     if ended.len() > terminated_limit {
@@ -179,7 +182,7 @@ mod tests {
             pod("done-2", "here", "Succeeded", false, 2),
             pod("done-1", "here", "Failed", false, 1),
         ];
-        let doomed = plan(pods.iter(), &["gone".to_owned()].into(), 1);
+        let doomed = plan(pods.iter().cloned(), &["gone".to_owned()].into(), 1);
         let names: Vec<_> = doomed.iter().map(|(pod, reason)| (pod.name(), *reason)).collect();
         assert_eq!(
             names,
@@ -205,7 +208,7 @@ mod tests {
             quarantined(
                 &mut missing,
                 known,
-                pods.iter(),
+                pods.iter().cloned(),
                 start + Duration::from_secs(seconds),
                 &config,
             )

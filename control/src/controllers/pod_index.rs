@@ -70,20 +70,28 @@ impl PodIndex {
 
     /// The pods of a namespace that a selector selects.
     pub fn selected(&self, namespace: &str, selector: &Selector) -> Vec<Arc<Pod>> {
-        self.ask(|pods| pods.selected(&pods.all, namespace, selector))
+        let keys = self.ask(|pods| pods.candidates(&pods.all, namespace, selector));
+        self.pods(keys, |pod| selector.matches(&pod.meta().labels))
     }
 
     /// The pods that concern an owner: those that it controls, and those without a controller that its selector selects.
     pub fn of_owner(&self, namespace: &str, uid: &str, selector: &Selector) -> Vec<Arc<Pod>> {
-        self.ask(|pods| {
-            let mut found = pods.selected(&pods.orphans, namespace, selector);
+        let keys = self.ask(|pods| {
+            let mut found = pods.candidates(&pods.orphans, namespace, selector);
             let own = pods.owned.get(&LabelKey::of_owner(uid)).into_iter().flatten();
-            let is_own = |pod: &Arc<Pod>| {
-                pod.namespace() == namespace && pods::controller(pod).is_some_and(|owner| owner.uid == uid)
-            };
-            found.extend(own.filter_map(|id| pods.get(*id)).filter(|pod| is_own(pod)).cloned());
+            found.extend(own.filter_map(|id| pods.get(*id)).cloned());
             found
+        });
+        self.pods(keys, |pod| match pods::controller(pod) {
+            Some(owner) => owner.uid == uid && pod.namespace() == namespace,
+            None => selector.matches(&pod.meta().labels),
         })
+    }
+
+    /// The pods with these keys, as far as they are there and are what was asked for: the cache may be ahead of the index.
+    fn pods(&self, keys: Vec<ObjectKey>, wanted: impl Fn(&Pod) -> bool) -> Vec<Arc<Pod>> {
+        let found = keys.iter().filter_map(|key| self.reader.get(&key.namespace, &key.name));
+        found.filter(|pod| wanted(pod)).collect()
     }
 
     fn ask<R>(&self, question: impl FnOnce(&Pods) -> R) -> R {
@@ -104,27 +112,28 @@ impl State {
             && let Ok(entries) = events.take_ready()
         {
             for entry in entries {
-                match &entry.event {
-                    Event::Added(pod) | Event::Modified { new: pod, .. } => self.pods.set(pod),
-                    Event::Deleted(pod) => self.pods.remove(&ObjectKey::of(&**pod)),
+                match entry.event() {
+                    Event::Added(pod) => self.pods.set(None, &pod),
+                    Event::Modified { old, new } => self.pods.set(Some(&old), &new),
+                    Event::Deleted(pod) => self.pods.remove(&pod),
                 }
             }
             return;
         }
         let (snapshot, events) = reader.events();
         self.pods = Pods::default();
-        snapshot.objects.values().for_each(|pod| self.pods.set(pod));
+        snapshot.objects.values().for_each(|pod| self.pods.set(None, &pod));
         self.events = Some(events);
     }
 }
 
 type Places = HashMap<LabelKey, BTreeSet<u32>>;
 
-/// Pods have small numbers, so that the sets are small.
+/// Pods have small numbers, so that the sets are small. The pods themselves are the cache's.
 #[derive(Default)]
 struct Pods {
     ids: HashMap<ObjectKey, u32>,
-    pods: Vec<Option<Arc<Pod>>>,
+    keys: Vec<Option<ObjectKey>>,
     free: Vec<u32>,
     all: Places,
     orphans: Places,
@@ -132,29 +141,29 @@ struct Pods {
 }
 
 impl Pods {
-    fn get(&self, id: u32) -> Option<&Arc<Pod>> {
-        self.pods.get(id as usize)?.as_ref()
+    fn get(&self, id: u32) -> Option<&ObjectKey> {
+        self.keys.get(id as usize)?.as_ref()
     }
 
-    fn set(&mut self, pod: &Arc<Pod>) {
-        let id = match self.ids.entry(ObjectKey::of(&**pod)) {
+    fn set(&mut self, old: Option<&Pod>, pod: &Pod) {
+        let id = match self.ids.entry(ObjectKey::of(pod)) {
             Entry::Occupied(known) => *known.get(),
             Entry::Vacant(new) => {
-                let next = u32::try_from(self.pods.len()).unwrap_or(u32::MAX);
+                let next = u32::try_from(self.keys.len()).unwrap_or(u32::MAX);
                 let id = self.free.pop().unwrap_or(next);
                 if id == next {
-                    self.pods.push(None);
+                    self.keys.push(None);
                 }
+                self.keys[id as usize] = Some(new.key().clone());
                 *new.insert(id)
             }
         };
-        let old = self.pods[id as usize].replace(pod.clone());
         if let Some(old) = old {
             // Most changes are of the status.
-            if old.meta().labels == pod.meta().labels && owner(&old) == owner(pod) {
+            if old.meta().labels == pod.meta().labels && owner(old) == owner(pod) {
                 return;
             }
-            self.unlink(id, &old);
+            self.unlink(id, old);
         }
         let keys = keys(pod);
         let link = |places: &mut Places, keys: &[LabelKey]| {
@@ -169,11 +178,10 @@ impl Pods {
         }
     }
 
-    fn remove(&mut self, key: &ObjectKey) {
-        if let Some(id) = self.ids.remove(key)
-            && let Some(old) = self.pods[id as usize].take()
-        {
-            self.unlink(id, &old);
+    fn remove(&mut self, pod: &Pod) {
+        if let Some(id) = self.ids.remove(&ObjectKey::of(pod)) {
+            self.keys[id as usize] = None;
+            self.unlink(id, pod);
             self.free.push(id);
         }
     }
@@ -197,8 +205,8 @@ impl Pods {
         }
     }
 
-    /// Looks through those with the rarest of the labels that the selector requires; through the namespace when it requires none.
-    fn selected(&self, places: &Places, namespace: &str, selector: &Selector) -> Vec<Arc<Pod>> {
+    /// Those with the rarest of the labels that the selector requires; the namespace's when it requires none.
+    fn candidates(&self, places: &Places, namespace: &str, selector: &Selector) -> Vec<ObjectKey> {
         if selector.is_nothing() {
             return Vec::new();
         }
@@ -209,12 +217,8 @@ impl Pods {
             .map(|(key, value)| at(LabelKey::of_label(namespace, key, value)))
             .min_by_key(|ids| ids.len())
             .unwrap_or_else(|| at(LabelKey::of_namespace(namespace)));
-        rarest
-            .iter()
-            .filter_map(|id| self.get(*id))
-            .filter(|pod| pod.namespace() == namespace && selector.matches(&pod.meta().labels))
-            .cloned()
-            .collect()
+        let keys = rarest.iter().filter_map(|id| self.get(*id));
+        keys.filter(|key| *key.namespace == *namespace).cloned().collect()
     }
 }
 

@@ -55,13 +55,13 @@ pub async fn run<O: ReplicaOwner>(
         match &seen {
             Seen::All(snapshot) => {
                 selectors.clear();
-                snapshot.objects.values().for_each(|owner| set(&mut selectors, owner));
+                snapshot.objects.values().for_each(|owner| set(&mut selectors, &owner));
             }
             Seen::Event(Event::Added(owner) | Event::Modified { new: owner, .. }) => set(&mut selectors, owner),
             Seen::Event(Event::Deleted(owner)) => selectors.remove(&ObjectKey::of(&**owner)),
         }
         drop(selectors);
-        seen.objects().for_each(|owner| queue.add(ObjectKey::of(&**owner)));
+        seen.objects().for_each(|owner| queue.add(ObjectKey::of(&*owner)));
     });
     let from_pods = runner::follow(cache.reader::<Pod>(), |seen: Seen<'_, Pod>| {
         if seen.is_all() {
@@ -69,7 +69,7 @@ pub async fn run<O: ReplicaOwner>(
             return;
         }
         seen.objects()
-            .for_each(|pod| queue_owners::<O>(&selectors, &queue, pod));
+            .for_each(|pod| queue_owners::<O>(&selectors, &queue, &pod));
     });
     tokio::join!(
         from_owners,

@@ -156,11 +156,11 @@ pub enum Seen<'a, T> {
 
 impl<'a, T: Resource> Seen<'a, T> {
     /// The objects that it speaks of: all, or the one that changed (before and after).
-    pub fn objects(&self) -> Box<dyn Iterator<Item = &'a Arc<T>> + 'a> {
+    pub fn objects(&self) -> Box<dyn Iterator<Item = Arc<T>> + 'a> {
         match self {
             Seen::All(snapshot) => Box::new(snapshot.objects.values()),
-            Seen::Event(Event::Modified { old, new }) => Box::new([old, new].into_iter()),
-            Seen::Event(Event::Added(object) | Event::Deleted(object)) => Box::new(std::iter::once(object)),
+            Seen::Event(Event::Modified { old, new }) => Box::new([old.clone(), new.clone()].into_iter()),
+            Seen::Event(Event::Added(object) | Event::Deleted(object)) => Box::new(std::iter::once(object.clone())),
         }
     }
 
@@ -178,7 +178,7 @@ pub async fn follow<T: Resource>(reader: Reader<T>, mut on: impl FnMut(Seen<'_, 
         drop(snapshot);
         let lagged = loop {
             match events.next_batch(256).await {
-                Ok(batch) => batch.iter().for_each(|entry| on(Seen::Event(&entry.event))),
+                Ok(batch) => batch.iter().for_each(|entry| on(Seen::Event(&entry.event()))),
                 Err(lagged) => break lagged,
             }
         };

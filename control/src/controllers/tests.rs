@@ -159,7 +159,7 @@ async fn slices_follow_readiness() {
             .objects
             .values()
             .filter(|slice| slice.meta().labels.get(SERVICE_NAME).is_some_and(|name| name == "web"));
-        ours.flat_map(|slice| &slice.endpoints)
+        ours.flat_map(|slice| slice.endpoints.clone())
             .filter(|endpoint| {
                 endpoint
                     .conditions
@@ -401,8 +401,8 @@ async fn nodes_get_ranges_of_their_own() {
             let ranges: std::collections::HashSet<String> = nodes
                 .objects
                 .values()
-                .filter_map(|node| node.spec.as_ref())
-                .map(|spec| spec.pod_cidr.clone())
+                .filter_map(|node| node.spec.clone())
+                .map(|spec| spec.pod_cidr)
                 .filter(|range| !range.is_empty())
                 .collect();
             ranges.len() == 3

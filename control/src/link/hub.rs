@@ -35,7 +35,7 @@ use crate::{
 const BATCH: usize = 256;
 /// Each route goes to each node. New ones are told at once when none were told lately, otherwise together with those of this time a
 /// session: nodes that join by the thousand are not told of each other one by one.
-const ROUTES_PACE: Duration = Duration::from_micros(200);
+const ROUTES_PACE: Duration = Duration::from_micros(500);
 
 /// All that a node is told when its session begins.
 pub(super) struct Opening {
@@ -107,8 +107,9 @@ struct Sources {
 
 struct Hub {
     services: ServiceIndex,
-    /// By node name, then uid.
-    pods: HashMap<Arc<str>, HashMap<Arc<str>, Arc<Pod>>>,
+    /// By node name, then uid. The pods themselves are the cache's.
+    pods: HashMap<Arc<str>, HashMap<Arc<str>, ObjectKey>>,
+    present: Reader<Pod>,
     routes: OrdMap<Arc<str>, Bytes>,
     /// Always holds the present services and routes; its readers are woken when they are to be told.
     boards: watch::Sender<Board>,
@@ -125,6 +126,7 @@ impl Hub {
         let mut hub = Self {
             services: ServiceIndex::default(),
             pods: HashMap::new(),
+            present: cache.reader(),
             routes: OrdMap::new(),
             boards: watch::Sender::default(),
             routes_told: Instant::now(),
@@ -195,11 +197,7 @@ impl Hub {
     fn open(&mut self, node: Arc<str>) -> Opening {
         let mailbox = Arc::new(Mailbox::default());
         let opening = Opening {
-            pods: self
-                .pods
-                .get(&node)
-                .map(|pods| pods.values().cloned().collect())
-                .unwrap_or_default(),
+            pods: self.pods_of(&node),
             board: self.board(),
             boards: self.boards.subscribe(),
             mailbox: Arc::clone(&mailbox),
@@ -210,12 +208,22 @@ impl Hub {
         opening
     }
 
+    /// The pods as they are in the cache, which may be ahead: then the events that are still to come change nothing.
+    fn pods_of(&self, node: &str) -> Vec<Arc<Pod>> {
+        let known = self.pods.get(node).into_iter().flatten();
+        let pods = known.filter_map(|(uid, key)| {
+            let pod = self.present.get(&key.namespace, &key.name)?;
+            (pod.uid() == &**uid && node_of(&pod) == node).then_some(pod)
+        });
+        pods.collect()
+    }
+
     fn services_changed(&mut self, source: &mut Source<Service>, batch: Batch<Service>) {
         match batch {
             Ok(entries) => {
                 let mut touched = BTreeSet::new();
                 for entry in entries {
-                    touched.insert(match &entry.event {
+                    touched.insert(match &entry.event() {
                         Event::Added(service) | Event::Modified { new: service, .. } => {
                             self.services.put_service(Arc::clone(service))
                         }
@@ -243,7 +251,7 @@ impl Hub {
             Ok(entries) => {
                 let mut touched = BTreeSet::new();
                 for entry in entries {
-                    match &entry.event {
+                    match &entry.event() {
                         Event::Added(slice) => touched.extend(self.services.put_slice(Arc::clone(slice))),
                         Event::Modified { old, new } => {
                             touched.extend(self.services.remove_slice(old));
@@ -268,7 +276,7 @@ impl Hub {
         match batch {
             Ok(entries) => {
                 for entry in entries {
-                    match &entry.event {
+                    match &entry.event() {
                         Event::Added(pod) => self.put_pod(None, pod),
                         Event::Modified { old, new } => self.put_pod(Some(old), new),
                         Event::Deleted(pod) => self.remove_pod(pod),
@@ -276,13 +284,17 @@ impl Hub {
                 }
             }
             Err(_) => {
-                let mut known = std::mem::take(&mut self.pods);
+                let mut gone = std::mem::take(&mut self.pods);
                 source.begin_anew(|pod: Arc<Pod>| {
-                    let old = known.get_mut(node_of(&pod)).and_then(|pods| pods.remove(pod.uid()));
-                    self.put_pod(old.as_ref(), &pod);
+                    if let Some(pods) = gone.get_mut(node_of(&pod)) {
+                        pods.remove(pod.uid());
+                    }
+                    self.put_pod(None, &pod);
                 });
-                for pod in known.values().flat_map(HashMap::values) {
-                    self.remove_pod(pod);
+                for (node, pods) in gone {
+                    for (uid, key) in pods {
+                        self.tell_removed(&node, key, uid);
+                    }
                 }
             }
         }
@@ -292,7 +304,7 @@ impl Hub {
         match batch {
             Ok(entries) => {
                 for entry in entries {
-                    match &entry.event {
+                    match &entry.event() {
                         Event::Added(node) | Event::Modified { new: node, .. } => self.put_node(node),
                         Event::Deleted(node) => self.remove_node(node.name()),
                     }
@@ -353,11 +365,8 @@ impl Hub {
             Some(pods) => pods,
             None => self.pods.entry(node.into()).or_default(),
         };
-        let known = pods.insert(pod.uid().into(), Arc::clone(pod));
-        if known
-            .or_else(|| old.cloned())
-            .is_some_and(|known| node_of(&known) == node && same_orders(&known, pod))
-        {
+        pods.insert(pod.uid().into(), ObjectKey::of(&**pod));
+        if old.is_some_and(|old| node_of(old) == node && same_orders(old, pod)) {
             return;
         }
         if let Some(mailbox) = self.sessions.get(node) {
@@ -365,19 +374,20 @@ impl Hub {
         }
     }
 
-    fn remove_pod(&mut self, pod: &Arc<Pod>) {
+    fn remove_pod(&mut self, pod: &Pod) {
         let node = node_of(pod);
-        if node.is_empty() {
-            return;
-        }
         if let Some(pods) = self.pods.get_mut(node) {
             pods.remove(pod.uid());
             if pods.is_empty() {
                 self.pods.remove(node);
             }
         }
+        self.tell_removed(node, ObjectKey::of(pod), pod.uid().into());
+    }
+
+    fn tell_removed(&self, node: &str, key: ObjectKey, uid: Arc<str>) {
         if let Some(mailbox) = self.sessions.get(node) {
-            mailbox.put(PodChange::Removed(Arc::clone(pod)));
+            mailbox.put(PodChange::Removed { key, uid });
         }
     }
 
@@ -429,7 +439,7 @@ type Batch<T> = Result<Vec<Arc<Entry<T>>>, Lagged>;
 impl<T: Resource> Source<T> {
     fn new(reader: Reader<T>, take: impl FnMut(Arc<T>)) -> Self {
         let (snapshot, events) = reader.events();
-        snapshot.objects.values().cloned().for_each(take);
+        snapshot.objects.values().for_each(take);
         Self { reader, events }
     }
 
@@ -441,7 +451,7 @@ impl<T: Resource> Source<T> {
         );
         let (snapshot, events) = self.reader.events();
         self.events = events;
-        snapshot.objects.values().cloned().for_each(take);
+        snapshot.objects.values().for_each(take);
     }
 }
 

@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::services::encode;
+use crate::cache::ObjectKey;
 
 /// What became of a pod.
 #[derive(Debug, Clone)]
@@ -20,7 +21,12 @@ pub(super) enum PodChange {
     /// It is there, or differs.
     Put(Arc<Pod>),
     /// Its object is gone.
-    Removed(Arc<Pod>),
+    Removed {
+        /// Its name.
+        key: ObjectKey,
+        /// Its uid.
+        uid: Arc<str>,
+    },
 }
 
 impl PodChange {
@@ -28,17 +34,18 @@ impl PodChange {
     pub fn encode(&self) -> Bytes {
         encode(match self {
             Self::Put(pod) => Change::Pod(Pod::clone(pod)),
-            Self::Removed(pod) => Change::PodRemoved(link::PodKey {
-                namespace: pod.namespace().to_owned(),
-                name: pod.name().to_owned(),
-                uid: pod.uid().to_owned(),
+            Self::Removed { key, uid } => Change::PodRemoved(link::PodKey {
+                namespace: key.namespace.to_string(),
+                name: key.name.to_string(),
+                uid: uid.to_string(),
             }),
         })
     }
 
-    fn pod(&self) -> &Pod {
+    fn uid(&self) -> &str {
         match self {
-            Self::Put(pod) | Self::Removed(pod) => pod,
+            Self::Put(pod) => pod.uid(),
+            Self::Removed { uid, .. } => uid,
         }
     }
 }
@@ -56,7 +63,7 @@ pub(super) struct Mailbox {
 impl Mailbox {
     /// A later change of a pod takes the place of an earlier one.
     pub fn put(&self, change: PodChange) {
-        let uid = change.pod().uid().to_owned();
+        let uid = change.uid().to_owned();
         self.pending().insert(uid, change);
         self.changed.notify_one();
     }
@@ -102,7 +109,10 @@ mod tests {
         mailbox.put(PodChange::Put(pod("b", 1)));
         mailbox.put(PodChange::Put(pod("c", 1)));
         mailbox.put(PodChange::Put(pod("a", 2)));
-        mailbox.put(PodChange::Removed(pod("b", 1)));
+        mailbox.put(PodChange::Removed {
+            key: ObjectKey::new("default", "b"),
+            uid: "b".into(),
+        });
         let told = mailbox.take().map(|change| {
             let change = link::Change::decode(change.encode()).unwrap();
             match change.change.unwrap() {

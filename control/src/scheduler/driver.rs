@@ -108,13 +108,13 @@ impl Driver {
             self.view.remove_node(name);
         }
         for node in nodes.objects.values() {
-            self.view.set_node(node.clone());
+            self.view.set_node(node);
         }
-        let live: std::collections::HashSet<&str> = pods.objects.values().map(|pod| pod.uid()).collect();
+        let live: std::collections::HashSet<String> = pods.objects.values().map(|pod| pod.uid().to_owned()).collect();
         for uid in self
             .view
             .pods()
-            .filter(|uid| !live.contains(uid))
+            .filter(|uid| !live.contains(*uid))
             .map(str::to_owned)
             .collect::<Vec<_>>()
         {
@@ -130,7 +130,7 @@ impl Driver {
             self.queue.remove(&uid);
         }
         for pod in pods.objects.values() {
-            self.take_pod(pod, now);
+            self.take_pod(&pod, now);
         }
         self.queue.wake(now, |_| true);
         Streams {
@@ -142,7 +142,7 @@ impl Driver {
     fn on_nodes(&mut self, batch: Result<Vec<Arc<Entry<Node>>>, Lagged>) -> Result<(), Lagged> {
         let now = Instant::now();
         for entry in batch? {
-            match &entry.event {
+            match &entry.event() {
                 Event::Deleted(node) => {
                     self.view.remove_node(node.name());
                     self.queue.wake_spread(now, |_| true);
@@ -167,7 +167,7 @@ impl Driver {
     fn on_pods(&mut self, batch: Result<Vec<Arc<Entry<Pod>>>, Lagged>) -> Result<(), Lagged> {
         let now = Instant::now();
         for entry in batch? {
-            match &entry.event {
+            match &entry.event() {
                 Event::Deleted(pod) => {
                     self.queue.remove(pod.uid());
                     if let Some(node) = self.view.remove_pod(pod.uid()) {

@@ -76,11 +76,9 @@ impl Lifecycle {
         // Where leases cannot be written nobody is silent.
         let writable = self.registry.store().trouble().is_none();
         let fresh = writable && matches!(self.registry.cache().catch_up(FRESH_WITHIN).await, Ok(true));
-        let mut nodes: Vec<Arc<Node>> = self.nodes.snapshot().objects.values().cloned().collect();
+        let mut nodes: Vec<Arc<Node>> = self.nodes.snapshot().objects.values().collect();
         let leases = self.leases.snapshot();
-        let with_leases = nodes
-            .iter()
-            .map(|node| (&**node, leases.get(LEASES, node.name()).map(|lease| &**lease)));
+        let with_leases = nodes.iter().map(|node| (&**node, leases.get(LEASES, node.name())));
         self.monitor.observe(with_leases, now, fresh);
         if !fresh {
             tracing::warn!("the store cannot be read or written: nothing is said about nodes");
@@ -163,10 +161,10 @@ impl Lifecycle {
         let at = time::now_seconds();
         let doubtful = nodes.iter().any(|node| !is_ready(node) && !evicts(node));
         let pods = doubtful.then(|| self.pods.snapshot());
-        let occupied: HashSet<&str> = pods
+        let occupied: HashSet<String> = pods
             .iter()
             .flat_map(|pods| pods.objects.values())
-            .map(|pod| pods::node_name(pod))
+            .map(|pod| pods::node_name(&pod).to_owned())
             .collect();
         let mut writes = Vec::new();
         for (index, node) in nodes.iter().enumerate() {
@@ -204,10 +202,9 @@ impl Lifecycle {
     }
 
     /// Nobody is to be sent to pods that cannot be seen.
-    async fn mark_not_ready(&mut self, all: impl Iterator<Item = &Arc<Pod>>, silent: &HashSet<String>) {
+    async fn mark_not_ready(&mut self, all: impl Iterator<Item = Arc<Pod>>, silent: &HashSet<String>) {
         let doubtful: Vec<Arc<Pod>> = all
             .filter(|pod| silent.contains(pods::node_name(pod)) && pods::is_ready(pod))
-            .cloned()
             .collect();
         let registry = &self.registry;
         let writes = stream::iter(doubtful).map(|pod| async move {

@@ -21,20 +21,20 @@ pub struct Evictions {
 
 impl Evictions {
     /// The pods whose time is up. Pods and taints that are no longer there are forgotten.
-    pub fn due<'a>(
+    pub fn due(
         &mut self,
         nodes: &HashMap<&str, &Node>,
-        all: impl Iterator<Item = &'a Arc<Pod>>,
+        all: impl Iterator<Item = Arc<Pod>>,
         default_delay: Duration,
         now: Instant,
     ) -> Vec<Arc<Pod>> {
         let mut still = HashMap::new();
         let mut due = Vec::new();
         for pod in all {
-            if !pods::is_active(pod) {
+            if !pods::is_active(&pod) {
                 continue;
             }
-            let Some(node) = nodes.get(pods::node_name(pod)) else {
+            let Some(node) = nodes.get(pods::node_name(&pod)) else {
                 continue;
             };
             let tolerations = pod.spec.as_ref().map_or(&[][..], |spec| &spec.tolerations);
@@ -52,7 +52,7 @@ impl Evictions {
                     .is_some_and(|time| now.saturating_duration_since(since) >= time);
             }
             if is_due {
-                due.push(pod.clone());
+                due.push(pod);
             }
         }
         self.since = still;
@@ -138,7 +138,7 @@ mod tests {
             evictions
                 .due(
                     &[("n", node)].into(),
-                    pods.iter(),
+                    pods.iter().cloned(),
                     DELAY,
                     start + Duration::from_secs(seconds),
                 )

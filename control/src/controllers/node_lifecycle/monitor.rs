@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    ops::Deref,
     time::Duration,
 };
 
@@ -50,7 +51,7 @@ impl Monitor {
     /// Takes the nodes and their leases in. `fresh` says whether they are as the store has them.
     pub fn observe<'a>(
         &mut self,
-        nodes: impl Iterator<Item = (&'a Node, Option<&'a Lease>)>,
+        nodes: impl Iterator<Item = (&'a Node, Option<impl Deref<Target = Lease>>)>,
         now: Instant,
         fresh: bool,
     ) {
@@ -63,7 +64,7 @@ impl Monitor {
         }
         let mut present = HashSet::new();
         for (node, lease) in nodes {
-            let mut sign = sign(node, lease);
+            let mut sign = sign(node, lease.as_deref());
             if sign.ready.is_none()
                 && let Some(observed) = self.nodes.get(node.name())
             {

@@ -32,13 +32,13 @@ pub(super) async fn run(registry: Registry, recorder: Recorder) {
             };
             let mut waiting = BTreeSet::new();
             for entry in &batch {
-                let (old, new) = match &entry.event {
+                let (old, new) = match entry.event() {
                     Event::Added(new) => (None, new),
-                    Event::Modified { old, new } => (Some(&**old), new),
+                    Event::Modified { old, new } => (Some(old), new),
                     Event::Deleted(_) => continue,
                 };
-                tell(&recorder, old, new);
-                if waits(new) {
+                tell(&recorder, old.as_deref(), &new);
+                if waits(&new) {
                     waiting.insert(new.name().to_owned());
                 } else {
                     waiting.remove(new.name());

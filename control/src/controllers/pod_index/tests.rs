@@ -137,7 +137,8 @@ async fn answers_are_as_fresh_as_the_cache() {
     );
     let mut state = index.state.lock().unwrap();
     for name in ["b", "c", "d", "new-0", "new-1", "new-2", "new-4", "new-5"] {
-        state.pods.remove(&ObjectKey::new("default", name));
+        let pod = world.cache.reader::<Pod>().get("default", name).unwrap();
+        state.pods.remove(&pod);
     }
     let pods = &state.pods;
     assert!(pods.all.is_empty() && pods.orphans.is_empty() && pods.owned.is_empty() && pods.ids.is_empty());

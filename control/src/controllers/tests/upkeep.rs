@@ -105,7 +105,7 @@ async fn a_node_that_is_ready_takes_pods_without_a_look_at_all() {
             events
                 .objects
                 .values()
-                .any(|event| event.reason == "NodeReady" && about(event))
+                .any(|event| event.reason == "NodeReady" && about(&event))
         })
         .await;
 }

@@ -124,13 +124,7 @@ impl World {
     }
 
     pub(super) fn pods(&self) -> Vec<Arc<Pod>> {
-        self.cache()
-            .reader::<Pod>()
-            .snapshot()
-            .objects
-            .values()
-            .cloned()
-            .collect()
+        self.cache().reader::<Pod>().snapshot().objects.values().collect()
     }
 
     /// Pods of an app that run and are ready.
@@ -236,8 +230,8 @@ impl Player {
                     .confirm_pod_gone(pod.namespace(), pod.name(), pod.uid())
                     .await
                     .ok();
-            } else if pods::phase(pod) != "Running" {
-                self.registry.modify_status(&ObjectKey::of(&**pod), start).await.ok();
+            } else if pods::phase(&pod) != "Running" {
+                self.registry.modify_status(&ObjectKey::of(&*pod), start).await.ok();
             }
         }
     }
