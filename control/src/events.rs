@@ -9,7 +9,7 @@
 use std::{
     borrow::Cow,
     collections::{HashMap, VecDeque},
-    hash::{DefaultHasher, Hash as _, Hasher as _},
+    hash::{BuildHasher as _, DefaultHasher, Hash as _, Hasher as _, RandomState},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -85,6 +85,7 @@ impl Recorder {
             let writer = Writer {
                 registry: registry.clone(),
                 chunk,
+                keys: RandomState::new(),
                 known: HashMap::new(),
                 order: VecDeque::new(),
                 budgets: HashMap::new(),
@@ -213,11 +214,15 @@ struct Writer {
     registry: Registry,
     /// Notes that are taken at a time.
     chunk: usize,
-    /// The object that holds a note's count.
-    known: HashMap<Identity, ObjectKey>,
-    order: VecDeque<Identity>,
-    budgets: HashMap<(String, String, String, String), Budget>,
+    keys: RandomState,
+    /// The object that holds a note's count. By fingerprints: notes are long, and thousands are remembered.
+    known: HashMap<Fingerprint, ObjectKey>,
+    order: VecDeque<Fingerprint>,
+    budgets: HashMap<Fingerprint, Budget>,
 }
+
+/// A keyed hash: nobody can make two notes that have the same.
+type Fingerprint = u64;
 
 #[derive(Debug, Clone, Copy)]
 struct Budget {
@@ -249,22 +254,24 @@ impl Writer {
 
     async fn write(&mut self, batch: Vec<Note>) {
         let mut folded: Vec<Note> = Vec::new();
-        let mut positions: HashMap<Identity, usize> = HashMap::new();
+        let mut positions: HashMap<Fingerprint, usize> = HashMap::new();
         for note in batch {
-            if let Some(position) = positions.get(&note.identity) {
+            let identity = self.keys.hash_one(&note.identity);
+            if let Some(position) = positions.get(&identity) {
                 folded[*position].count = folded[*position].count.saturating_add(note.count);
                 folded[*position].last = note.last;
-            } else if self.allowed(&note.identity.object) {
-                positions.insert(note.identity.clone(), folded.len());
+            } else if self.allowed(self.keys.hash_one(&note.identity.object)) {
+                positions.insert(identity, folded.len());
                 folded.push(note);
             }
         }
         let registry = &self.registry;
-        let known = &self.known;
-        let written: Vec<(Identity, Result<ObjectKey, RegistryError>)> = stream::iter(folded)
+        let (keys, known) = (&self.keys, &self.known);
+        let written: Vec<(Fingerprint, Result<ObjectKey, RegistryError>)> = stream::iter(folded)
             .map(|note| async move {
-                let key = known.get(&note.identity).cloned();
-                (note.identity.clone(), write_one(registry, key, note).await)
+                let identity = keys.hash_one(&note.identity);
+                let key = known.get(&identity).cloned();
+                (identity, write_one(registry, key, note).await)
             })
             .buffer_unordered(WRITES)
             .collect()
@@ -274,13 +281,13 @@ impl Writer {
                 Ok(key) => self.remember(identity, key),
                 // A namespace that is going or gone takes no events.
                 Err(RegistryError::NotFound { .. } | RegistryError::Precondition(_)) => {}
-                Err(error) => tracing::debug!(%error, reason = &*identity.reason, "event could not be written"),
+                Err(error) => tracing::debug!(%error, "event could not be written"),
             }
         }
     }
 
-    fn remember(&mut self, identity: Identity, key: ObjectKey) {
-        if self.known.insert(identity.clone(), key).is_none() {
+    fn remember(&mut self, identity: Fingerprint, key: ObjectKey) {
+        if self.known.insert(identity, key).is_none() {
             self.order.push_back(identity);
             if self.order.len() > REMEMBERED
                 && let Some(oldest) = self.order.pop_front()
@@ -291,7 +298,7 @@ impl Writer {
     }
 
     /// A token bucket an object.
-    fn allowed(&mut self, object: &(String, String, String, String)) -> bool {
+    fn allowed(&mut self, object: Fingerprint) -> bool {
         let now = Instant::now();
         if self.budgets.len() > REMEMBERED {
             let full =
@@ -301,10 +308,7 @@ impl Writer {
                 self.budgets.clear();
             }
         }
-        let budget = self
-            .budgets
-            .entry(object.clone())
-            .or_insert(Budget { tokens: BURST, at: now });
+        let budget = self.budgets.entry(object).or_insert(Budget { tokens: BURST, at: now });
         budget.tokens = (budget.tokens + now.duration_since(budget.at).as_secs_f64() / REFILL_SECONDS).min(BURST);
         budget.at = now;
         if budget.tokens < 1.0 {

@@ -17,6 +17,7 @@ use orlop_proto::metrics::v1::{
     ListReportsRequest, ListReportsResponse, ListServicesRequest, ListServicesResponse, NodeReport, ServiceMetrics,
     metrics_server::{Metrics, MetricsServer},
 };
+use prost::Message as _;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
@@ -34,8 +35,15 @@ pub struct NodeMetricsStore {
 
 #[derive(Debug)]
 struct Kept {
-    report: Arc<NodeReport>,
+    /// Encoded: there is one of every node, and few are looked at before the next one comes.
+    report: Vec<u8>,
     at: Instant,
+}
+
+impl Kept {
+    fn report(&self) -> Option<NodeReport> {
+        NodeReport::decode(self.report.as_slice()).ok()
+    }
 }
 
 impl NodeMetricsStore {
@@ -45,7 +53,7 @@ impl NodeMetricsStore {
             pod.node_name = node.to_string();
         }
         let kept = Kept {
-            report: Arc::new(report),
+            report: report.encode_to_vec(),
             at: Instant::now(),
         };
         self.lock().insert(Arc::clone(node), kept);
@@ -78,7 +86,7 @@ impl NodeMetricsStore {
         let mut nodes = self.lock();
         nodes.retain(|_, kept| kept.at.elapsed() < STALE);
         let aged = nodes.values().map(|kept| LatestReport {
-            report: Some(NodeReport::clone(&kept.report)),
+            report: kept.report(),
             age_ms: u64::try_from(kept.at.elapsed().as_millis()).unwrap_or(u64::MAX),
         });
         aged.collect()
@@ -89,7 +97,8 @@ impl NodeMetricsStore {
         let mut nodes = self.lock();
         nodes.retain(|_, kept| kept.at.elapsed() < STALE);
         let ordered: BTreeMap<&Arc<str>, &Kept> = nodes.iter().collect();
-        ordered.values().map(|kept| Arc::clone(&kept.report)).collect()
+        let reports = ordered.values().filter_map(|kept| kept.report());
+        reports.map(Arc::new).collect()
     }
 
     /// The gRPC service.

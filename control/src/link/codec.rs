@@ -2,23 +2,26 @@
 
 use std::{
     convert::Infallible,
+    pin::Pin,
     sync::{Arc, atomic::Ordering},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
-use bytes::{BufMut, Bytes};
+use bytes::{BufMut, Bytes, BytesMut};
 use futures::future::BoxFuture;
-use orlop_proto::node::v1::{ControlMessage, NodeMessage};
+use http::HeaderMap;
+use hyper::body::Frame;
+use orlop_proto::node::v1::{ControlMessage, NodeMessage, control_message::Message as ToNode};
 use prost::{
     Message,
     encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len},
 };
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::mpsc;
 use tonic::{
-    Request, Response, Status, Streaming,
+    Request, Status, Streaming,
     body::Body,
-    codec::{BufferSettings, Codec, EncodeBuf, Encoder},
-    server::{Grpc, NamedService, StreamingService},
+    codec::{BufferSettings, Codec},
+    server::NamedService,
 };
 use tonic_prost::ProstCodec;
 
@@ -32,37 +35,38 @@ const VERSION: u32 = 1;
 const CHANGES: u32 = 2;
 const SNAPSHOT_END: u32 = 3;
 
-/// What control sends.
-#[derive(Debug)]
-pub(super) enum Outgoing {
-    /// Everything but Updates.
-    Message(ControlMessage),
-    /// An Update of changes that are encoded already.
-    Update {
-        version: u64,
-        changes: Vec<Bytes>,
-        snapshot_end: bool,
-    },
+/// What control sends: messages in gRPC's frames, encoded into just the room that they take. tonic's own encoder would keep a buffer for
+/// every session, as large as its largest message.
+pub(super) type Outgoing = Bytes;
+
+/// Compressed or not, and the length.
+const PREFIX: usize = 5;
+
+fn frame(len: usize, encode: impl FnOnce(&mut BytesMut)) -> Outgoing {
+    let mut frame = BytesMut::with_capacity(PREFIX + len);
+    frame.put_u8(0);
+    // What control sends is bounded far below.
+    frame.put_u32(u32::try_from(len).unwrap_or(u32::MAX));
+    encode(&mut frame);
+    debug_assert_eq!(frame.len(), PREFIX + len, "the length is the message's");
+    frame.freeze()
 }
 
-impl Outgoing {
-    fn encode(&self, out: &mut impl BufMut) -> Result<(), Status> {
-        let (version, changes, snapshot_end) = match self {
-            Outgoing::Message(message) => {
-                return message.encode(out).map_err(|error| Status::internal(error.to_string()));
-            }
-            Outgoing::Update {
-                version,
-                changes,
-                snapshot_end,
-            } => (*version, changes, *snapshot_end),
-        };
-        let changes_len: usize = changes
-            .iter()
-            .map(|change| key_len(CHANGES) + encoded_len_varint(change.len() as u64) + change.len())
-            .sum();
-        let end_len = if snapshot_end { key_len(SNAPSHOT_END) + 1 } else { 0 };
-        let len = key_len(VERSION) + encoded_len_varint(version) + changes_len + end_len;
+/// Any message but an Update.
+pub(super) fn message(message: ToNode) -> Outgoing {
+    let message = ControlMessage { message: Some(message) };
+    frame(message.encoded_len(), |out| message.encode_raw(out))
+}
+
+/// An Update of changes that are encoded already.
+fn update(version: u64, changes: &[Bytes], snapshot_end: bool) -> Outgoing {
+    let changes_len: usize = changes
+        .iter()
+        .map(|change| key_len(CHANGES) + encoded_len_varint(change.len() as u64) + change.len())
+        .sum();
+    let end_len = if snapshot_end { key_len(SNAPSHOT_END) + 1 } else { 0 };
+    let len = key_len(VERSION) + encoded_len_varint(version) + changes_len + end_len;
+    frame(key_len(UPDATE) + encoded_len_varint(len as u64) + len, |out| {
         encode_key(UPDATE, WireType::LengthDelimited, out);
         encode_varint(len as u64, out);
         encode_key(VERSION, WireType::Varint, out);
@@ -76,47 +80,49 @@ impl Outgoing {
             encode_key(SNAPSHOT_END, WireType::Varint, out);
             out.put_u8(1);
         }
-        Ok(())
+    })
+}
+
+/// The answer's body: frames as they come, then the status.
+pub(super) struct Frames {
+    frames: mpsc::Receiver<Result<Outgoing, Status>>,
+    ended: bool,
+}
+
+impl Frames {
+    pub(super) fn new(frames: mpsc::Receiver<Result<Outgoing, Status>>) -> Self {
+        Self { frames, ended: false }
     }
 }
 
-#[derive(Debug, Default)]
-struct LinkCodec;
-
-#[derive(Debug)]
-struct LinkEncoder;
-
-impl Encoder for LinkEncoder {
-    type Item = Outgoing;
+impl hyper::body::Body for Frames {
+    type Data = Bytes;
     type Error = Status;
 
-    fn encode(&mut self, item: Outgoing, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        item.encode(buffer)
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let status = match ready!(self.frames.poll_recv(context)) {
+            Some(Ok(frame)) => return Poll::Ready(Some(Ok(Frame::data(frame)))),
+            Some(Err(status)) => status,
+            None => Status::unavailable("the session was cut off"),
+        };
+        self.ended = true;
+        let mut trailers = HeaderMap::new();
+        Poll::Ready(Some(
+            status.add_header(&mut trailers).map(|()| Frame::trailers(trailers)),
+        ))
     }
 
-    fn buffer_settings(&self) -> BufferSettings {
-        buffers()
-    }
-}
-
-impl Codec for LinkCodec {
-    type Encode = Outgoing;
-    type Decode = NodeMessage;
-    type Encoder = LinkEncoder;
-    type Decoder = <ProstCodec<ControlMessage, NodeMessage> as Codec>::Decoder;
-
-    fn encoder(&mut self) -> LinkEncoder {
-        LinkEncoder
-    }
-
-    fn decoder(&mut self) -> Self::Decoder {
-        ProstCodec::<ControlMessage, NodeMessage>::raw_decoder(buffers())
+    fn is_end_stream(&self) -> bool {
+        self.ended
     }
 }
 
-/// Small: there is a pair of them for every node, and most messages are.
-fn buffers() -> BufferSettings {
-    BufferSettings::new(1024, 16 * 1024)
+/// Small: there is one for every node, and most messages are.
+fn decoder() -> <ProstCodec<ControlMessage, NodeMessage> as Codec>::Decoder {
+    ProstCodec::<ControlMessage, NodeMessage>::raw_decoder(BufferSettings::new(1024, 16 * 1024))
 }
 
 /// `orlop.node.v1.NodeLink`.
@@ -150,44 +156,34 @@ impl tower::Service<http::Request<Body>> for NodeLinkService {
             if request.uri().path() != "/orlop.node.v1.NodeLink/Session" {
                 return Ok(Status::unimplemented("the link has one method: Session").into_http());
             }
-            let mut grpc = Grpc::new(LinkCodec).apply_max_message_size_config(Some(MESSAGE_LIMIT), None);
-            Ok(grpc.streaming(Session(inner), request).await)
+            let request = request.map(|body| Streaming::new_request(decoder(), body, None, Some(MESSAGE_LIMIT)));
+            let frames = match session::begin(inner, Request::from_http(request)) {
+                Ok(frames) => frames,
+                Err(status) => return Ok(status.into_http()),
+            };
+            let mut response = http::Response::new(Body::new(frames));
+            let content = http::HeaderValue::from_static("application/grpc");
+            response.headers_mut().insert(http::header::CONTENT_TYPE, content);
+            Ok(response)
         })
-    }
-}
-
-struct Session(Arc<Inner>);
-
-impl StreamingService<NodeMessage> for Session {
-    type Response = Outgoing;
-    type ResponseStream = ReceiverStream<Result<Outgoing, Status>>;
-    type Future = BoxFuture<'static, Result<Response<Self::ResponseStream>, Status>>;
-
-    fn call(&mut self, request: Request<Streaming<NodeMessage>>) -> Self::Future {
-        let inner = Arc::clone(&self.0);
-        Box::pin(async move { session::begin(inner, request).await.map(Response::new) })
     }
 }
 
 impl Inner {
     /// An Update, counted.
-    pub(super) fn update(&self, version: u64, changes: Vec<Bytes>, snapshot_end: bool) -> Outgoing {
+    pub(super) fn update(&self, version: u64, changes: &[Bytes], snapshot_end: bool) -> Outgoing {
         let bytes: usize = changes.iter().map(Bytes::len).sum();
         self.counters
             .changes_sent
             .fetch_add(changes.len() as u64, Ordering::Relaxed);
         self.counters.bytes_sent.fetch_add(bytes as u64, Ordering::Relaxed);
-        Outgoing::Update {
-            version,
-            changes,
-            snapshot_end,
-        }
+        update(version, changes, snapshot_end)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use orlop_proto::node::v1::{self as link, change::Change, control_message::Message as Kind};
+    use orlop_proto::node::v1::{self as link, change::Change};
 
     use super::*;
     use crate::link::services::encode;
@@ -198,7 +194,7 @@ mod tests {
             let changes: Vec<Change> = (0..count)
                 .map(|index| Change::RouteRemoved("n".repeat(index * 3)))
                 .collect();
-            let update = link::Update {
+            let expected = message(ToNode::Update(link::Update {
                 version,
                 changes: changes
                     .iter()
@@ -206,19 +202,9 @@ mod tests {
                     .map(|change| link::Change { change: Some(change) })
                     .collect(),
                 snapshot_end,
-            };
-            let expected = ControlMessage {
-                message: Some(Kind::Update(update)),
-            }
-            .encode_to_vec();
-            let mut found = Vec::new();
-            let outgoing = Outgoing::Update {
-                version,
-                changes: changes.into_iter().map(encode).collect(),
-                snapshot_end,
-            };
-            outgoing.encode(&mut found).unwrap();
-            assert_eq!(found, expected);
+            }));
+            let changes: Vec<Bytes> = changes.into_iter().map(encode).collect();
+            assert_eq!(update(version, &changes, snapshot_end), expected);
         }
     }
 }

@@ -152,17 +152,9 @@ impl ReportWriter {
     }
 
     /// Whether the stored Ready condition is another than the node's own word.
-    pub fn differs(&self, status: &NodeStatus) -> bool {
-        let ready = |status: Option<&NodeStatus>| {
-            status?
-                .conditions
-                .iter()
-                .find(|condition| condition.r#type == "Ready")
-                .map(|ready| ready.status.clone())
-        };
-        self.nodes
-            .get("", &self.node)
-            .is_some_and(|node| ready(node.status.as_ref()) != ready(Some(status)))
+    pub fn is_ready_otherwise(&self, word: Option<&str>) -> bool {
+        let node = self.nodes.get("", &self.node);
+        node.is_some_and(|node| node.status.as_ref().and_then(ready) != word)
     }
 
     /// A node measures itself and its own pods.
@@ -180,6 +172,12 @@ impl ReportWriter {
         }
         Ok(())
     }
+}
+
+/// The status of condition Ready.
+pub(super) fn ready(status: &NodeStatus) -> Option<&str> {
+    let ready = status.conditions.iter().find(|condition| condition.r#type == "Ready");
+    ready.map(|ready| ready.status.as_str())
 }
 
 /// Waits between the attempts at a write.

@@ -13,26 +13,23 @@ use orlop_proto::{
     Resource,
     core::v1::{Node, NodeStatus},
     meta::v1::ObjectMeta,
-    node::v1::{
-        self as link, ControlMessage, NodeMessage, control_message::Message as ToNode,
-        node_message::Message as FromNode,
-    },
+    node::v1::{self as link, NodeMessage, control_message::Message as ToNode, node_message::Message as FromNode},
 };
+use prost::Message as _;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval_at, timeout},
 };
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status, Streaming};
 
 use super::{
     Inner, PROTOCOL,
     board::Board,
-    codec::Outgoing,
+    codec::{Frames, Outgoing, message},
     events::EventWriter,
     hub::Opening,
     mailbox::PodChange,
-    reports::{LeaseWriter, ReportWriter},
+    reports::{LeaseWriter, ReportWriter, ready},
 };
 use crate::{
     panics,
@@ -53,10 +50,7 @@ const LAST_WORD: Duration = Duration::from_secs(1);
 type Sender = mpsc::Sender<Result<Outgoing, Status>>;
 
 /// Answers the call: checks who it is and what they say first, then keeps the session in a task of its own.
-pub(super) async fn begin(
-    inner: Arc<Inner>,
-    request: Request<Streaming<NodeMessage>>,
-) -> Result<ReceiverStream<Result<Outgoing, Status>>, Status> {
+pub(super) fn begin(inner: Arc<Inner>, request: Request<Streaming<NodeMessage>>) -> Result<Frames, Status> {
     let Identity::Node { name, .. } = caller(&request) else {
         inner.counters.refused.fetch_add(1, Ordering::Relaxed);
         tracing::warn!(caller = caller(&request).describe(), "session refused: not a node");
@@ -64,7 +58,7 @@ pub(super) async fn begin(
     };
     let incoming = request.into_inner();
     // Room for one message: what waits shall wait in the mailbox, where it is folded.
-    let (outgoing, stream) = mpsc::channel(1);
+    let (outgoing, frames) = mpsc::channel(1);
     tokio::spawn(panics::contained(async move {
         inner.counters.sessions_begun.fetch_add(1, Ordering::Relaxed);
         inner.counters.sessions.fetch_add(1, Ordering::Relaxed);
@@ -79,7 +73,7 @@ pub(super) async fn begin(
         // The one place may still be taken by a message; a node that reads nothing is not told.
         let _told = timeout(LAST_WORD, outgoing.send(Err(status))).await;
     }));
-    Ok(ReceiverStream::new(stream))
+    Ok(Frames::new(frames))
 }
 
 async fn keep(inner: &Arc<Inner>, node: Arc<str>, mut incoming: Streaming<NodeMessage>, outgoing: &Sender) -> Status {
@@ -104,7 +98,8 @@ async fn keep(inner: &Arc<Inner>, node: Arc<str>, mut incoming: Streaming<NodeMe
         let text = format!("link protocol {} is not spoken here, only {PROTOCOL}", hello.protocol);
         return Status::failed_precondition(text);
     }
-    let (opening, object) = match open(inner, &node, &hello).await {
+    // Boxed, as whatever else is over soon: a session that is quiet shall be small.
+    let (opening, object) = match Box::pin(open(inner, &node, &hello)).await {
         Ok(opened) => opened,
         Err(status) => return status,
     };
@@ -115,6 +110,7 @@ async fn keep(inner: &Arc<Inner>, node: Arc<str>, mut incoming: Streaming<NodeMe
         "session begins"
     );
     let mailbox = Arc::clone(&opening.mailbox);
+    let welcome = message(ToNode::Welcome(welcome(inner, &object)));
     let (acks, acknowledged) = watch::channel(0);
     let receiver = Receiver {
         inner,
@@ -127,8 +123,9 @@ async fn keep(inner: &Arc<Inner>, node: Arc<str>, mut incoming: Streaming<NodeMe
         acks,
         outgoing,
     };
+    drop(object);
     let status = tokio::select! {
-        Err(status) = send(inner, &node, opening, object, acknowledged, outgoing) => status,
+        Err(status) = send(inner, &node, welcome, opening, acknowledged, outgoing) => status,
         status = ping(inner.config.ping, outgoing) => status,
         status = receiver.run(incoming) => status,
         () = mailbox.closed.cancelled() => Status::aborted("another session of this node has begun, or its object was deleted"),
@@ -203,27 +200,25 @@ pub(super) async fn ensure_node(
         labels: node_labels,
         ..ObjectMeta::default()
     };
-    match inner
-        .registry
-        .create(Node {
-            metadata: Some(metadata),
-            ..Node::default()
-        })
-        .await
-    {
-        Ok(_) => tracing::info!(node = name, "node registered"),
-        Err(error) if error.is_already_exists() => {}
-        Err(error) => return Err(error),
+    let node = Node {
+        metadata: Some(metadata),
+        ..Node::default()
+    };
+    match inner.registry.create_node(node).await {
+        Err(error) if error.is_already_exists() => inner.registry.assign_pod_cidr(name).await,
+        created => {
+            tracing::info!(node = name, registered = created.is_ok(), "a new node");
+            created
+        }
     }
-    inner.registry.assign_pod_cidr(name).await
 }
 
 /// Sends Welcome, the snapshot, and then what changes.
 async fn send(
     inner: &Inner,
     node: &str,
+    welcome: Outgoing,
     opening: Opening,
-    object: Node,
     mut acknowledged: watch::Receiver<u64>,
     outgoing: &Sender,
 ) -> Result<Infallible, Status> {
@@ -233,7 +228,6 @@ async fn send(
         mut boards,
         mailbox,
     } = opening;
-    let welcome = message(ToNode::Welcome(welcome(inner, &object)));
     outgoing.send(Ok(welcome)).await.map_err(|_| gone())?;
     let mut updates = Updates {
         inner,
@@ -242,7 +236,7 @@ async fn send(
     };
     let nothing = Board::default();
     let pods = pods.into_iter().map(|pod| PodChange::Put(pod).encode());
-    updates.send(pods.chain(nothing.changes(&told, node)), true).await?;
+    Box::pin(updates.send(pods.chain(nothing.changes(&told, node)), true)).await?;
     loop {
         let known = *acknowledged.borrow_and_update();
         let Some(waiting) = updates.version.checked_sub(known) else {
@@ -264,7 +258,7 @@ async fn send(
         let board = boards.borrow_and_update().clone();
         let pods = mailbox.take().map(|change| change.encode());
         // A pod comes after the services that were there before it.
-        updates.send(told.changes(&board, node).chain(pods), false).await?;
+        Box::pin(updates.send(told.changes(&board, node).chain(pods), false)).await?;
         told = board;
     }
 }
@@ -309,7 +303,7 @@ impl Updates<'_> {
             }
             self.version += 1;
             end = changes.peek().is_none();
-            let update = self.inner.update(self.version, piece, end && snapshot_end);
+            let update = self.inner.update(self.version, &piece, end && snapshot_end);
             self.outgoing.send(Ok(update)).await.map_err(|_| gone())?;
         }
         Ok(())
@@ -331,10 +325,6 @@ fn welcome(inner: &Inner, object: &Node) -> link::Welcome {
     }
 }
 
-fn message(message: ToNode) -> Outgoing {
-    Outgoing::Message(ControlMessage { message: Some(message) })
-}
-
 /// The session's other direction.
 struct Receiver<'a> {
     inner: &'a Arc<Inner>,
@@ -342,12 +332,18 @@ struct Receiver<'a> {
     reports: ReportWriter,
     lease: LeaseWriter,
     events: EventWriter,
-    /// What the node last said of itself.
-    status: Option<NodeStatus>,
+    /// What the node last said of itself, encoded: it is seldom asked for.
+    status: Option<Said>,
     /// The highest version that was acknowledged.
     sent: u64,
     acks: watch::Sender<u64>,
     outgoing: &'a Sender,
+}
+
+struct Said {
+    /// The status of its condition Ready.
+    ready: Option<String>,
+    status: Vec<u8>,
 }
 
 type Writes = FuturesOrdered<BoxFuture<'static, Option<u64>>>;
@@ -399,7 +395,10 @@ impl Receiver<'_> {
             FromNode::Hello(_) => return Err(Status::invalid_argument("a second Hello")),
             FromNode::Node(report) => {
                 let status = report.status.unwrap_or_default();
-                self.status = Some(status.clone());
+                self.status = Some(Said {
+                    ready: ready(&status).map(str::to_owned),
+                    status: status.encode_to_vec(),
+                });
                 writes.push_back(self.reports.node(status, Some(report.sequence)));
             }
             FromNode::Pod(report) => writes.push_back(self.reports.pod(report)),
@@ -414,10 +413,11 @@ impl Receiver<'_> {
             FromNode::Heartbeat(_) => {
                 self.lease.renew();
                 // Somebody has declared the node lost meanwhile: it is not.
-                if let Some(status) = &self.status
-                    && self.reports.differs(status)
+                if let Some(said) = &self.status
+                    && self.reports.is_ready_otherwise(said.ready.as_deref())
+                    && let Ok(status) = NodeStatus::decode(said.status.as_slice())
                 {
-                    writes.push_back(self.reports.node(status.clone(), None));
+                    writes.push_back(self.reports.node(status, None));
                 }
             }
             FromNode::Metrics(report) => {
