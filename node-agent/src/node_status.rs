@@ -79,6 +79,7 @@ pub struct Health {
 /// Follows the node's state and reports it, until `stop`.
 pub async fn run(config: Config, address: IpAddr, sources: Sources, reports: Reports, stop: CancellationToken) {
     let mut last: Option<(NodeStatus, Instant)> = None;
+    let info = system_info();
     loop {
         let ledger = sources.ledger.borrow().clone();
         let health = Health {
@@ -88,7 +89,7 @@ pub async fn run(config: Config, address: IpAddr, sources: Sources, reports: Rep
             dataplane: sources.dataplane.health(),
         };
         let ready = health.runtime.is_ok() && health.network.is_ok() && health.dataplane.is_ok();
-        match Machine::read(&config.data_dir) {
+        match Machine::read(&config.data_dir, &info) {
             Ok(machine) => {
                 let status = status(&config, address, &machine, &health);
                 let due = |(known, at): &(NodeStatus, Instant)| *known != status || at.elapsed() > REPEAT;
@@ -235,8 +236,8 @@ fn condition(kind: &str, status: bool, reason: &str, message: &str) -> NodeCondi
 }
 
 impl Machine {
-    /// Reads `/proc`, `/sys` and the file system of `data_dir`.
-    pub fn read(data_dir: &Path) -> io::Result<Self> {
+    /// Reads `/proc`, `/sys` and the file system of `data_dir`. What does not change while the agent runs is given.
+    pub fn read(data_dir: &Path, info: &NodeSystemInfo) -> io::Result<Self> {
         let memory = fs::read_to_string("/proc/meminfo")?;
         let disk = rustix::fs::statvfs(data_dir)?;
         let loads = fs::read_to_string("/proc/loadavg")?;
@@ -246,14 +247,14 @@ impl Machine {
             .nth(3)
             .and_then(|field| field.split('/').nth(1)?.parse().ok());
         Ok(Self {
-            cpus: online_cpus(&fs::read_to_string("/proc/stat")?),
+            cpus: online_cpus(&line("/sys/devices/system/cpu/online")),
             memory_total: meminfo(&memory, "MemTotal"),
             memory_available: meminfo(&memory, "MemAvailable"),
             disk_total: disk.f_blocks * disk.f_frsize,
             disk_free: disk.f_bavail * disk.f_frsize,
             pids: pids.unwrap_or(0),
             pids_max: line("/proc/sys/kernel/pid_max").parse().unwrap_or(u64::MAX),
-            info: system_info(),
+            info: info.clone(),
         })
     }
 }
@@ -266,12 +267,14 @@ pub fn meminfo(text: &str, key: &str) -> u64 {
     kib.unwrap_or(0).saturating_mul(1024)
 }
 
-fn online_cpus(stat: &str) -> u64 {
-    let is_cpu = |line: &&str| {
-        line.strip_prefix("cpu")
-            .is_some_and(|rest| rest.starts_with(|next: char| next.is_ascii_digit()))
-    };
-    stat.lines().filter(is_cpu).count() as u64
+/// How many are in a list of ranges, as the kernel writes them: `0-3,6`.
+fn online_cpus(list: &str) -> u64 {
+    let ranges = list.split(',').filter_map(|range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+        Some((last + 1).saturating_sub(first))
+    });
+    ranges.sum()
 }
 
 /// The machine's boot id: fresh at every start.
@@ -413,10 +416,18 @@ mod tests {
 
     #[test]
     fn this_machine_can_be_read() {
-        let machine = Machine::read(Path::new("/")).unwrap();
+        let machine = Machine::read(Path::new("/"), &system_info()).unwrap();
         assert!(machine.cpus > 0 && machine.memory_total > machine.memory_available && machine.disk_total > 0);
         assert!(!machine.info.boot_id.is_empty() && !machine.info.kernel_version.is_empty());
         assert!(machine.pids > 0 && machine.pids_max > machine.pids);
+    }
+
+    #[test]
+    fn lists_of_cpus_are_counted() {
+        assert_eq!(
+            [online_cpus("0"), online_cpus("0-3,6"), online_cpus("0,2-3")],
+            [1, 5, 3]
+        );
     }
 
     #[test]

@@ -85,7 +85,8 @@ pub async fn wait_for_pods(client: &Objects, patience: Duration) -> Result<()> {
             patience.as_secs(),
             Pod::from_object(pod).map(|pod| (pod.name().to_owned(), pod.status))
         );
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        // Seldom, for the same reason.
+        tokio::time::sleep(Duration::from_secs(2)).await;
     }
     Ok(())
 }
