@@ -1,6 +1,6 @@
 //! Pods and the templates that pods are made from.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::HashSet};
 
 use orlop_proto::{
     Resource,
@@ -158,10 +158,11 @@ fn validate_spec(errors: &mut Errors, path: &Path<'_>, spec: &PodSpec) {
     if spec.containers.is_empty() {
         errors.required(&containers, "");
     }
+    let mut names = HashSet::new();
     for (index, one) in spec.containers.iter().enumerate() {
         let path = containers.index(index);
         container(errors, &path, one);
-        if spec.containers[..index].iter().any(|other| other.name == one.name) {
+        if !names.insert(&one.name) {
             errors.duplicate(&path.child("name"), &one.name);
         }
     }
@@ -229,11 +230,12 @@ pub(super) fn image(errors: &mut Errors, path: &Path<'_>, image: &str) {
 }
 
 fn ports(errors: &mut Errors, path: &Path<'_>, ports: &[ContainerPort]) {
+    let mut known = HashSet::new();
     for (index, port) in ports.iter().enumerate() {
         let path = path.index(index);
         if !port.name.is_empty() {
             errors.syntax(&path.child("name"), &port.name, names::port_name);
-            if ports[..index].iter().any(|other| other.name == port.name) {
+            if !known.insert(&port.name) {
                 errors.duplicate(&path.child("name"), &port.name);
             }
         }

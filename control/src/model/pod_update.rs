@@ -1,6 +1,6 @@
 //! What may change in a pod.
 
-use std::net::IpAddr;
+use std::{collections::HashSet, net::IpAddr};
 
 use orlop_proto::core::v1::{Pod, PodSpec, PodStatus, Toleration};
 
@@ -34,15 +34,11 @@ pub(super) fn validate(errors: &mut Errors, new: &Pod, old: &Pod) {
 
 fn tolerations(errors: &mut Errors, path: &Path<'_>, new: &PodSpec, old: &PodSpec) {
     taints::tolerations(errors, path, &new.tolerations);
-    let same = |left: &Toleration, right: &Toleration| {
-        (&left.key, &left.operator, &left.value, &left.effect)
-            == (&right.key, &right.operator, &right.value, &right.effect)
-    };
-    if old
-        .tolerations
-        .iter()
-        .any(|old| !new.tolerations.iter().any(|new| same(new, old)))
-    {
+    fn identity(one: &Toleration) -> (&str, &str, &str, &str) {
+        (&one.key, &one.operator, &one.value, &one.effect)
+    }
+    let there: HashSet<_> = new.tolerations.iter().map(identity).collect();
+    if old.tolerations.iter().any(|old| !there.contains(&identity(old))) {
         errors.forbidden(
             path,
             "existing toleration can not be modified except its tolerationSeconds",
