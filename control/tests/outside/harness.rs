@@ -1,6 +1,13 @@
 //! Starts control in this process, and reaches it as clients do.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    os::{fd::AsRawFd, unix::process::CommandExt},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
 
 use hyper_util::rt::TokioIo;
 use orlop_control::{
@@ -25,8 +32,27 @@ pub struct Control {
     pub directory: Arc<TempDir>,
     pub address: SocketAddr,
     pub socket: PathBuf,
-    shutdown: CancellationToken,
-    task: JoinHandle<Result<(), run::RunError>>,
+    running: Running,
+}
+
+enum Running {
+    /// In this process.
+    Here {
+        shutdown: CancellationToken,
+        task: JoinHandle<Result<(), run::RunError>>,
+    },
+    /// The program itself.
+    Program(Child),
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Self::Program(child) = self {
+            // It may have ended.
+            child.kill().ok();
+            child.wait().ok();
+        }
+    }
 }
 
 /// A client certificate and its key.
@@ -50,40 +76,83 @@ impl Control {
 
     /// In a directory that may have been used before.
     pub async fn start_in(directory: Arc<TempDir>, extra: &str) -> Self {
-        let socket = directory.path().join("control.sock");
-        let text = format!(
-            "data_dir = {:?}\nunix_socket = {socket:?}\nlisten = []\nserver_names = [\"control.test\"]\n{extra}",
-            directory.path().join("data")
-        );
-        let config: Config = toml::from_str(&text).expect("configuration");
+        let config: Config = toml::from_str(&configuration(&directory, extra)).expect("configuration");
         config.check().expect("sound configuration");
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("binds");
         let address = listener.local_addr().expect("address");
         let shutdown = CancellationToken::new();
         let inherited = vec![Listener::Tcp(listener, Trust::Tls)];
         let task = tokio::spawn(run::run(config, inherited, shutdown.clone()));
-        let control = Self {
+        Self::served(directory, address, Running::Here { shutdown, task }).await
+    }
+
+    /// The program, as a process of its own: what it takes can be measured.
+    pub async fn program(extra: &str) -> Self {
+        let directory = Arc::new(tempfile::tempdir().expect("directory"));
+        let file = directory.path().join("control.toml");
+        std::fs::write(&file, configuration(&directory, extra)).expect("writes");
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("binds");
+        let address = listener.local_addr().expect("address");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_orlop-control"));
+        command.arg("--config").arg(file);
+        command.env("LISTEN_FDS", "1").env_remove("LISTEN_PID");
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let inherited = listener.as_raw_fd();
+        // SAFETY: both calls only change descriptors of the child. Where the listener is the third already, it is kept open.
+        unsafe {
+            command.pre_exec(move || {
+                let done = if inherited == 3 {
+                    libc::fcntl(3, libc::F_SETFD, 0)
+                } else {
+                    libc::dup2(inherited, 3)
+                };
+                if done == -1 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        let child = command.spawn().expect("starts");
+        Self::served(directory, address, Running::Program(child)).await
+    }
+
+    /// When it can be reached.
+    async fn served(directory: Arc<TempDir>, address: SocketAddr, running: Running) -> Self {
+        let mut control = Self {
+            socket: directory.path().join("control.sock"),
             directory,
             address,
-            socket,
-            shutdown,
-            task,
+            running,
         };
         for _ in 0..500 {
             if UnixStream::connect(&control.socket).await.is_ok() {
                 return control;
             }
-            assert!(!control.task.is_finished(), "control ended at its start");
+            let ended = match &mut control.running {
+                Running::Here { task, .. } => task.is_finished(),
+                Running::Program(child) => child.try_wait().expect("a child").is_some(),
+            };
+            assert!(!ended, "control ended at its start");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         panic!("control did not start");
     }
 
+    /// The process that it is.
+    pub fn pid(&self) -> u32 {
+        match &self.running {
+            Running::Here { .. } => std::process::id(),
+            Running::Program(child) => child.id(),
+        }
+    }
+
     /// Ends it in good order; the directory stays.
-    pub async fn stop(self) -> Arc<TempDir> {
-        self.shutdown.cancel();
-        self.task.await.expect("no panic").expect("a good end");
-        self.directory
+    pub async fn stop(mut self) -> Arc<TempDir> {
+        if let Running::Here { shutdown, task } = &mut self.running {
+            shutdown.cancel();
+            task.await.expect("no panic").expect("a good end");
+        }
+        Arc::clone(&self.directory)
     }
 
     fn pki(&self, file: &str) -> Vec<u8> {
@@ -141,6 +210,11 @@ impl Control {
         });
         endpoint().connect_with_connector(connector).await.expect("connects")
     }
+}
+
+fn configuration(directory: &TempDir, extra: &str) -> String {
+    let (socket, data) = (directory.path().join("control.sock"), directory.path().join("data"));
+    format!("data_dir = {data:?}\nunix_socket = {socket:?}\nlisten = []\nserver_names = [\"control.test\"]\n{extra}")
 }
 
 /// Signs a client certificate, good unless `change` spoils it.

@@ -25,12 +25,12 @@ use crate::{
     },
 };
 
-const LIST: &str = "/orlop.api.v1.Objects/List";
-const APPLY: &str = "/orlop.api.v1.Objects/Apply";
+pub const LIST: &str = "/orlop.api.v1.Objects/List";
+pub const APPLY: &str = "/orlop.api.v1.Objects/Apply";
 const JOIN: &str = "/orlop.cluster.v1.Join/Join";
 
 /// What a call gets whose body is these bytes.
-async fn raw(channel: &Channel, path: &str, encoding: Option<&str>, body: Vec<u8>) -> Status {
+pub async fn raw(channel: &Channel, path: &str, encoding: Option<&str>, body: Vec<u8>) -> Status {
     let mut request = http::Request::post(format!("http://control.test{path}"))
         .header("content-type", "application/grpc")
         .header("te", "trailers");
@@ -50,14 +50,14 @@ async fn raw(channel: &Channel, path: &str, encoding: Option<&str>, body: Vec<u8
     Status::from_header_map(&trailers).unwrap_or_else(|| Status::unknown("no grpc-status"))
 }
 
-fn prefixed(flag: u8, length: u32, body: &[u8]) -> Vec<u8> {
+pub fn prefixed(flag: u8, length: u32, body: &[u8]) -> Vec<u8> {
     let mut bytes = vec![flag];
     bytes.extend_from_slice(&length.to_be_bytes());
     bytes.extend_from_slice(body);
     bytes
 }
 
-fn whole(flag: u8, body: &[u8]) -> Vec<u8> {
+pub fn whole(flag: u8, body: &[u8]) -> Vec<u8> {
     prefixed(flag, u32::try_from(body.len()).expect("a length"), body)
 }
 

@@ -214,10 +214,8 @@ async fn endpoints_that_mean_the_sender() {
     control.stop().await;
 }
 
-#[tokio::test]
-async fn texts_that_are_no_manifests() {
-    let control = Control::start().await;
-    let mut client = ObjectsClient::new(control.admin().await);
+/// What each is, and its text.
+pub fn texts() -> Vec<(&'static str, String)> {
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
     for level in 1..12 {
         let previous = format!("*a{}, ", level - 1).repeat(10);
@@ -226,7 +224,7 @@ async fn texts_that_are_no_manifests() {
     let levels = 10_000;
     let nested: String = (0..levels).map(|level| format!("{}a:\n", " ".repeat(level))).collect();
     let wide = utf16_as_text();
-    let texts = [
+    vec![
         ("alias bomb", bomb),
         ("an alias of itself", "a: &a [*a]\n".to_owned()),
         (
@@ -286,8 +284,14 @@ async fn texts_that_are_no_manifests() {
         ("objects without number", format!("[{}0]", "{\"\":0},".repeat(700_000))),
         ("documents without number", "---\na: 1\n".repeat(20_001)),
         ("a control sequence as a field", format!("{FIRST}\"\\e[2J\": 1\n")),
-    ];
-    for (what, text) in texts {
+    ]
+}
+
+#[tokio::test]
+async fn texts_that_are_no_manifests() {
+    let control = Control::start().await;
+    let mut client = ObjectsClient::new(control.admin().await);
+    for (what, text) in texts() {
         refused(&mut client, what, &text).await;
         // Behind a good document they stop that one, too.
         if !what.contains("JSON") && !matches!(what, "half of a surrogate") {

@@ -1,6 +1,7 @@
 //! Control from outside: real servers with the embedded store, and with etcd, on TLS and on a unix socket.
 
 mod apply;
+mod bounds;
 mod continue_tokens;
 mod etcd;
 mod harness;
