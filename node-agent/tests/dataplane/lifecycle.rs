@@ -318,6 +318,110 @@ fn a_pinned_map_of_another_layout_is_refused() {
 }
 
 #[test]
+fn what_is_another_thing_at_a_maps_place_is_refused() {
+    run("lifecycle::what_is_another_thing_at_a_maps_place_is_refused", |stage| {
+        drop(started(stage));
+        let pins = kernel::Pins::new(&stage.config);
+        let pin = pins.map(abi::FRONTENDS);
+        let kept = pins.root().join("kept");
+        fs::rename(&pin, &kept).expect("rename");
+        let path = pin.to_str().expect("a path");
+        let array = || {
+            let made = Command::new("bpftool")
+                .args(["map", "create", path, "type", "array", "key", "4", "value", "32"])
+                .args(["entries", "64", "name", abi::FRONTENDS])
+                .output()
+                .expect("bpftool");
+            assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        };
+        let put: [(&str, &dyn Fn()); 4] = [
+            ("a map of another type", &array),
+            ("another of our maps", &|| {
+                fs::hard_link(pins.map(abi::ARENA), &pin).expect("link");
+            }),
+            ("a program's link", &|| {
+                fs::hard_link(pins.link("connect4"), &pin).expect("link");
+            }),
+            ("a directory", &|| fs::create_dir(&pin).expect("directory")),
+        ];
+        for (what, put) in put {
+            put();
+            let Err(error) = EbpfDataplane::start(stage.config.clone()) else {
+                panic!("{what} was opened")
+            };
+            let text = format!("{error}");
+            assert!(text.contains(path), "{what}: {text}");
+            fs::remove_file(&pin).or_else(|_| fs::remove_dir(&pin)).expect("unpin");
+        }
+        // Nothing was taken for it and nothing was made meanwhile: with the map back, all of it is adopted.
+        fs::rename(&kept, &pin).expect("rename");
+        started(stage).health().expect("as before");
+    });
+}
+
+#[test]
+fn a_frontend_that_leads_out_of_the_arena_leads_nowhere() {
+    run(
+        "lifecycle::a_frontend_that_leads_out_of_the_arena_leads_nowhere",
+        |stage| {
+            serve(1);
+            let services = [service(1, &[(1, 1)])];
+            let dataplane = started(stage);
+            whole(&dataplane, &services);
+            let slots = dataplane.kernel().map(abi::ARENA).info.max_entries;
+            for (number, base, ready, terminating) in [
+                (2, slots, 1, 0),
+                (3, u32::MAX, 1, 0),
+                (4, u32::MAX, u32::MAX, u32::MAX),
+                (5, slots - 1, 0, u32::MAX),
+                (6, 0, 1, 0),
+            ] {
+                let key = abi::FrontendKey {
+                    address: [10, 96, 0, number],
+                    port: 80,
+                    protocol: abi::Protocol::Tcp,
+                    scope: abi::Scope::Cluster,
+                };
+                let mut value = abi::Frontend {
+                    service: 7,
+                    generation: 77,
+                    base,
+                    ready,
+                    terminating,
+                    flags: 0,
+                    owner: 1,
+                    check: 0,
+                };
+                value.check = abi::selection::checksum(&key, &value);
+                let words = [
+                    value.service,
+                    value.generation,
+                    base,
+                    ready,
+                    terminating,
+                    0,
+                    1,
+                    value.check,
+                ];
+                let bytes: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
+                let frontends = dataplane.kernel().map(abi::FRONTENDS);
+                bpf::update(&frontends.fd, &[10, 96, 0, number, 80, 0, 6, 0], &bytes).expect("write");
+                let error = ask(vip(number)).expect_err("it leads nowhere");
+                assert_eq!(error.raw_os_error(), Some(libc::ECONNREFUSED), "{number}");
+            }
+            assert_eq!(failures(&dataplane), (5, 0));
+            assert_eq!(ask(vip(1)).expect("an answer"), 1);
+            // An agent that starts on such maps takes none of it, and what is right stays.
+            drop(dataplane);
+            let healed = started(stage);
+            assert_eq!(ask(vip(1)).expect("an answer"), 1);
+            whole(&healed, &services);
+            assert!(verify::verify(&stage.config, &services).expect("verify").is_clean());
+        },
+    );
+}
+
+#[test]
 fn what_others_damage_is_found_and_healed() {
     run("lifecycle::what_others_damage_is_found_and_healed", |stage| {
         let log = Log::default();
