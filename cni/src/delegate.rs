@@ -142,7 +142,8 @@ async fn talk(child: &mut Child, input: &[u8]) -> io::Result<(Option<ExitStatus>
     Ok((Some(child.wait().await?), bytes))
 }
 
-fn read_result(plugin: &str, stdout: &str) -> Result<CniResult, Failure> {
+/// What an ADD of address management printed.
+pub fn read_result(plugin: &str, stdout: &str) -> Result<CniResult, Failure> {
     let bad = |e: serde_json::Error| {
         Failure::new(
             code::DELEGATED,
@@ -179,7 +180,7 @@ fn find(plugin: &str, env: &Env) -> Result<PathBuf, Failure> {
 }
 
 /// The plugin's own error, if what it printed is one: its code is ours then.
-fn read_error(plugin: &str, text: &str) -> Failure {
+pub fn read_error(plugin: &str, text: &str) -> Failure {
     let value: Option<Value> = serde_json::from_str(text).ok();
     let field = |key: &str| value.as_ref().and_then(|v| v.get(key));
     let msg = field("msg").and_then(Value::as_str);

@@ -5,10 +5,13 @@
 mod apply;
 mod describe;
 mod errors;
-mod list;
-mod patch;
+#[doc(hidden)]
+pub mod list;
+#[doc(hidden)]
+pub mod patch;
 mod raw;
-mod select;
+#[doc(hidden)]
+pub mod select;
 mod watch;
 
 use std::{sync::Arc, time::Duration};

@@ -8,7 +8,8 @@
 
 mod bootstrap;
 mod claims;
-mod codec;
+#[doc(hidden)]
+pub mod codec;
 mod delete;
 mod dynamic;
 mod error;

@@ -12,6 +12,8 @@ pub mod etcd;
 pub mod memory;
 
 mod frame;
+#[doc(hidden)]
+pub use frame::{framed, unframed};
 
 use std::{collections::HashSet, fmt, path::PathBuf, pin::Pin};
 

@@ -11,7 +11,8 @@ pub mod layout;
 mod logs;
 pub mod object;
 pub mod planner;
-mod tables;
+#[doc(hidden)]
+pub mod tables;
 pub mod verify;
 
 use std::{

@@ -460,6 +460,19 @@ fn put_aside(ledger: &Path, path: &Path, reason: String, damage: &mut Vec<Damage
     Ok(())
 }
 
+/// What is made of a file with these bytes, and of one whose body they are; for who checks it from outside.
+#[doc(hidden)]
+pub fn read_body(bytes: &[u8]) {
+    let framed = [&frame(bytes)[..], bytes].concat();
+    assert_eq!(unframe(&framed), Ok(bytes));
+    let _refused_or_read = (
+        unframe(bytes),
+        NodeFile::decode(bytes),
+        ServicesFile::decode(bytes),
+        Pod::decode(bytes),
+    );
+}
+
 /// Used by those who check the folder from outside, in tests.
 #[doc(hidden)]
 pub fn files(data_dir: &Path) -> BTreeMap<String, u64> {

@@ -11,6 +11,8 @@ mod dial;
 mod reports;
 mod session;
 
+#[doc(hidden)]
+pub use applier::told;
 pub use applier::{Applier, ApplierHandle};
 pub use dial::{Dial, DialError, TlsDialer, connect};
 pub use reports::{Reports, carry};

@@ -3,7 +3,8 @@
 //! Read every few seconds, streamed to control over the link, and served as Prometheus text on a unix socket.
 
 mod join;
-mod readings;
+#[doc(hidden)]
+pub mod readings;
 mod serve;
 
 use std::{

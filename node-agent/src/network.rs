@@ -15,14 +15,17 @@ pub use node_network::CniNetwork;
 pub use settings::Settings;
 
 mod addresses;
-mod attachments;
-mod conflist;
+#[doc(hidden)]
+pub mod attachments;
+#[doc(hidden)]
+pub mod conflist;
 mod kernel;
 mod namespace;
 mod node_network;
 mod own_conflist;
 mod plugin;
-mod result;
+#[doc(hidden)]
+pub mod result;
 mod routes;
 mod settings;
 mod trust;

@@ -20,7 +20,8 @@ mod pause_image;
 pub mod reference;
 pub mod registry;
 mod spec;
-mod stop_signal;
+#[doc(hidden)]
+pub mod stop_signal;
 
 /// The containers of this node. All calls are idempotent and have their own deadline; those for different pods run at once.
 #[async_trait]

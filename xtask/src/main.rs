@@ -1,6 +1,7 @@
 //! Orlop's automation: `cargo xtask COMMAND`.
 
 mod build;
+mod fuzz;
 mod peers;
 mod run;
 mod setup;
@@ -82,6 +83,14 @@ enum Task {
         #[arg(last = true)]
         options: Vec<String>,
     },
+    /// Fuzzes the parsers; a finding fails.
+    Fuzz {
+        /// Which targets; all without.
+        targets: Vec<String>,
+        /// For how long each, in seconds.
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+    },
     /// Builds the real Kubernetes and etcd, which benchmarks measure beside, into `.orlop/peers` (minutes, once).
     Peers,
     /// Formats, lints, checks documentation, licences and repetition of protobuf tags.
@@ -91,6 +100,9 @@ enum Task {
         check: bool,
     },
 }
+
+/// For how long `test` runs each fuzz target: enough to go through the seeds and some thousands of inputs.
+const FUZZ_SECONDS: u32 = 4;
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
@@ -112,6 +124,7 @@ fn main() -> ExitCode {
             only,
         } => soak(seed, rounds, store, only),
         Task::Bench { name, options } => bench(&name, &options),
+        Task::Fuzz { targets, seconds } => fuzz::fuzz(&targets, seconds).map(|()| ExitCode::SUCCESS),
         Task::Peers => peers::build().map(|()| ExitCode::SUCCESS),
         Task::Tidy { check } => tidy::tidy(check).map(|()| ExitCode::SUCCESS),
     };
@@ -192,7 +205,12 @@ fn test(filter: Option<&str>) -> Result<()> {
         .args(filter)
         .args(["--", "--test-threads=1"]);
     let whole = run(&mut whole);
-    parts.and(whole)
+    // The parsers' fuzz targets are no part of a filtered run: they have no tests' names.
+    let fuzzed = match filter {
+        None => fuzz::fuzz(&[], FUZZ_SECONDS),
+        Some(_) => Ok(()),
+    };
+    parts.and(whole).and(fuzzed)
 }
 
 /// Benchmarks that run the real Kubernetes or etcd 3.6 beside ours. Without them ours is measured alone.

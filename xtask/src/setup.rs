@@ -16,6 +16,7 @@ mod containerd;
 /// Debian's packages: to build, to run, to look at what runs.
 const PACKAGES: &[&str] = &[
     "gcc",
+    "g++",
     "libc6-dev",
     "protobuf-compiler",
     "libprotobuf-dev",
@@ -46,6 +47,8 @@ const PACKAGES: &[&str] = &[
 
 /// The linker of the kernel programs, built against the LLVM of Debian's Rust for BPF.
 const BPF_LINKER: &str = "0.13.0";
+/// What runs the fuzz targets.
+const CARGO_FUZZ: &str = "0.13.2";
 
 /// A program of the Go module proxy.
 struct GoTool {
@@ -83,6 +86,29 @@ pub fn setup() -> Result<()> {
         go_tool(tool)?;
     }
     Ok(())
+}
+
+/// cargo-fuzz, for the nightly that is installed.
+pub fn cargo_fuzz() -> Result<()> {
+    if !crate::fuzz::has_nightly() {
+        bail!("fuzzing needs a nightly Rust: rustup toolchain install nightly --profile minimal");
+    }
+    if find("cargo-fuzz").is_some() {
+        return Ok(());
+    }
+    step(&format!("cargo-fuzz {CARGO_FUZZ}"), || {
+        let mut install = cargo();
+        install.args([
+            "install",
+            "--quiet",
+            "--locked",
+            "cargo-fuzz",
+            "--version",
+            CARGO_FUZZ,
+            "--root",
+        ]);
+        run(install.arg(tools()))
+    })
 }
 
 /// Our own tools, beside nobody else's.

@@ -8,12 +8,15 @@ use crate::run::{cargo, output, run};
 
 /// Formats (or checks the formatting) and fails on anything that a lint says.
 pub fn tidy(check: bool) -> Result<()> {
-    let mut format = cargo();
-    format.args(["fmt", "--all"]);
-    if check {
-        format.arg("--check");
+    // The fuzz targets are a workspace of their own.
+    for manifest in ["Cargo.toml", "fuzz/Cargo.toml"] {
+        let mut format = cargo();
+        format.args(["fmt", "--all", "--manifest-path", manifest]);
+        if check {
+            format.arg("--check");
+        }
+        run(&mut format)?;
     }
-    run(&mut format)?;
     let workspace = ["--workspace", "--exclude", "orlop-ebpf"];
     run(cargo()
         .arg("clippy")

@@ -21,9 +21,9 @@ use crate::{
 };
 
 /// What `continue` holds: opaque to clients, and of no worth to who changes it, since it only says where to go on.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Continue {
+pub struct Continue {
     /// Of the snapshot that all pages are of; 0: of one that is made for the next page, since the first is no longer kept.
     revision: Revision,
     /// Of the last object of the page before.
@@ -34,11 +34,13 @@ struct Continue {
 }
 
 impl Continue {
-    fn to_text(&self) -> String {
+    /// What a client gets.
+    pub fn to_text(&self) -> String {
         BASE64_URL_SAFE_NO_PAD.encode(serde_json::to_vec(self).unwrap_or_default())
     }
 
-    fn from_text(text: &str) -> Option<Self> {
+    /// From what a client gives; `None` when it is none of ours.
+    pub fn from_text(text: &str) -> Option<Self> {
         let bytes = BASE64_URL_SAFE_NO_PAD.decode(text).ok()?;
         serde_json::from_slice(&bytes).ok()
     }

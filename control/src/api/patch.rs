@@ -75,6 +75,19 @@ pub(super) async fn patch(
     Err(conflict(kind, key, "others kept writing it"))
 }
 
+/// What a patch makes of an object, without a store; for who checks it from outside.
+///
+/// # Errors
+/// When the patch is refused.
+#[doc(hidden)]
+pub fn outcome(kind: &ResourceKind, live: &Object, patch: patch_request::Patch) -> Result<Object, Status> {
+    let meta = live
+        .meta()
+        .ok_or_else(|| Status::internal("an object without metadata"))?;
+    let key = ObjectKey::new(&meta.namespace, &meta.name);
+    patched(kind, &key, live, &Patch::parse(kind, Some(patch))?)
+}
+
 /// Which half of the object a patch changes.
 #[derive(Clone, Copy)]
 enum Half {

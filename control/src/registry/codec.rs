@@ -14,7 +14,7 @@ pub(super) fn encode<T: Resource>(object: &T) -> Bytes {
 }
 
 /// A stored object with its resourceVersion.
-pub(crate) fn decode<T: Resource>(key: &Key, value: &Bytes, revision: Revision) -> Result<T, StoreError> {
+pub fn decode<T: Resource>(key: &Key, value: &Bytes, revision: Revision) -> Result<T, StoreError> {
     let mut object = T::decode(value.clone()).map_err(|error| StoreError::Damaged {
         key: key.clone(),
         reason: error.to_string(),

@@ -63,6 +63,18 @@ pub(super) fn change(key: Key, revision: Revision, now: Option<&[u8]>, before: O
     }
 }
 
+/// [`frame`], for who checks it from outside.
+#[doc(hidden)]
+pub fn framed(value: &[u8]) -> Vec<u8> {
+    frame(value)
+}
+
+/// [`unframe`], for who checks it from outside.
+#[doc(hidden)]
+pub fn unframed(framed: &[u8]) -> Result<Bytes, StoreError> {
+    unframe(&Key::internal("outside", "value"), framed)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -193,7 +193,9 @@ fn encode(slot: &Slot) -> [u64; 2] {
     })
 }
 
-fn decode(words: [u64; 2]) -> Option<Slot> {
+/// A slot as the map has it; `None` if its state is none that we write.
+#[must_use]
+pub fn decode(words: [u64; 2]) -> Option<Slot> {
     let (first, second) = (words[0].to_ne_bytes(), words[1].to_ne_bytes());
     let state = match first[6] {
         0 => SlotState::Free,

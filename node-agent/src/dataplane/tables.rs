@@ -93,7 +93,8 @@ fn encode_key(key: &FrontendKey) -> [u8; 8] {
     [a, b, c, d, port[0], port[1], key.protocol as u8, key.scope as u8]
 }
 
-fn decode_key(bytes: &[u8]) -> Option<FrontendKey> {
+/// A key as the map has it; `None` when it is none of ours.
+pub fn decode_key(bytes: &[u8]) -> Option<FrontendKey> {
     let bytes: [u8; 8] = bytes.try_into().ok()?;
     Some(FrontendKey {
         address: [bytes[0], bytes[1], bytes[2], bytes[3]],
@@ -121,7 +122,8 @@ fn encode_value(value: &Frontend) -> [u8; 32] {
     bytes
 }
 
-fn decode_value(bytes: &[u8]) -> Frontend {
+/// A value as the map has it: 32 bytes.
+pub fn decode_value(bytes: &[u8]) -> Frontend {
     let word = |index: usize| {
         let mut word = [0; 4];
         word.copy_from_slice(&bytes[4 * index..4 * index + 4]);

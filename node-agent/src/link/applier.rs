@@ -407,6 +407,19 @@ impl Applier {
     }
 }
 
+/// What a node holds to be so after a session's Welcome and Updates; for who checks it from outside.
+#[doc(hidden)]
+pub fn told(welcome: link::Welcome, updates: impl IntoIterator<Item = link::Update>) -> Desired {
+    let (mut batch, mut desired) = (Batch::begin(Arc::new(welcome)), Desired::default());
+    for update in updates {
+        batch.absorb(update, &desired);
+        batch.take_services(&mut desired);
+        batch.pending(&mut desired);
+        batch.written();
+    }
+    desired
+}
+
 #[cfg(test)]
 mod tests;
 

@@ -124,8 +124,11 @@ impl ConfList {
         if plugins.is_empty() {
             return Err("plugins is empty".into());
         }
-        if let Some(plugin) = plugins.iter().find(|plugin| plugin_type(plugin).is_empty()) {
-            return Err(format!("a plugin has no type: {}", Value::Object((*plugin).clone())));
+        if let Some(plugin) = plugins.iter().find(|plugin| !is_plugin_name(plugin_type(plugin))) {
+            return Err(format!(
+                "a plugin's type is no program's name: {}",
+                Value::Object((*plugin).clone())
+            ));
         }
         Ok(Self {
             disable_check: flag("disableCheck"),
@@ -159,6 +162,11 @@ impl ConfList {
 /// A plugin's type.
 pub fn plugin_type(plugin: &Map<String, Value>) -> &str {
     plugin.get("type").and_then(Value::as_str).unwrap_or_default()
+}
+
+/// Whether a type can name a program in the plugins' directories, and nothing outside of them.
+pub fn is_plugin_name(name: &str) -> bool {
+    !name.is_empty() && !name.contains(['/', '\0']) && !name.starts_with('.')
 }
 
 fn candidates(dir: &Path) -> Result<Vec<PathBuf>, NetworkError> {
@@ -228,6 +236,11 @@ mod tests {
         write(
             "20-late.conflist",
             r#"{"cniVersion":"1.0.0","name":"late","plugins":[{"type":"x"}]}"#,
+        );
+        write("06-path.conf", r#"{"cniVersion":"1.0.0","name":"a","type":"../x"}"#);
+        write(
+            "07-path.conflist",
+            r#"{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"x"},{"type":"a/b"}]}"#,
         );
         write("10-single.conf", r#"{"cniVersion":"0.4.0","name":"single","type":"x"}"#);
         let list = Configurations::new(dir.path()).load().unwrap();

@@ -18,7 +18,7 @@ use tokio::{
     process::{Child, Command},
 };
 
-use super::NetworkError;
+use super::{NetworkError, conflist::is_plugin_name};
 
 /// More than this on stdout is no CNI result.
 const MAX_OUTPUT: u64 = 4 << 20;
@@ -44,7 +44,7 @@ pub struct Call<'a> {
 
 /// Finds a plugin's program.
 pub fn find(bin_dirs: &[PathBuf], plugin: &str) -> Result<PathBuf, String> {
-    if plugin.is_empty() || plugin.contains('/') || plugin.starts_with('.') {
+    if !is_plugin_name(plugin) {
         return Err(format!("{plugin:?} is not a plugin's name"));
     }
     let runs = |path: &PathBuf| {

@@ -32,7 +32,8 @@ impl Cgroups {
             })
     }
 
-    fn parse(mountinfo: &str) -> Self {
+    /// From the text of a `mountinfo`.
+    pub fn parse(mountinfo: &str) -> Self {
         let mut cgroups = Self {
             unified: None,
             legacy: Vec::new(),

@@ -26,13 +26,15 @@ mod content;
 mod events;
 mod garbage;
 mod hung;
-mod images;
+#[doc(hidden)]
+pub mod images;
 mod labels;
 mod observe;
 mod sandbox;
 mod tasks;
 mod unpack;
-mod users;
+#[doc(hidden)]
+pub mod users;
 
 use client::Client;
 

@@ -21,7 +21,8 @@ use super::{
 };
 
 mod download;
-mod endpoint;
+#[doc(hidden)]
+pub mod endpoint;
 mod failure;
 mod settings;
 
@@ -175,6 +176,22 @@ impl ImageSource for Registries {
             why: failures.join("; "),
         })
     }
+}
+
+/// What is made of an answer to a request for a manifest; for who checks it from outside.
+#[doc(hidden)]
+pub fn check(bytes: &[u8]) -> Result<(), String> {
+    let document: Document = parse("its manifest", bytes).map_err(|error| error.to_string())?;
+    if let Some(manifests) = document.manifests {
+        let chosen = choose(&manifests).map_err(|error| error.to_string())?;
+        assert!(is_digest(&chosen.digest));
+        return Ok(());
+    }
+    let manifest: Manifest = parse("its manifest", bytes).map_err(|error| error.to_string())?;
+    let registries = Registries::new(PullSettings::default(), BTreeMap::new());
+    let sizes = registries.checked_sizes(&manifest).map_err(|error| error.to_string())?;
+    assert!(sizes.len() <= MAX_LAYERS + 1);
+    Ok(())
 }
 
 /// A manifest or an index, by tag, or by the digest that it then has.

@@ -209,20 +209,10 @@ impl Containerd {
             reference: name.to_owned(),
             why,
         };
-        let manifest: Manifest =
-            serde_json::from_slice(&found.manifest).map_err(|error| bad(format!("its manifest: {error}")))?;
-        let blobs = || manifest.layers.iter().chain([&manifest.config]);
-        if let Some(blob) = blobs().find(|blob| !is_digest(&blob.digest)) {
-            return Err(bad(format!("{:?} is no sha256 digest", blob.digest)));
-        }
-        if let Some(layer) = manifest.layers.iter().find(|layer| !is_layer(&layer.media_type)) {
-            let (kind, digest) = (&layer.media_type, &layer.digest);
-            return Err(bad(format!(
-                "layer {digest} is of the media type {kind:?}, which is no layer's"
-            )));
-        }
+        let manifest = checked_manifest(&found.manifest).map_err(bad)?;
+        let blobs = manifest.layers.iter().chain([&manifest.config]);
         // Each once, however often it is named.
-        let distinct: BTreeMap<&str, &Descriptor> = blobs().map(|blob| (blob.digest.as_str(), blob)).collect();
+        let distinct: BTreeMap<&str, &Descriptor> = blobs.map(|blob| (blob.digest.as_str(), blob)).collect();
         let writes: Vec<_> = distinct
             .into_values()
             .map(|blob| self.import_blob(name, lease, found, blob))
@@ -365,28 +355,57 @@ impl Containerd {
             why,
         };
         let bytes = content::read(&self.client, &manifest.config.digest, MAX_JSON).await?;
-        let configuration: Configuration =
-            serde_json::from_slice(&bytes).map_err(|error| bad(format!("its configuration: {error}")))?;
+        Configuration::parse(&bytes, manifest.layers.len()).map_err(bad)
+    }
+}
+
+impl Configuration {
+    /// Reads the configuration of an image of so many layers.
+    fn parse(bytes: &[u8], layers: usize) -> Result<Self, String> {
+        let configuration: Self =
+            serde_json::from_slice(bytes).map_err(|error| format!("its configuration: {error}"))?;
         let platform = Platform {
             architecture: configuration.architecture.clone(),
             os: configuration.os.clone(),
         };
         if !platform.architecture.is_empty() && !platform.is_ours() {
-            return Err(bad(format!("it is for {}/{}", platform.os, platform.architecture)));
+            return Err(format!("it is for {}/{}", platform.os, platform.architecture));
         }
-        if configuration.rootfs.diff_ids.len() != manifest.layers.len() {
-            return Err(bad(
-                "its configuration names another number of layers than its manifest".to_owned(),
-            ));
+        if configuration.rootfs.diff_ids.len() != layers {
+            return Err("its configuration names another number of layers than its manifest".to_owned());
         }
         // What they make are the names of snapshots: nobody else's may be named.
         if let Some(diff_id) = configuration.rootfs.diff_ids.iter().find(|id| !is_digest(id)) {
-            return Err(bad(format!(
+            return Err(format!(
                 "its configuration names {diff_id:?}, which is no sha256 digest"
-            )));
+            ));
         }
         Ok(configuration)
     }
+}
+
+/// Reads the manifest of an image that is to be imported.
+fn checked_manifest(bytes: &[u8]) -> Result<Manifest, String> {
+    let manifest: Manifest = serde_json::from_slice(bytes).map_err(|error| format!("its manifest: {error}"))?;
+    let blobs = || manifest.layers.iter().chain([&manifest.config]);
+    if let Some(blob) = blobs().find(|blob| !is_digest(&blob.digest)) {
+        return Err(format!("{:?} is no sha256 digest", blob.digest));
+    }
+    if let Some(layer) = manifest.layers.iter().find(|layer| !is_layer(&layer.media_type)) {
+        let (kind, digest) = (&layer.media_type, &layer.digest);
+        return Err(format!(
+            "layer {digest} is of the media type {kind:?}, which is no layer's"
+        ));
+    }
+    Ok(manifest)
+}
+
+/// The names of the snapshots of an image with this manifest and configuration; for who checks them from outside.
+#[doc(hidden)]
+pub fn snapshots(manifest: &[u8], configuration: &[u8]) -> Result<Vec<String>, String> {
+    let manifest = checked_manifest(manifest)?;
+    let configuration = Configuration::parse(configuration, manifest.layers.len())?;
+    Ok(chain_ids(&configuration.rootfs.diff_ids))
 }
 
 /// An import's lease: it goes with this when nobody waits for the import any more, and so does what was written.

@@ -53,9 +53,16 @@ struct Token {
 
 /// How a registry wants to be asked.
 #[derive(Debug, PartialEq, Eq)]
-enum Challenge {
+pub enum Challenge {
+    /// With name and password.
     Basic,
-    Bearer { realm: String, service: Option<String> },
+    /// With a token that a service gives.
+    Bearer {
+        /// The service's address.
+        realm: String,
+        /// Whom the token is for.
+        service: Option<String>,
+    },
 }
 
 impl Endpoint {
@@ -271,10 +278,15 @@ fn sensitive(text: &str) -> Result<HeaderValue, PullError> {
     Ok(value)
 }
 
-/// Bearer before Basic, of what is offered.
+/// What a refusal offers.
 fn challenge(answer: &Response) -> Option<Challenge> {
     let headers = answer.headers().get_all(WWW_AUTHENTICATE);
     let texts: Vec<&str> = headers.into_iter().filter_map(|header| header.to_str().ok()).collect();
+    chosen(&texts)
+}
+
+/// Bearer before Basic, of what these headers offer.
+pub fn chosen(texts: &[&str]) -> Option<Challenge> {
     let offered = || {
         let parsed = texts.iter().map(|text| http_auth::ChallengeParser::new(text));
         parsed.flatten().filter_map(Result::ok)
