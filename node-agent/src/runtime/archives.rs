@@ -3,40 +3,31 @@
 //! An archive is read once for its table of contents and its small JSON files; layers are read when an image is imported.
 //! Everything in an archive is untrusted: sizes and counts are bounded, and digests are checked by the importer.
 
+mod contents;
+mod docker;
+mod oci;
+
 use std::{
     collections::{BTreeMap, HashMap},
     fs, io,
-    io::{Read as _, Seek as _, SeekFrom},
+    io::SeekFrom,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::SystemTime,
 };
 
 use async_trait::async_trait;
-use bytes::Bytes;
-use serde::Deserialize;
-use sha2::Digest as _;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncSeekExt as _};
 
 use super::{
     RuntimeError,
-    image_source::{
-        Blobs, CONFIG, Descriptor, FoundImage, ImageSource, LAYER, LAYER_GZIP, MANIFEST, Manifest, digest_of,
-    },
-    reference::{Reference, is_digest},
+    image_source::{Blobs, Descriptor, FoundImage, ImageSource},
+    reference::Reference,
 };
+use contents::{Contents, Extent};
 
-/// No JSON file of an image may be larger.
-const MAX_JSON: u64 = 4 << 20;
-/// No archive may have more files.
-const MAX_ENTRIES: usize = 100_000;
 /// No image may have more layers (overlayfs takes 128).
 const MAX_LAYERS: usize = 127;
-/// How deep indexes may lie in each other.
-const MAX_NESTING: usize = 4;
-/// No archive may name more images, nor more indexes: one that names itself many times would be read without end.
-const MAX_IMAGES: usize = 10_000;
-const MAX_INDEXES: usize = 256;
 
 /// The archives in some directories.
 pub struct Archives {
@@ -180,17 +171,10 @@ pub enum ArchiveError {
     Format(String),
 }
 
-/// One archive's table of contents.
+/// One archive, and the images in it.
 struct Archive {
-    path: PathBuf,
-    entries: HashMap<String, Extent>,
+    contents: Contents,
     images: Vec<ArchivedImage>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Extent {
-    offset: u64,
-    size: u64,
 }
 
 struct ArchivedImage {
@@ -205,112 +189,18 @@ enum Content {
     Oci { manifest: Descriptor },
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct DockerImage {
-    config: String,
-    #[serde(default)]
-    repo_tags: Option<Vec<String>>,
-    layers: Vec<String>,
-}
-
-#[derive(Deserialize)]
-struct Index {
-    manifests: Vec<Descriptor>,
-}
-
 impl Archive {
     fn read(path: &Path) -> Result<Self, ArchiveError> {
-        let file = fs::File::open(path)?;
-        let mut tar = tar::Archive::new(io::BufReader::new(file));
-        let mut entries = HashMap::new();
-        for entry in tar.entries_with_seek()? {
-            let entry = entry?;
-            let name = normal_name(&entry.path()?);
-            let kind = entry.header().entry_type();
-            if entries.len() >= MAX_ENTRIES {
-                return Err(ArchiveError::Format(format!("more than {MAX_ENTRIES} files")));
-            }
-            if kind.is_file() || kind == tar::EntryType::Continuous {
-                entries.insert(
-                    name,
-                    Extent {
-                        offset: entry.raw_file_position(),
-                        size: entry.size(),
-                    },
-                );
-            } else if (kind.is_symlink() || kind.is_hard_link())
-                && let Some(target) = entry.link_name()?
-            {
-                // `docker save` wrote a layer that two images share once, and a link for the second.
-                let base = Path::new(&name).parent().unwrap_or(Path::new(""));
-                let target = if kind.is_symlink() {
-                    base.join(target)
-                } else {
-                    target.into_owned()
-                };
-                if let Some(extent) = entries.get(&normal_name(&target)).copied() {
-                    entries.insert(name, extent);
-                }
-            }
-        }
-        let mut archive = Self {
-            path: path.to_owned(),
-            entries,
-            images: Vec::new(),
-        };
-        archive.images = if archive.entries.contains_key("index.json") {
-            let index: Index = archive.json("index.json")?;
-            let mut images = Vec::new();
-            archive.oci_images(index, &[], 0, &mut 0, &mut images)?;
-            images
-        } else if archive.entries.contains_key("manifest.json") {
-            let images: Vec<DockerImage> = archive.json("manifest.json")?;
-            images.into_iter().map(docker_image).collect()
+        let contents = Contents::read(path)?;
+        let images = if contents.has(oci::INDEX_FILE) {
+            oci::images(&contents)?
+        } else if contents.has(docker::MANIFEST_FILE) {
+            docker::images(&contents)?
         } else {
-            return Err(ArchiveError::Format(
-                "neither index.json nor manifest.json is in it".to_owned(),
-            ));
+            let reason = format!("neither {} nor {} is in it", oci::INDEX_FILE, docker::MANIFEST_FILE);
+            return Err(ArchiveError::Format(reason));
         };
-        Ok(archive)
-    }
-
-    fn oci_images(
-        &self,
-        index: Index,
-        inherited: &[Reference],
-        depth: usize,
-        indexes: &mut usize,
-        images: &mut Vec<ArchivedImage>,
-    ) -> Result<(), ArchiveError> {
-        for descriptor in index.manifests {
-            let mut names = names_of(&descriptor);
-            names.extend_from_slice(inherited);
-            if descriptor.media_type.contains("index") || descriptor.media_type.contains("manifest.list") {
-                if depth >= MAX_NESTING {
-                    return Err(ArchiveError::Format("indexes lie too deep in each other".to_owned()));
-                }
-                *indexes += 1;
-                if *indexes > MAX_INDEXES {
-                    return Err(ArchiveError::Format(format!("more than {MAX_INDEXES} indexes")));
-                }
-                let inner: Index = self.json(&blob_name(&descriptor.digest)?)?;
-                self.oci_images(inner, &names, depth + 1, indexes, images)?;
-            } else if descriptor
-                .platform
-                .as_ref()
-                .is_none_or(super::image_source::Platform::is_ours)
-            {
-                if images.len() >= MAX_IMAGES {
-                    return Err(ArchiveError::Format(format!("more than {MAX_IMAGES} images")));
-                }
-                images.push(ArchivedImage {
-                    names,
-                    content: Content::Oci { manifest: descriptor },
-                });
-            }
-        }
-        Ok(())
+        Ok(Self { contents, images })
     }
 
     fn find(&self, reference: &Reference) -> Option<&ArchivedImage> {
@@ -329,34 +219,17 @@ impl Archive {
             })
     }
 
-    /// Makes the image readable: for a docker-archive this writes the manifest that it does not have.
+    /// Makes the image readable.
     fn found(&self, image: &ArchivedImage) -> Result<FoundImage, ArchiveError> {
         let (media_type, manifest, extents) = match &image.content {
-            Content::Oci { manifest } => {
-                let bytes = self.bytes(&blob_name(&manifest.digest)?)?;
-                if digest_of(&bytes) != manifest.digest {
-                    return Err(ArchiveError::Format(format!("{} has other bytes", manifest.digest)));
-                }
-                let parsed: Manifest = parse(&manifest.digest, &bytes)?;
-                check_layers(&parsed.layers)?;
-                let mut extents = BTreeMap::new();
-                for blob in parsed.layers.iter().chain([&parsed.config]) {
-                    extents.insert(blob.digest.clone(), self.extent(&blob_name(&blob.digest)?)?);
-                }
-                let media_type = if manifest.media_type.is_empty() {
-                    MANIFEST.to_owned()
-                } else {
-                    manifest.media_type.clone()
-                };
-                (media_type, bytes, extents)
-            }
+            Content::Oci { manifest } => oci::manifest(&self.contents, manifest)?,
             Content::Docker { config, layers } => {
-                let (manifest, extents) = self.docker_manifest(config, layers)?;
+                let (manifest, extents) = docker::manifest(&self.contents, config, layers)?;
                 (manifest.media_type.clone(), manifest.to_bytes(), extents)
             }
         };
         let blobs = Arc::new(FileBlobs {
-            path: self.path.clone(),
+            path: self.contents.path.clone(),
             extents,
         });
         Ok(FoundImage {
@@ -364,87 +237,6 @@ impl Archive {
             manifest,
             blobs,
         })
-    }
-
-    fn docker_manifest(
-        &self,
-        config: &str,
-        layers: &[String],
-    ) -> Result<(Manifest, BTreeMap<String, Extent>), ArchiveError> {
-        // Before any of them is read: a few bytes can name the same large file a million times.
-        check_layers(layers)?;
-        let mut extents = BTreeMap::new();
-        let mut describe = |name: &str, config: bool| -> Result<Descriptor, ArchiveError> {
-            let extent = self.extent(name)?;
-            let (digest, gzip) = self.hash(extent)?;
-            let media_type = match (config, gzip) {
-                (true, _) => CONFIG,
-                (false, true) => LAYER_GZIP,
-                (false, false) => LAYER,
-            };
-            extents.insert(digest.clone(), extent);
-            Ok(Descriptor {
-                media_type: media_type.to_owned(),
-                digest,
-                size: extent.size,
-                platform: None,
-                annotations: BTreeMap::new(),
-            })
-        };
-        let config = describe(config, true)?;
-        let layers: Vec<Descriptor> = layers
-            .iter()
-            .map(|layer| describe(layer, false))
-            .collect::<Result<_, _>>()?;
-        Ok((Manifest::new(config, layers), extents))
-    }
-
-    fn hash(&self, extent: Extent) -> Result<(String, bool), ArchiveError> {
-        let mut file = fs::File::open(&self.path)?;
-        file.seek(SeekFrom::Start(extent.offset))?;
-        let mut reader = file.take(extent.size);
-        let mut hasher = sha2::Sha256::new();
-        let mut buffer = vec![0; 1 << 17];
-        let mut magic = [0; 2];
-        let mut first = true;
-        loop {
-            let read = reader.read(&mut buffer)?;
-            if read == 0 {
-                break;
-            }
-            if first && read >= 2 {
-                magic.copy_from_slice(&buffer[..2]);
-            }
-            first = false;
-            hasher.update(&buffer[..read]);
-        }
-        Ok((
-            format!("sha256:{}", hex::encode(hasher.finalize())),
-            magic == [0x1f, 0x8b],
-        ))
-    }
-
-    fn extent(&self, name: &str) -> Result<Extent, ArchiveError> {
-        self.entries
-            .get(&normal_name(Path::new(name)))
-            .copied()
-            .ok_or_else(|| ArchiveError::Format(format!("{name} is named but not in it")))
-    }
-
-    fn bytes(&self, name: &str) -> Result<Bytes, ArchiveError> {
-        let extent = self.extent(name)?;
-        if extent.size > MAX_JSON {
-            return Err(ArchiveError::Format(format!("{name} is larger than {MAX_JSON} bytes")));
-        }
-        let mut file = fs::File::open(&self.path)?;
-        file.seek(SeekFrom::Start(extent.offset))?;
-        let mut bytes = Vec::new();
-        file.take(extent.size).read_to_end(&mut bytes)?;
-        Ok(bytes.into())
-    }
-
-    fn json<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<T, ArchiveError> {
-        parse(name, &self.bytes(name)?)
     }
 }
 
@@ -463,46 +255,6 @@ fn check_layers<T>(layers: &[T]) -> Result<(), ArchiveError> {
         )));
     }
     Ok(())
-}
-
-fn docker_image(image: DockerImage) -> ArchivedImage {
-    let names = image.repo_tags.unwrap_or_default();
-    ArchivedImage {
-        names: names.iter().filter_map(|name| Reference::parse(name).ok()).collect(),
-        content: Content::Docker {
-            config: image.config,
-            layers: image.layers,
-        },
-    }
-}
-
-/// The names that an index's annotations give: containerd's and Docker's full name, or OCI's, if it is a full one.
-fn names_of(descriptor: &Descriptor) -> Vec<Reference> {
-    ["io.containerd.image.name", "org.opencontainers.image.ref.name"]
-        .into_iter()
-        .filter_map(|key| descriptor.annotations.get(key))
-        .filter_map(|name| Reference::parse(name).ok())
-        .collect()
-}
-
-fn blob_name(digest: &str) -> Result<String, ArchiveError> {
-    match digest.split_once(':') {
-        Some((algorithm, hex)) if is_digest(digest) => Ok(format!("blobs/{algorithm}/{hex}")),
-        _ => Err(ArchiveError::Format(format!("{digest:?} is no sha256 digest"))),
-    }
-}
-
-/// The name of an entry without `.` and `..`: it is only a key, never a path on this machine.
-fn normal_name(path: &Path) -> String {
-    let mut parts: Vec<String> = Vec::new();
-    for component in path.components() {
-        match component {
-            std::path::Component::Normal(part) => parts.push(part.to_string_lossy().into_owned()),
-            std::path::Component::ParentDir => drop(parts.pop()),
-            _ => {}
-        }
-    }
-    parts.join("/")
 }
 
 struct FileBlobs {

@@ -1,6 +1,7 @@
 use tokio::io::AsyncReadExt as _;
 
 use super::*;
+use crate::runtime::image_source::{CONFIG, LAYER, MANIFEST, Manifest, digest_of};
 
 fn tar_of(files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
