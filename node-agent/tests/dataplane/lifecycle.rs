@@ -416,7 +416,11 @@ fn a_frontend_that_leads_out_of_the_arena_leads_nowhere() {
             let healed = started(stage);
             assert_eq!(ask(vip(1)).expect("an answer"), 1);
             whole(&healed, &services);
-            assert!(verify::verify(&stage.config, &services).expect("verify").is_clean());
+            assert!(
+                verify::verify(&stage.config, &services, &[])
+                    .expect("verify")
+                    .is_clean()
+            );
         },
     );
 }
