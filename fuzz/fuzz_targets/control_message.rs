@@ -40,13 +40,13 @@ fuzz_target!(|bytes: &[u8]| {
 
     let mut planner = Planner::new(LIMITS);
     let changes = ServiceChanges {
-        upserts: desired.services.values().cloned().collect(),
+        upserts: desired.services.iter().cloned().collect(),
         removals: Vec::new(),
         complete: true,
     };
     let writes = planner.apply(&changes);
-    for (base, slots) in &writes.slots {
-        assert!(*base > 0 && *base as usize + slots.len() <= LIMITS.slots as usize);
+    for (base, slots) in writes.slots.iter() {
+        assert!(base > 0 && base as usize + slots.len() <= LIMITS.slots as usize);
     }
     if writes.full.is_none() {
         assert_eq!(
