@@ -96,11 +96,11 @@ fn a_node_comes_back_without_control() -> Result<()> {
     lab.wait_for_answers(&asks, &["get", &address, "80", "40"], &far)?;
     lab.wait_for_answers(&afar, &["get", &own, "80", "40"], &near)?;
     let known: Vec<Pod> = lab.client.list("default", "")?;
-    // Services are written behind the maps.
-    lab.wait("the ledger has the service", PATIENCE, || {
+    // Services are written behind the maps, and routes behind the kernel's.
+    lab.wait("the ledger has services and routes", PATIENCE, || {
         let ledger = lab.spec.member_directory("node1").join("data/ledger");
         let behind = ledger.join("services.behind").exists();
-        Ok((!behind && ledger.join("services").exists()).then_some(()))
+        Ok((!behind && ledger.join("services").exists() && ledger.join("routes").exists()).then_some(()))
     })?;
 
     lab.request(&Request::Stop("control/control".to_owned()))?;

@@ -27,10 +27,8 @@ use crate::{
     network::Network,
 };
 
-/// Services are written to the ledger at most this often.
+/// Services, and routes, are written to the ledger at most this often.
 const WRITE_BEHIND: Duration = Duration::from_secs(3);
-/// The same of routes. They change seldom, but all at once when a large cluster starts, and each write is of all of them.
-const ROUTES_BEHIND: Duration = Duration::from_secs(10);
 /// The first wait after a failure of the dataplane or the ledger; doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(10);
@@ -318,8 +316,8 @@ impl Applier {
                 self.unwired |= rewired;
                 self.desired = next;
                 if routes {
-                    // At once, unless they were written a moment ago.
-                    self.behind[ROUTES].get_or_insert(self.routes_written + ROUTES_BEHIND);
+                    // Each write is of all of them: when they come one after the other, they are gathered.
+                    self.behind[ROUTES].get_or_insert(self.routes_written + WRITE_BEHIND);
                 }
                 (true, changed)
             }

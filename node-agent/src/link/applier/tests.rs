@@ -123,11 +123,11 @@ async fn routes_reach_the_ledger_and_a_burst_of_them_costs_few_writes() {
             ..link::Route::default()
         };
         life.change(version, link::change::Change::Route(route)).await;
-        tokio::time::sleep(ROUTES_BEHIND / 20).await;
+        tokio::time::sleep(WRITE_BEHIND / 20).await;
         seen.extend(written());
     }
     assert!(seen.len() <= 4, "{} writes", seen.len());
-    tokio::time::sleep(ROUTES_BEHIND * 2).await;
+    tokio::time::sleep(WRITE_BEHIND * 2).await;
     while Ledger::open(dir.path()).unwrap().1.routes.len() < 60 {
         tokio::time::sleep(WRITE_BEHIND).await;
     }
