@@ -138,5 +138,7 @@ pub fn finish(child: Child) -> Result<String> {
     if !output.status.success() {
         bail!("the client failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
+    // What it says of single requests.
+    eprint!("{}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
