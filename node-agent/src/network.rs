@@ -30,6 +30,15 @@ mod routes;
 mod settings;
 mod trust;
 
+/// What becomes of the agent's routes in the kernel that are not among those it has now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stale {
+    /// They stay: what the agent has is from its ledger, which may be behind the kernel's routes that pods use.
+    Kept,
+    /// They are removed: control has told of all nodes.
+    Removed,
+}
+
 /// The network side of a node.
 #[async_trait]
 pub trait Network: Send + Sync + 'static {
@@ -63,11 +72,13 @@ pub trait Network: Send + Sync + 'static {
     async fn gc(&self, valid: &BTreeSet<String>) -> Result<(), NetworkError>;
 
     /// Takes the node's ranges and the other nodes' routes: writes the agent's conflist when the ranges are new, switches
-    /// forwarding on, and makes the kernel's routes equal to `routes`. To be called at every change; cheap when nothing changed.
+    /// forwarding on, and sets `routes` in the kernel, where `stale` says what becomes of our other routes. To be called at
+    /// every change; cheap when nothing changed.
     async fn configure(
         &self,
         ranges: &link::Welcome,
         routes: &OrdMap<String, Arc<link::Route>>,
+        stale: Stale,
     ) -> Result<(), NetworkError>;
 
     /// Whether pods can be wired now; otherwise why not, for the node's condition.

@@ -25,7 +25,7 @@ use crate::{
     dataplane::{Counters, Dataplane, DataplaneError, PodInterface, ServiceChanges, ServiceId},
     link::Dial,
     metrics,
-    network::{Attachment, Network, NetworkError, NetworkStatus, PodNetwork},
+    network::{Attachment, Network, NetworkError, NetworkStatus, PodNetwork, Stale},
     reconciler,
     runtime::{
         ContainerSpec, Exit, Image, ImageConfig, ImageRequest, Observed, ObservedContainer, ObservedPod,
@@ -360,12 +360,18 @@ impl Network for SimulatedNetwork {
         &self,
         ranges: &link::Welcome,
         routes: &OrdMap<String, Arc<link::Route>>,
+        stale: Stale,
     ) -> Result<(), NetworkError> {
         let range = ranges.pod_cidrs.iter().find_map(|range| range.parse().ok());
         let range = range.ok_or_else(|| NetworkError::Invalid("no IPv4 range".to_owned()))?;
         let mut state = lock(&self.state);
         state.range = Some(range);
-        state.routes.clone_from(routes);
+        if stale == Stale::Removed {
+            state.routes.clear();
+        }
+        state
+            .routes
+            .extend(routes.iter().map(|(node, route)| (node.clone(), Arc::clone(route))));
         Ok(())
     }
 

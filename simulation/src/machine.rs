@@ -13,7 +13,7 @@ use orlop_node::{
     agent::{self, Parts},
     dataplane::{Counters, Dataplane, DataplaneError, PodInterface, ServiceChanges},
     link::Dial,
-    network::{Attachment, Network, NetworkError, NetworkStatus, PodNetwork},
+    network::{Attachment, Network, NetworkError, NetworkStatus, PodNetwork, Stale},
     runtime::{ContainerSpec, Image, ImageRequest, Observed, PodId, Runtime, RuntimeError, SandboxSpec},
     simulated::{self, SimulatedDataplane, SimulatedNetwork, SimulatedRuntime},
 };
@@ -215,8 +215,9 @@ impl Network for Held<SimulatedNetwork> {
         &self,
         ranges: &link::Welcome,
         routes: &OrdMap<String, Arc<link::Route>>,
+        stale: Stale,
     ) -> Result<(), NetworkError> {
-        self.1.call(self.0.configure(ranges, routes)).await
+        self.1.call(self.0.configure(ranges, routes, stale)).await
     }
     async fn ready(&self) -> Result<(), String> {
         self.1.look(self.0.ready()).await

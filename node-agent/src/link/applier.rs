@@ -24,7 +24,7 @@ use crate::{
     desired::Desired,
     ledger::{Generation, Ledger, LedgerError},
     memory,
-    network::Network,
+    network::{Network, Stale},
 };
 
 /// Services, and routes, are written to the ledger at most this often.
@@ -278,7 +278,13 @@ impl Applier {
         let Some(ranges) = self.desired.ranges.clone().filter(|_| self.unwired) else {
             return true;
         };
-        match self.network.configure(&ranges, &self.desired.routes).await {
+        // Until this process has written a state of control's, what it has is the ledger's.
+        let stale = if self.generation.is_some() {
+            Stale::Removed
+        } else {
+            Stale::Kept
+        };
+        match self.network.configure(&ranges, &self.desired.routes, stale).await {
             Ok(()) => self.unwired = false,
             Err(error) => {
                 tracing::error!(error = %Chain(&error), "the network did not take ranges and routes; trying again");
@@ -313,7 +319,8 @@ impl Applier {
                 self.note(STATE, None);
                 self.generation = Some(generation);
                 self.batch.written();
-                self.unwired |= rewired;
+                // What the ledger did not know of goes with the first that control says.
+                self.unwired |= rewired || known.is_none();
                 self.desired = next;
                 if routes {
                     // Each write is of all of them: when they come one after the other, they are gathered.

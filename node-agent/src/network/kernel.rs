@@ -16,7 +16,7 @@ use netlink_packet_route::{
 };
 use rtnetlink::{Handle, RouteMessageBuilder};
 
-use super::NetworkError;
+use super::{NetworkError, Stale};
 
 /// Marks our routes (`ip route show proto 79`): they are found again after a restart, and others' are never touched.
 const PROTOCOL: u8 = 79;
@@ -33,8 +33,8 @@ pub enum Target {
     Unreachable,
 }
 
-/// Makes our routes in the main table equal to `wanted`. Goes on after a route that cannot be set, and gives all errors.
-pub async fn sync_routes(wanted: &BTreeMap<IpNet, Target>) -> Result<(), NetworkError> {
+/// Sets `wanted` among our routes in the main table, and keeps or removes the `stale` ones. Goes on after a route that cannot be set, and gives all errors.
+pub async fn sync_routes(wanted: &BTreeMap<IpNet, Target>, stale: Stale) -> Result<(), NetworkError> {
     let handle = connect()?;
     let mut present: BTreeMap<IpNet, Vec<RouteMessage>> = BTreeMap::new();
     for any in [
@@ -68,8 +68,8 @@ pub async fn sync_routes(wanted: &BTreeMap<IpNet, Target>) -> Result<(), Network
             handle.route().del(old).execute().await.ok();
         }
     }
-    for (destination, stale) in present {
-        for route in stale {
+    for (destination, left) in present.into_iter().filter(|_| stale == Stale::Removed) {
+        for route in left {
             if let Err(e) = handle.route().del(route).execute().await {
                 errors.push(NetworkError::Netlink(format!(
                     "removing the route to {destination}: {e}"

@@ -13,7 +13,7 @@ use orlop_proto::node::v1 as link;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, RwLock};
 
 use super::{
-    Attachment, Network, NetworkError, NetworkStatus, PodNetwork,
+    Attachment, Network, NetworkError, NetworkStatus, PodNetwork, Stale,
     addresses::Addresses,
     attachments::{Attachments, Record},
     conflist::{Configurations, plugin_type},
@@ -252,6 +252,7 @@ impl Network for CniNetwork {
         &self,
         ranges: &link::Welcome,
         routes: &OrdMap<String, Arc<link::Route>>,
+        stale: Stale,
     ) -> Result<(), NetworkError> {
         let own = parse_ranges(&ranges.pod_cidrs)?;
         if own.is_empty() {
@@ -265,7 +266,7 @@ impl Network for CniNetwork {
             tracing::info!(ranges = ?own, mtu, "CNI configuration written");
         }
         let (wanted, mut errors) = wanted_routes(&own, &ranges.cluster_pod_cidr, routes);
-        errors.extend(kernel::sync_routes(&wanted).await.err());
+        errors.extend(kernel::sync_routes(&wanted, stale).await.err());
         if errors.is_empty() {
             Ok(())
         } else {

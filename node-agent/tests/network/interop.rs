@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use orlop_node::network::{CniNetwork, Network};
+use orlop_node::network::{CniNetwork, Network, Stale};
 use serde_json::{Value, json};
 
 use crate::{
@@ -94,7 +94,7 @@ fn four_reference_plugins_chain_after_ours() {
         settings.capability_args.insert("portMappings".into(), mapping);
         let network = CniNetwork::new(settings);
         network
-            .configure(&welcome(&["10.244.1.0/24"]), &no_routes())
+            .configure(&welcome(&["10.244.1.0/24"]), &no_routes(), Stale::Removed)
             .await
             .unwrap();
         let mut own = node.own_plugin();
@@ -266,7 +266,7 @@ fn configurations_that_others_could_have_written_are_refused() {
         assert!(network.add(&pod).await.unwrap_err().to_string().contains("everybody"));
         // Our own is behind it, and is taken.
         network
-            .configure(&welcome(&["10.244.1.0/24"]), &no_routes())
+            .configure(&welcome(&["10.244.1.0/24"]), &no_routes(), Stale::Removed)
             .await
             .unwrap();
         network.ready().await.unwrap();

@@ -3,7 +3,7 @@
 use std::{fs, net::UdpSocket, sync::Arc};
 
 use imbl::OrdMap;
-use orlop_node::network::{CniNetwork, Network, NetworkError, Settings};
+use orlop_node::network::{CniNetwork, Network, NetworkError, Settings, Stale};
 use orlop_proto::node::v1::Route;
 use serde_json::Value;
 
@@ -68,7 +68,7 @@ fn the_configuration_follows_the_range_and_the_uplink() {
         let conflist =
             || -> Value { serde_json::from_slice(&fs::read(node.path("net.d/10-orlop.conflist")).unwrap()).unwrap() };
         network
-            .configure(&welcome(&["10.244.1.0/24"]), &no_routes())
+            .configure(&welcome(&["10.244.1.0/24"]), &no_routes(), Stale::Removed)
             .await
             .unwrap();
         assert_eq!(conflist()["plugins"][0]["mtu"], 1450);
@@ -80,7 +80,7 @@ fn the_configuration_follows_the_range_and_the_uplink() {
         };
         let before = written();
         network
-            .configure(&welcome(&["10.244.1.0/24"]), &no_routes())
+            .configure(&welcome(&["10.244.1.0/24"]), &no_routes(), Stale::Removed)
             .await
             .unwrap();
         assert_eq!(written(), before);
@@ -89,7 +89,7 @@ fn the_configuration_follows_the_range_and_the_uplink() {
         network.add(&pod).await.unwrap();
         network.del(&pod).await.unwrap();
         network
-            .configure(&welcome(&["10.244.7.0/24"]), &no_routes())
+            .configure(&welcome(&["10.244.7.0/24"]), &no_routes(), Stale::Removed)
             .await
             .unwrap();
         assert_eq!(
@@ -98,8 +98,18 @@ fn the_configuration_follows_the_range_and_the_uplink() {
         );
         let status = network.add(&pod).await.unwrap();
         assert_eq!(status.addresses[0].to_string(), "10.244.7.2");
-        assert!(network.configure(&welcome(&[]), &no_routes()).await.is_err());
-        assert!(network.configure(&welcome(&["garbage"]), &no_routes()).await.is_err());
+        assert!(
+            network
+                .configure(&welcome(&[]), &no_routes(), Stale::Removed)
+                .await
+                .is_err()
+        );
+        assert!(
+            network
+                .configure(&welcome(&["garbage"]), &no_routes(), Stale::Removed)
+                .await
+                .is_err()
+        );
     });
 }
 
@@ -119,7 +129,7 @@ fn routes_follow_and_others_are_left_alone() {
         };
         let own = welcome(&["10.244.1.0/24"]);
         let two = routes(&[("10.244.2.0/24", "192.0.2.2"), ("10.244.3.0/24", "192.0.2.3")]);
-        network.configure(&own, &two).await.unwrap();
+        network.configure(&own, &two, Stale::Removed).await.unwrap();
         let none = "unreachable 10.244.0.0/16 metric 4294967294";
         let all = [
             "10.244.2.0/24 via 192.0.2.2 dev up0",
@@ -127,7 +137,10 @@ fn routes_follow_and_others_are_left_alone() {
             none,
         ];
         assert_eq!(ours(), all);
-        network.configure(&own, &two).await.unwrap();
+        network.configure(&own, &two, Stale::Removed).await.unwrap();
+        assert_eq!(ours(), all);
+        // Another agent that only has its ledger, which may be behind: nothing goes.
+        node.network().configure(&own, &no_routes(), Stale::Kept).await.unwrap();
         assert_eq!(ours(), all);
         // Another agent: one route moved, one gone, one that cannot be set, one new.
         let moved = routes(&[
@@ -135,7 +148,12 @@ fn routes_follow_and_others_are_left_alone() {
             ("10.244.4.0/24", "203.0.113.1"),
             ("10.244.5.0/24", "192.0.2.5"),
         ]);
-        let error = node.network().configure(&own, &moved).await.unwrap_err().to_string();
+        let error = node
+            .network()
+            .configure(&own, &moved, Stale::Removed)
+            .await
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains("10.244.4.0/24") && !error.contains("10.244.5.0"),
             "{error}"

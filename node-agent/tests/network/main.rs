@@ -11,7 +11,7 @@ use std::{
 
 use imbl::OrdMap;
 use node::{Node, inside, ip, on_node, reaches, welcome};
-use orlop_node::network::{CniNetwork, Network, NetworkError, Settings};
+use orlop_node::network::{CniNetwork, Network, NetworkError, Settings, Stale};
 use orlop_proto::node::v1::Route;
 use serde_json::{Value, json};
 
@@ -41,7 +41,7 @@ fn pods_are_wired_checked_and_taken_down() {
         let network = node.network();
         assert!(network.ready().await.unwrap_err().contains("no network configuration"));
         network
-            .configure(&welcome(&["10.244.1.0/24", "fd44::/64"]), &no_routes())
+            .configure(&welcome(&["10.244.1.0/24", "fd44::/64"]), &no_routes(), Stale::Removed)
             .await
             .unwrap();
         network.ready().await.unwrap();
@@ -90,7 +90,9 @@ fn pods_are_wired_checked_and_taken_down() {
 fn a_new_agent_finds_what_the_old_one_made() {
     on_node(async |node: Node| {
         let old = node.network();
-        old.configure(&welcome(&["10.244.1.0/24"]), &no_routes()).await.unwrap();
+        old.configure(&welcome(&["10.244.1.0/24"]), &no_routes(), Stale::Removed)
+            .await
+            .unwrap();
         let pod = node.sandbox(&old, "a").await;
         let status = old.add(&pod).await.unwrap();
         drop(old);
@@ -105,7 +107,9 @@ fn a_new_agent_finds_what_the_old_one_made() {
         assert_eq!(new.add(&pod).await.unwrap(), status);
         new.check(&pod).await.unwrap();
         // DEL goes by what the ADD was made with, though the configuration is another now.
-        new.configure(&welcome(&["10.244.9.0/24"]), &no_routes()).await.unwrap();
+        new.configure(&welcome(&["10.244.9.0/24"]), &no_routes(), Stale::Removed)
+            .await
+            .unwrap();
         new.del(&pod).await.unwrap();
         assert_eq!((node.leases(), node.veths()), (0, 0));
     });
@@ -205,7 +209,7 @@ fn a_plugin_that_hangs_is_killed_with_its_children_and_rolled_back() {
             ..node.settings()
         });
         network
-            .configure(&welcome(&["10.244.1.0/24"]), &no_routes())
+            .configure(&welcome(&["10.244.1.0/24"]), &no_routes(), Stale::Removed)
             .await
             .unwrap();
         let pids = node.path("pids");
@@ -383,7 +387,7 @@ fn many_at_once() {
     on_node(async |node: Node| {
         let network = Arc::new(node.network());
         network
-            .configure(&welcome(&["10.244.1.0/24"]), &no_routes())
+            .configure(&welcome(&["10.244.1.0/24"]), &no_routes(), Stale::Removed)
             .await
             .unwrap();
         let mut pods = Vec::new();

@@ -14,7 +14,7 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns, unshare},
 };
-use orlop_node::network::{CniNetwork, Network, PodNetwork, Settings};
+use orlop_node::network::{CniNetwork, Network, PodNetwork, Settings, Stale};
 use orlop_proto::node::v1::Welcome;
 
 /// The test's node.
@@ -122,7 +122,10 @@ impl Node {
     pub async fn configured(&self) -> CniNetwork {
         let network = self.network();
         let ranges = welcome(&["10.244.1.0/24"]);
-        network.configure(&ranges, &Default::default()).await.unwrap();
+        network
+            .configure(&ranges, &Default::default(), Stale::Removed)
+            .await
+            .unwrap();
         network
     }
 

@@ -222,7 +222,10 @@ impl Node {
                     cluster_pod_cidr: "10.244.0.0/16".into(),
                     service_cidr: "10.96.0.0/12".into(),
                 };
-                network.configure(&ranges, &Default::default()).await.unwrap();
+                network
+                    .configure(&ranges, &Default::default(), network::Stale::Removed)
+                    .await
+                    .unwrap();
                 reconciler::run(inputs, stop).await;
             }
         });

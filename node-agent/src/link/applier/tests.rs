@@ -1,9 +1,16 @@
-//! What a restarted agent does with the services that its ledger and the maps hold.
+//! What a restarted agent does with the services and routes that its ledger and the kernel hold.
 
 use std::path::Path;
 
 use super::*;
 use crate::simulated::{SimulatedDataplane, SimulatedNetwork};
+
+/// What outlives the agent.
+#[derive(Default)]
+struct Host {
+    dataplane: Arc<SimulatedDataplane>,
+    network: Arc<SimulatedNetwork>,
+}
 
 /// An agent's life until it is killed.
 struct Life {
@@ -13,10 +20,9 @@ struct Life {
 }
 
 impl Life {
-    fn begin(dir: &Path, dataplane: &Arc<SimulatedDataplane>) -> Self {
+    fn begin(dir: &Path, host: &Host) -> Self {
         let (ledger, desired, _) = Ledger::open(dir).unwrap();
-        let network = Arc::new(SimulatedNetwork::default());
-        let (applier, handle, desired) = Applier::new(ledger, desired, dataplane.clone(), network);
+        let (applier, handle, desired) = Applier::new(ledger, desired, host.dataplane.clone(), host.network.clone());
         let task = tokio::spawn(applier.run(CancellationToken::new()));
         Self { handle, desired, task }
     }
@@ -62,8 +68,15 @@ fn web(uid: &str) -> link::Service {
     }
 }
 
-fn in_force(dataplane: &SimulatedDataplane) -> Vec<String> {
-    dataplane
+fn route(node: &str) -> link::change::Change {
+    link::change::Change::Route(link::Route {
+        node_name: node.into(),
+        ..link::Route::default()
+    })
+}
+
+fn in_force(host: &Host) -> Vec<String> {
+    host.dataplane
         .services()
         .values()
         .map(|service| service.uid.clone())
@@ -73,8 +86,8 @@ fn in_force(dataplane: &SimulatedDataplane) -> Vec<String> {
 #[tokio::test(start_paused = true)]
 async fn maps_that_are_newer_than_the_ledger_are_not_taken_back() {
     let dir = tempfile::tempdir().unwrap();
-    let dataplane = Arc::new(SimulatedDataplane::default());
-    let life = Life::begin(dir.path(), &dataplane);
+    let host = Host::default();
+    let life = Life::begin(dir.path(), &host);
     life.session().await;
     life.update(1, web("old")).await;
     // Until the ledger has it.
@@ -86,16 +99,16 @@ async fn maps_that_are_newer_than_the_ledger_are_not_taken_back() {
     assert_eq!(crate::ledger::read_services(dir.path()).unwrap()[0].uid, "old");
 
     // Control does not answer.
-    let life = Life::begin(dir.path(), &dataplane);
+    let life = Life::begin(dir.path(), &host);
     tokio::time::sleep(WRITE_BEHIND).await;
-    assert_eq!(in_force(&dataplane), ["new"]);
+    assert_eq!(in_force(&host), ["new"]);
     life.kill().await;
 
     // After a reboot there are no maps, and the ledger is the best there is.
-    let dataplane = Arc::new(SimulatedDataplane::default());
-    let life = Life::begin(dir.path(), &dataplane);
+    let host = Host::default();
+    let life = Life::begin(dir.path(), &host);
     tokio::time::sleep(WRITE_BEHIND).await;
-    assert_eq!(in_force(&dataplane), ["old"]);
+    assert_eq!(in_force(&host), ["old"]);
 
     // Control answers: the ledger catches up, and counts again.
     life.session().await;
@@ -111,18 +124,14 @@ async fn maps_that_are_newer_than_the_ledger_are_not_taken_back() {
 #[tokio::test(start_paused = true)]
 async fn routes_reach_the_ledger_and_a_burst_of_them_costs_few_writes() {
     let dir = tempfile::tempdir().unwrap();
-    let life = Life::begin(dir.path(), &Arc::new(SimulatedDataplane::default()));
+    let life = Life::begin(dir.path(), &Host::default());
     life.session().await;
     let file = dir.path().join("ledger/routes");
     // Each write is longer than the one before.
     let written = || std::fs::metadata(&file).ok().map(|data| data.len());
     let mut seen = std::collections::BTreeSet::new();
     for version in 1..=60 {
-        let route = link::Route {
-            node_name: format!("n{version}"),
-            ..link::Route::default()
-        };
-        life.change(version, link::change::Change::Route(route)).await;
+        life.change(version, route(&format!("n{version}"))).await;
         tokio::time::sleep(WRITE_BEHIND / 20).await;
         seen.extend(written());
     }
@@ -135,10 +144,36 @@ async fn routes_reach_the_ledger_and_a_burst_of_them_costs_few_writes() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn routes_that_the_ledger_does_not_have_stay_until_control_has_told_of_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Host::default();
+    let routed = || host.network.routes().keys().cloned().collect::<Vec<_>>();
+    let life = Life::begin(dir.path(), &host);
+    life.session().await;
+    life.change(1, route("n1")).await;
+    life.change(2, route("n2")).await;
+    life.kill().await;
+    assert!(Ledger::open(dir.path()).unwrap().1.routes.is_empty(), "killed too late");
+    assert_eq!(routed(), ["n1", "n2"]);
+
+    // Control does not answer, and the ledger has the range only.
+    let life = Life::begin(dir.path(), &host);
+    tokio::time::sleep(WRITE_BEHIND).await;
+    assert_eq!(routed(), ["n1", "n2"]);
+
+    // It does, and the first of them is gone.
+    life.session().await;
+    life.change(1, route("n2")).await;
+    tokio::time::sleep(WRITE_BEHIND).await;
+    assert_eq!(routed(), ["n2"]);
+    life.kill().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn services_go_on_while_the_ledger_takes_no_pods() {
     let dir = tempfile::tempdir().unwrap();
-    let dataplane = Arc::new(SimulatedDataplane::default());
-    let mut life = Life::begin(dir.path(), &dataplane);
+    let host = Host::default();
+    let mut life = Life::begin(dir.path(), &host);
     life.session().await;
     life.update(1, web("old")).await;
     let (pods, away) = (dir.path().join("ledger/pods"), dir.path().join("away"));
@@ -148,7 +183,7 @@ async fn services_go_on_while_the_ledger_takes_no_pods() {
     life.change(2, link::change::Change::Pod(pod)).await;
     // Without acknowledgements control would fall silent after a few more.
     life.update(3, web("new")).await;
-    assert_eq!(in_force(&dataplane), ["new"]);
+    assert_eq!(in_force(&host), ["new"]);
     assert!(life.handle.ledger().borrow().is_some(), "people are told");
     assert!(
         life.desired.borrow().pods.is_empty(),

@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 
 use crate::{
     dataplane::{Counters, Dataplane, DataplaneError, PodInterface, ServiceChanges},
-    network::{Attachment, Network, NetworkError, NetworkStatus, PodNetwork},
+    network::{Attachment, Network, NetworkError, NetworkStatus, PodNetwork, Stale},
     runtime::{
         ContainerSpec, Image, ImageRequest, Observed, ObservedContainer, ObservedPod, ObservedSandbox, PodId,
         ProcessState, Runtime, RuntimeError, SandboxSpec,
@@ -232,6 +232,7 @@ impl Network for Fake {
         &self,
         _: &link::Welcome,
         _: &imbl::OrdMap<String, Arc<link::Route>>,
+        _: Stale,
     ) -> Result<(), NetworkError> {
         Ok(())
     }
