@@ -186,7 +186,7 @@ impl Attachment {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Sizes {
-    /// Service ports with an address. Each costs 16 bytes, and 16 a CPU for its counters, used or not.
+    /// Service ports with an address. Each costs 104 bytes, and 16 a CPU for its counters, used or not.
     pub frontends: u32,
     /// Backend slots: 16 bytes each, and 8 a CPU for counters, used or not. A changed service needs its new slots beside
     /// the old ones for a moment.

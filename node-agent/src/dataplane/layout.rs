@@ -54,7 +54,7 @@ pub static MAPS: &[MapSpec] = &[
     MapSpec {
         name: abi::FRONTENDS,
         kind: HASH,
-        flags: NO_PREALLOC,
+        flags: 0,
         sizes: (8, 32),
         shape: (
             "{address@0:[u8;4] port@4:u16 protocol@6:enum8 Tcp=6 Udp=17 scope@7:enum8 Cluster=0}",
@@ -186,7 +186,9 @@ impl MapSpec {
             return Err(format!("its name is {:?}", info.name));
         }
         same("type", info.kind, self.kind)?;
-        same("flags", info.flags, self.flags)?;
+        // When a hash gets its memory is nothing that its entries or the programs see.
+        let ignored = if self.kind == HASH { NO_PREALLOC } else { 0 };
+        same("flags", info.flags & !ignored, self.flags)?;
         same("key size", info.key_size, self.sizes.0)?;
         same("value size", info.value_size, self.sizes.1)?;
         let (key, value) = shapes(info).map_err(|error| error.to_string())?;

@@ -15,7 +15,7 @@ use orlop_ebpf_abi as abi;
 use orlop_node::dataplane::{
     Config, Dataplane as _, EbpfDataplane, Sizes, bpf,
     kernel::{self, Kernel, PROGRAMS},
-    layout::MAPS,
+    layout::{self, MAPS},
     verify,
 };
 
@@ -314,6 +314,22 @@ fn a_pinned_map_of_another_layout_is_refused() {
             text.contains(abi::FRONTENDS) && text.contains("not what its name says"),
             "{text}"
         );
+    });
+}
+
+#[test]
+fn a_hash_with_memory_of_its_own_is_the_same_hash() {
+    run("lifecycle::a_hash_with_memory_of_its_own_is_the_same_hash", |stage| {
+        const NO_PREALLOC: u32 = 1;
+        let dataplane = started(stage);
+        let mut info = dataplane.kernel().map(abi::FRONTENDS).info.clone();
+        let spec = layout::spec(abi::FRONTENDS).expect("its specification");
+        assert_eq!(info.flags, 0);
+        // As an earlier agent made it.
+        info.flags = NO_PREALLOC;
+        assert_eq!(spec.check(&info), Ok(()));
+        info.flags = 1 << 7;
+        assert_eq!(spec.check(&info), Err("its flags is 128, not 0".to_owned()));
     });
 }
 
