@@ -11,7 +11,7 @@
 //! than the last accepted one is refused.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
@@ -77,6 +77,8 @@ pub struct Ledger {
     dir: PathBuf,
     generation: Generation,
     node: NodeFile,
+    /// The uids of pods whose files may not be as those in force: a call that wrote or removed them failed on the way.
+    doubtful: BTreeSet<String>,
 }
 
 /// The body of the file `node`.
@@ -152,6 +154,7 @@ impl Ledger {
             dir,
             generation: Generation(node.generation),
             node,
+            doubtful: BTreeSet::new(),
         };
         if desired.complete != ledger.node.complete {
             let node = NodeFile {
@@ -173,37 +176,54 @@ impl Ledger {
         Ok(generation)
     }
 
-    /// Writes and removes pods; durable when it returns. Removals come after the writes.
-    pub fn write_pods(
+    /// Writes what `desired` says of the pods with the uids `changed`, of ranges, and of whether a whole snapshot has arrived; durable
+    /// when it returns. What an earlier call left half-done is done as well.
+    pub fn write(
         &mut self,
         generation: Generation,
-        pods: &[Arc<Pod>],
-        removed: &[String],
+        desired: &Desired,
+        changed: BTreeSet<String>,
     ) -> Result<(), LedgerError> {
         self.check(generation)?;
-        if pods.is_empty() && removed.is_empty() {
-            return Ok(());
+        for uid in &changed {
+            file_name(uid)?;
         }
+        self.doubtful.extend(changed);
+        if !self.doubtful.is_empty() {
+            self.write_pods(&desired.pods)?;
+        }
+        let node = NodeFile {
+            generation: self.generation.0,
+            complete: desired.complete,
+            ranges: desired.ranges.as_deref().cloned(),
+            routes: self.node.routes.clone(),
+        };
+        if node != self.node {
+            self.write_node(node)?;
+        }
+        self.doubtful.clear();
+        Ok(())
+    }
+
+    /// Writes and removes the pods whose files are in doubt. Removals come after the writes.
+    fn write_pods(&self, pods: &OrdMap<String, Arc<Pod>>) -> Result<(), LedgerError> {
         let dir = self.dir.join("pods");
-        let mut renames = Vec::with_capacity(pods.len());
-        for pod in pods {
-            let uid = pod.metadata.as_ref().map_or("", |meta| meta.uid.as_str());
+        let mut renames = Vec::new();
+        let written = self.doubtful.iter().filter_map(|uid| Some((uid, pods.get(uid)?)));
+        for (uid, pod) in written {
             let path = dir.join(file_name(uid)?);
-            match write_temporary(&path, &pod.encode_to_vec()) {
-                Ok(temporary) => renames.push((temporary, path)),
-                Err(error) => {
-                    // They would only take space on a disk that may have none.
-                    for (temporary, _) in renames {
-                        let _ = fs::remove_file(temporary);
-                    }
-                    return Err(error);
+            let temporary = write_temporary(&path, &pod.encode_to_vec()).inspect_err(|_| {
+                // They would only take space on a disk that may have none.
+                for (temporary, _) in &renames {
+                    let _ = fs::remove_file(temporary);
                 }
-            }
+            })?;
+            renames.push((temporary, path));
         }
         for (temporary, path) in renames {
             fs::rename(&temporary, &path).map_err(|source| LedgerError::Io { path, source })?;
         }
-        for uid in removed {
+        for uid in self.doubtful.iter().filter(|uid| !pods.contains_key(*uid)) {
             let path = dir.join(file_name(uid)?);
             match fs::remove_file(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {
@@ -215,20 +235,9 @@ impl Ledger {
         sync_dir(&dir)
     }
 
-    /// Writes ranges and whether a whole snapshot has arrived; durable when it returns. Writes nothing when nothing differs.
-    pub fn write_node_state(&mut self, generation: Generation, desired: &Desired) -> Result<(), LedgerError> {
-        self.check(generation)?;
-        let node = NodeFile {
-            generation: generation.0,
-            complete: desired.complete,
-            ranges: desired.ranges.as_deref().cloned(),
-            routes: self.node.routes.clone(),
-        };
-        if node == self.node {
-            Ok(())
-        } else {
-            self.write_node(node)
-        }
+    /// Whether the last [`Self::write`] failed, so that there is something to write even if nothing changes.
+    pub fn is_doubtful(&self) -> bool {
+        !self.doubtful.is_empty()
     }
 
     /// What writes the files that are behind what is in force, to be used on a thread that may block.

@@ -18,6 +18,21 @@ fn pod(uid: &str) -> Arc<Pod> {
     })
 }
 
+fn pods(uids: &[&str]) -> OrdMap<String, Arc<Pod>> {
+    uids.iter().map(|uid| ((*uid).to_owned(), pod(uid))).collect()
+}
+
+fn holding(uids: &[&str]) -> Desired {
+    Desired {
+        pods: pods(uids),
+        ..Desired::default()
+    }
+}
+
+fn uids(of: &[&str]) -> BTreeSet<String> {
+    of.iter().map(|uid| (*uid).to_owned()).collect()
+}
+
 fn service(name: &str) -> Arc<link::Service> {
     Arc::new(link::Service {
         namespace: "default".into(),
@@ -30,9 +45,9 @@ fn filled(dir: &Path) -> Desired {
     let (mut ledger, _, damage) = Ledger::open(dir).unwrap();
     assert!(damage.is_empty());
     let generation = ledger.begin_session().unwrap();
-    ledger.write_pods(generation, &[pod("a"), pod("b")], &[]).unwrap();
     let mut desired = Desired {
         complete: true,
+        pods: pods(&["a", "b"]),
         ..Desired::default()
     };
     desired.ranges = Some(Arc::new(link::Welcome {
@@ -47,13 +62,10 @@ fn filled(dir: &Path) -> Desired {
         }),
     );
     desired.services.insert(service("web"));
-    ledger.write_node_state(generation, &desired).unwrap();
+    ledger.write(generation, &desired, uids(&["a", "b"])).unwrap();
     let writer = ledger.writer(generation).unwrap();
     writer.services(&desired.services).unwrap();
     writer.routes(&desired.routes).unwrap();
-    desired.pods = [("a".to_owned(), pod("a")), ("b".to_owned(), pod("b"))]
-        .into_iter()
-        .collect();
     desired
 }
 
@@ -71,9 +83,11 @@ fn what_was_written_is_there_after_a_restart() {
     assert_eq!(read.ranges, written.ranges);
     let generation = ledger.begin_session().unwrap();
     assert_eq!(generation, Generation(2));
-    ledger
-        .write_pods(generation, &[], &["a".into(), "never-there".into()])
-        .unwrap();
+    let fewer = Desired {
+        pods: pods(&["b"]),
+        ..read
+    };
+    ledger.write(generation, &fewer, uids(&["a", "never-there"])).unwrap();
     let (_, read, _) = Ledger::open(dir.path()).unwrap();
     assert_eq!(read.pods.keys().collect::<Vec<_>>(), ["b"]);
 }
@@ -94,7 +108,7 @@ fn routes_that_an_older_agent_kept_in_another_file_stay_until_there_are_others()
     let (mut ledger, read, _) = Ledger::open(dir.path()).unwrap();
     assert_eq!(read.routes.keys().collect::<Vec<_>>(), ["n2"]);
     let generation = ledger.begin_session().unwrap();
-    ledger.write_node_state(generation, &read).unwrap();
+    ledger.write(generation, &read, uids(&[])).unwrap();
     let (ledger, read, _) = Ledger::open(dir.path()).unwrap();
     assert_eq!(read.routes.keys().collect::<Vec<_>>(), ["n2"]);
     let routes = OrdMap::unit("n3".to_owned(), Arc::new(route("n3")));
@@ -109,13 +123,9 @@ fn an_older_session_cannot_write() {
     let (mut ledger, _, _) = Ledger::open(dir.path()).unwrap();
     let old = ledger.begin_session().unwrap();
     let new = ledger.begin_session().unwrap();
-    ledger.write_pods(new, &[pod("a")], &[]).unwrap();
+    ledger.write(new, &holding(&["a"]), uids(&["a"])).unwrap();
     assert!(matches!(
-        ledger.write_pods(old, &[], &["a".into()]),
-        Err(LedgerError::Stale { .. })
-    ));
-    assert!(matches!(
-        ledger.write_node_state(old, &Desired::default()),
+        ledger.write(old, &holding(&[]), uids(&["a"])),
         Err(LedgerError::Stale { .. })
     ));
     assert!(ledger.writer(old).is_err());
@@ -175,6 +185,36 @@ fn a_damaged_file_is_put_aside_and_the_rest_stays() {
 }
 
 #[test]
+fn what_a_failed_write_may_have_left_is_put_right_by_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut ledger, _, _) = Ledger::open(dir.path()).unwrap();
+    let generation = ledger.begin_session().unwrap();
+    // What cannot be removed stands in for a disk that fails after the renames.
+    let stuck = dir.path().join("ledger/pods/stuck");
+    fs::create_dir(&stuck).unwrap();
+    let failed = ledger.write(generation, &holding(&["a", "b"]), uids(&["a", "b", "stuck"]));
+    assert!(matches!(failed, Err(LedgerError::Io { .. })), "{failed:?}");
+    assert!(ledger.is_doubtful());
+    fs::remove_dir(&stuck).unwrap();
+    // So may a node file that cannot be written, after the pods.
+    let node = dir.path().join("ledger/node");
+    fs::remove_file(&node).unwrap();
+    fs::create_dir(&node).unwrap();
+    let complete = Desired {
+        complete: true,
+        ..holding(&["a", "b"])
+    };
+    assert!(ledger.write(generation, &complete, uids(&[])).is_err());
+    assert!(ledger.is_doubtful());
+    fs::remove_dir(&node).unwrap();
+    // Meanwhile control has taken one of them back; nothing else changes.
+    ledger.write(generation, &holding(&["b"]), uids(&[])).unwrap();
+    assert!(!ledger.is_doubtful());
+    let (_, read, _) = Ledger::open(dir.path()).unwrap();
+    assert_eq!(read.pods, pods(&["b"]));
+}
+
+#[test]
 fn a_crash_before_the_rename_leaves_the_old_state() {
     let dir = tempfile::tempdir().unwrap();
     filled(dir.path());
@@ -194,7 +234,7 @@ fn hostile_uids_write_nothing() {
     for uid in ["", "..", "../x", "a/b", "a\0", "a.tmp", &"x".repeat(129)] {
         assert!(
             matches!(
-                ledger.write_pods(generation, &[pod(uid)], &[]),
+                ledger.write(generation, &holding(&[uid]), uids(&[uid])),
                 Err(LedgerError::BadUid(_))
             ),
             "{uid:?}"

@@ -299,9 +299,10 @@ impl Applier {
             return (true, false);
         }
         let mut next = self.desired.clone();
-        let Pending { pods, removed, routes } = self.batch.pending(&mut next);
+        let Pending { pods, routes } = self.batch.pending(&mut next);
         let rewired = routes || next.ranges != self.desired.ranges;
-        let changed = !pods.is_empty() || !removed.is_empty() || rewired || next.complete != self.desired.complete;
+        let doubtful = self.ledger.lock().unwrap_or_else(PoisonError::into_inner).is_doubtful();
+        let changed = !pods.is_empty() || doubtful || rewired || next.complete != self.desired.complete;
         if !changed && self.generation.is_some() {
             self.batch.written();
             return (true, false);
@@ -310,8 +311,7 @@ impl Applier {
         let written = tokio::task::spawn_blocking(move || {
             let mut ledger = ledger.lock().unwrap_or_else(PoisonError::into_inner);
             let generation = known.map_or_else(|| ledger.begin_session(), Ok)?;
-            ledger.write_pods(generation, &pods, &removed)?;
-            ledger.write_node_state(generation, &state)?;
+            ledger.write(generation, &state, pods)?;
             Ok::<_, LedgerError>(generation)
         });
         match written.await {

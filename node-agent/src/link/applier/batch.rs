@@ -1,6 +1,9 @@
 //! What Updates ask for, folded per key until it is applied. Pure.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use orlop_proto::{
     core::v1::Pod,
@@ -36,10 +39,8 @@ pub(super) struct Batch {
 /// What is to be made durable.
 #[derive(Debug)]
 pub(super) struct Pending {
-    /// Pods that differ.
-    pub pods: Vec<Arc<Pod>>,
-    /// The uids of pods that go.
-    pub removed: Vec<String>,
+    /// The uids of pods that differ, or go.
+    pub pods: BTreeSet<String>,
     /// Whether routes differ.
     pub routes: bool,
 }
@@ -131,18 +132,17 @@ impl Batch {
 
     /// What is to be written to the ledger. `next` becomes what is in force after that.
     pub fn pending(&self, next: &mut Desired) -> Pending {
-        let mut pods = Vec::new();
-        let mut removed = Vec::new();
+        let mut pods = BTreeSet::new();
         for (uid, pod) in &self.pods {
             match pod {
                 Some(pod) if next.pods.get(uid).is_some_and(|known| same_orders(known, pod)) => {}
                 Some(pod) => {
                     next.pods.insert(uid.clone(), Arc::clone(pod));
-                    pods.push(Arc::clone(pod));
+                    pods.insert(uid.clone());
                 }
                 None => {
                     if next.pods.remove(uid).is_some() {
-                        removed.push(uid.clone());
+                        pods.insert(uid.clone());
                     }
                 }
             }
@@ -163,7 +163,7 @@ impl Batch {
             next.ranges = Some(Arc::clone(welcome));
         }
         next.complete |= self.complete;
-        Pending { pods, removed, routes }
+        Pending { pods, routes }
     }
 
     /// What [`Batch::pending`] returned is durable.
