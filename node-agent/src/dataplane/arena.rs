@@ -74,6 +74,20 @@ impl Arena {
         Ok(cleared)
     }
 
+    /// Maps what of these slots is within the arena, so that [`Self::read`] can read them.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn ensure(&self, base: u32, count: u32) -> io::Result<()> {
+        let end = base.saturating_add(count).min(self.slots);
+        if base < end {
+            for number in base / WINDOW..=(end - 1) / WINDOW {
+                self.window(number)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Reads a slot. `None` beyond the arena, if its state is none that we write, or where it cannot be mapped.
     #[must_use]
     pub fn read(&self, index: u32) -> Option<Slot> {

@@ -116,14 +116,20 @@ impl EbpfDataplane {
         let inner = &*self.inner;
         let mut state = inner.lock();
         if state.unsure {
+            if !changes.complete {
+                // Of the services that are not named here nothing is known but their entries: they could not be removed later.
+                let reason = "the maps are to be read again, and then need all services";
+                return Err(failed("write services", reason));
+            }
             // What was retired is not in the maps, so it is free again; the thread must not free it twice.
             while state.releasing {
                 state = inner.released.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
             state.retired.clear();
             state.planner = adopt(&inner.kernel, &inner.arena)?;
-            state.unsure = false;
         }
+        // Until it is written: a panic on the way must not leave a planner that knows more than the maps.
+        state.unsure = true;
         let begin = Instant::now();
         let writes = state.planner.apply(changes);
         let planned = begin.elapsed();
@@ -257,10 +263,9 @@ impl Inner {
 
     fn write(&self, state: &mut State, writes: Writes) -> Result<Applied, DataplaneError> {
         state.full = writes.full;
-        if let Err(error) = tables::write(&self.kernel, &self.arena, &writes) {
-            state.unsure = true;
-            return Err(failed("write services", error));
-        }
+        state.unsure = true;
+        tables::write(&self.kernel, &self.arena, &writes).map_err(|error| failed("write services", error))?;
+        state.unsure = false;
         let count = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
         let applied = Applied {
             frontends_written: count(writes.frontends.len()),
@@ -316,6 +321,12 @@ fn adopt(kernel: &Kernel, arena: &Arena) -> Result<Planner, DataplaneError> {
         frontends: map.info.max_entries,
         slots: arena.slots(),
     };
+    for (_, value) in &frontends {
+        // Else what cannot be read now would count as wrong, and go.
+        arena
+            .ensure(value.base, value.ready.saturating_add(value.terminating))
+            .map_err(|error| failed("map the arena", error))?;
+    }
     let (planner, wrong) = Planner::adopt(limits, &frontends, |index| arena.read(index));
     if !wrong.is_empty() || !foreign.is_empty() {
         tracing::warn!(

@@ -25,7 +25,7 @@ pub fn write(kernel: &Kernel, arena: &super::arena::Arena, writes: &Writes) -> i
         arena.write(base, slots)?;
     }
     let map = &kernel.map(abi::FRONTENDS).fd;
-    let update = |frontends: &[(FrontendKey, Frontend)]| {
+    let update = &|frontends: &[(FrontendKey, Frontend)]| {
         let keys: Vec<_> = frontends.iter().map(|(key, _)| encode_key(key)).collect();
         let values: Vec<_> = frontends.iter().map(|(_, value)| encode_value(value)).collect();
         bpf::update_batch(map, keys.as_flattened(), values.as_flattened(), keys.len())
@@ -38,14 +38,22 @@ pub fn write(kernel: &Kernel, arena: &super::arena::Arena, writes: &Writes) -> i
         thread::scope(|scope| {
             let others: Vec<_> = others
                 .chunks(writes.frontends.len().div_ceil(threads))
-                .map(|part| scope.spawn(|| update(part)))
+                .map(|part| {
+                    let spawned = thread::Builder::new().spawn_scoped(scope, move || update(part));
+                    (part, spawned)
+                })
                 .collect();
             let mut done = update(own);
-            for other in others {
-                let of_other = other
-                    .join()
-                    .map_err(|_panic| io::Error::other("a thread that wrote panicked"));
-                done = done.and(of_other.flatten());
+            for (part, spawned) in others {
+                let of_other = match spawned {
+                    Ok(thread) => thread
+                        .join()
+                        .map_err(|_panic| io::Error::other("a thread that wrote panicked"))
+                        .flatten(),
+                    // The machine has no thread left for us.
+                    Err(_) => update(part),
+                };
+                done = done.and(of_other);
             }
             done
         })?;
