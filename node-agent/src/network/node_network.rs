@@ -151,9 +151,12 @@ impl Network for CniNetwork {
         };
         let had = self.addresses.of(&pod.uid);
         let mut added = self.add_recorded(&mut record, pod, &had).await;
-        if let (Err(NetworkError::Plugin { msg, .. }), false) = (&added, had.is_empty()) {
+        if let Err(error) = &added
+            && !had.is_empty()
+            && calls::refuses_addresses(&record.list, error)
+        {
             // Another pod has them by now, or the node's range is another.
-            tracing::warn!(pod = pod.uid, addresses = ?had, reason = msg, "a pod does not get the addresses that it had");
+            tracing::warn!(pod = pod.uid, addresses = ?had, error = %error, "a pod does not get the addresses that it had");
             record.reached = None;
             added = self.add_recorded(&mut record, pod, &[]).await;
         }

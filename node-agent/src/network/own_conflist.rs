@@ -9,6 +9,8 @@ use super::{NetworkError, attachments::write_durably};
 
 /// Its name in the configuration directory.
 pub const FILE: &str = "10-orlop.conflist";
+/// Our plugin's `type`.
+pub const OWN_PLUGIN: &str = "orlop-bridge";
 /// The bridge's name.
 pub const BRIDGE: &str = "orlop0";
 
@@ -29,7 +31,7 @@ pub fn conflist(ranges: &[IpNet], mtu: u32, lease_dir: &Path, boot_id_file: &Pat
         "cniVersion": "1.1.0",
         "name": "orlop",
         "plugins": [{
-            "type": "orlop-bridge",
+            "type": OWN_PLUGIN,
             "bridge": BRIDGE,
             "isGateway": true,
             "isDefaultGateway": true,

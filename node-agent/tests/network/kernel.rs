@@ -114,6 +114,33 @@ fn the_configuration_follows_the_range_and_the_uplink() {
 }
 
 #[test]
+fn a_plugin_in_trouble_does_not_cost_a_pod_its_address() {
+    on_node(async |node: Node| {
+        let network = node.configured().await;
+        let pod = node.sandbox(&network, "a").await;
+        let had = network.add(&pod).await.unwrap().addresses;
+        network.del(&pod).await.unwrap();
+        let another = node.sandbox(&network, "b").await;
+        assert_ne!(network.add(&another).await.unwrap().addresses, had);
+        // Our plugin, whose first ADD meets a port that does not come up in time.
+        fs::rename(node.path("bin/orlop-bridge"), node.path("real")).unwrap();
+        let (once, real) = (node.path("once"), node.path("real"));
+        node.script(
+            "orlop-bridge",
+            &format!(
+                "if [ $CNI_COMMAND = ADD ] && mkdir {}; then echo '{{\"code\":11,\"msg\":\"later\"}}'; exit 1; fi\n\
+                 printf %s \"$IN\" | {}",
+                once.display(),
+                real.display()
+            ),
+        );
+        let error = network.add(&pod).await.unwrap_err().to_string();
+        assert!(error.contains("later"), "{error}");
+        assert_eq!(network.add(&pod).await.unwrap().addresses, had);
+    });
+}
+
+#[test]
 fn routes_follow_and_others_are_left_alone() {
     on_node(async |node: Node| {
         node.ip("link add up0 type veth peer name other");

@@ -7,7 +7,9 @@ use serde_json::{Map, Value, json};
 use super::{CniNetwork, IFNAME, NetworkError, NetworkStatus, PodNetwork, Record};
 use crate::network::{
     conflist::{ConfList, plugin_type},
-    namespace, plugin, result,
+    namespace,
+    own_conflist::OWN_PLUGIN,
+    plugin, result,
 };
 
 impl CniNetwork {
@@ -217,4 +219,21 @@ fn environment(pod: &PodNetwork) -> Vec<(&'static str, String)> {
         ("CNI_NETNS", pod.netns.to_string_lossy().into_owned()),
         ("CNI_ARGS", args),
     ]
+}
+
+/// Whether an ADD may have failed for the addresses that it asked for, and not for what may be over at the next try: the pod
+/// would lose them for nothing, while other nodes still send its connections there.
+pub(super) fn refuses_addresses(list: &ConfList, error: &NetworkError) -> bool {
+    // docs/cni.md: configurations that cannot be, addresses in use, what a foreign IPAM plugin says.
+    const OWN: [u32; 3] = [7, 102, 104];
+    let NetworkError::Plugin { plugin, code, .. } = error else {
+        return false;
+    };
+    if plugin == OWN_PLUGIN {
+        return OWN.contains(code);
+    }
+    // Others' codes say nothing. Who was not asked has nothing to refuse.
+    list.plugins
+        .iter()
+        .any(|config| plugin_type(config) == plugin && config.get("capabilities").is_some_and(|all| all["ips"] == true))
 }
