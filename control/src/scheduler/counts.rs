@@ -24,8 +24,9 @@ use crate::controllers::pod_index::LabelKey;
 
 /// Selections that are kept at most.
 const SELECTIONS: usize = 512;
-/// Sets of nodes that are kept at most, beside those that kept selections use.
-const SETS: usize = 256;
+/// Sets of nodes that are kept at most. One has a few bytes for each node and topology; pods of one kind that each name other nodes
+/// make one each.
+const SETS: usize = 128;
 
 type Id = u64;
 
@@ -53,8 +54,6 @@ struct Selection {
 #[derive(Debug, Clone)]
 struct KeptSet {
     set: NodeSet,
-    /// Tallies that divide by it.
-    users: usize,
     used: u64,
 }
 
@@ -124,9 +123,6 @@ impl Counts {
             let Some(moved) = kept.set.set(slot, node) else {
                 continue;
             };
-            if kept.users == 0 {
-                continue;
-            }
             for selection in selections.values_mut() {
                 if selection.tallies.iter().all(|tally| tally.set != *id) {
                     continue;
@@ -175,10 +171,16 @@ impl Counts {
         if selection.tallies.iter().any(is_kept) {
             return;
         }
-        let Some(kept) = self.sets.get_mut(&set) else { return };
+        let Some(kept) = self.sets.get(&set) else { return };
         let tally = tally(&self.classes, &selection.classes, &kept.set, set, topology);
         selection.tallies.push(tally);
-        kept.users += 1;
+    }
+
+    /// How many sets and tallies are kept.
+    #[cfg(test)]
+    pub fn kept(&self) -> (usize, usize) {
+        let tallies = self.selections.values().map(|selection| selection.tallies.len());
+        (self.sets.len(), tallies.sum())
     }
 
     /// A set of nodes: the kept one, or one that is made now.
@@ -340,11 +342,18 @@ impl Counts {
                     class.selections.retain(|other| *other != id);
                 }
             }
-            for tally in &selection.tallies {
-                if let Some(kept) = self.sets.get_mut(&tally.set) {
-                    kept.users -= 1;
-                }
-            }
+        }
+    }
+
+    /// Forgets the quarter that was asked for longest ago, and what was tallied by it.
+    fn forget_sets(&mut self) {
+        for id in oldest(self.sets.iter().map(|(id, kept)| (kept.used, *id)), SETS / 4) {
+            self.sets.remove(&id);
+        }
+        let sets = &self.sets;
+        self.by_key.retain(|_, id| sets.contains_key(id));
+        for selection in self.selections.values_mut() {
+            selection.tallies.retain(|tally| sets.contains_key(&tally.set));
         }
     }
 
@@ -356,17 +365,12 @@ impl Counts {
             }
             return *id;
         }
-        let unused = self.sets.iter().filter(|(_, kept)| kept.users == 0);
-        if unused.clone().count() >= SETS {
-            for id in oldest(unused.map(|(id, kept)| (kept.used, *id)), SETS / 4) {
-                self.sets.remove(&id);
-                self.by_key.retain(|_, other| *other != id);
-            }
+        if self.sets.len() >= SETS {
+            self.forget_sets();
         }
         let id = self.new_id();
         let kept = KeptSet {
             set: NodeSet::new(key.clone(), nodes),
-            users: 0,
             used: self.clock,
         };
         self.sets.insert(id, kept);

@@ -86,7 +86,7 @@ impl Driver {
                 batch = streams.nodes.next_batch(BATCH) => self.on_nodes(batch),
                 batch = streams.pods.next_batch(BATCH * 8) => self.on_pods(batch),
                 Some(_) = self.tasks.join_next() => Ok(()),
-                () = std::future::ready(()), if can_decide => { self.decide(); Ok(()) }
+                () = tokio::task::yield_now(), if can_decide => { self.decide(); Ok(()) }
                 () = sleep_until(deadline), if deadline.is_some() => Ok(()),
             };
             if let Err(lagged) = result {
@@ -216,13 +216,13 @@ impl Driver {
         }
     }
 
-    /// Decides the next pods and sends their bindings off.
+    /// Decides the next pods and sends their bindings off. Pods that have no place count as well: between two batches of them it is
+    /// looked at what else has happened.
     fn decide(&mut self) {
         let now = Instant::now();
         let mut bindings = Vec::new();
-        while bindings.len() < BATCH
-            && let Some(pod) = self.queue.pop(now)
-        {
+        for _ in 0..BATCH {
+            let Some(pod) = self.queue.pop(now) else { break };
             self.view.keep_for(&pod);
             let scheduled = schedule(&self.view, &pod, self.start);
             self.start = scheduled.next_start;

@@ -320,6 +320,12 @@ impl ClusterView {
         self.counts.keep_tally(counted, key, topology, nodes);
     }
 
+    /// How many sets of nodes and tallies are kept.
+    #[cfg(test)]
+    pub fn counts_kept(&self) -> (usize, usize) {
+        self.counts.kept()
+    }
+
     /// Lets everything that deciding on this pod asks for follow single events from now on: the next pods like it are decided
     /// without a look at all nodes.
     pub fn keep_for(&mut self, pod: &PodInfo) {

@@ -161,3 +161,19 @@ fn selections_that_are_forgotten_are_counted_anew() {
         assert_eq!(decide(&view, another), Decision::Bind("b1".into()), "{index}");
     }
 }
+
+#[test]
+fn pods_that_each_name_other_nodes_are_counted_with_bounded_memory() {
+    let mut view = view([zoned("a1", "a"), zoned("b1", "b")]);
+    for index in 0..2000 {
+        let mut one = web(&format!("p{index}"), &[constraint(ZONE, "DoNotSchedule")]);
+        // Its nodes are those of this one's alone, and count as such (nodeAffinityPolicy: Honor).
+        one.spec.get_or_insert_default().node_selector = amounts(&[(HOST, &format!("n{index}"))]);
+        view.keep_for(&info(one));
+        let (sets, tallies) = view.counts_kept();
+        assert!(sets <= 128 && tallies <= 128, "{index}: {sets} sets, {tallies} tallies");
+    }
+    let hard = constraint(ZONE, "DoNotSchedule");
+    view.reserve(&info(web("q", std::slice::from_ref(&hard))), "a1");
+    assert_eq!(decide(&view, web("r", &[hard])), Decision::Bind("b1".into()));
+}
