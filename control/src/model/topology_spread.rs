@@ -129,17 +129,25 @@ pub fn complete(pod: &mut Pod) {
         let Some(selector) = &mut one.label_selector else {
             continue;
         };
+        let mut there: HashSet<(String, String)> = selector.match_expressions.iter().filter_map(completed).collect();
         for key in &one.match_label_keys {
             let Some(value) = labels.get(key) else { continue };
-            let expression = LabelSelectorRequirement {
-                key: key.clone(),
-                operator: "In".to_owned(),
-                values: vec![value.clone()],
-            };
-            if !selector.match_expressions.contains(&expression) {
-                selector.match_expressions.push(expression);
+            if there.insert((key.clone(), value.clone())) {
+                selector.match_expressions.push(LabelSelectorRequirement {
+                    key: key.clone(),
+                    operator: "In".to_owned(),
+                    values: vec![value.clone()],
+                });
             }
         }
+    }
+}
+
+/// Key and value of an expression that is as [`complete`] writes them.
+fn completed(expression: &LabelSelectorRequirement) -> Option<(String, String)> {
+    match expression.values.as_slice() {
+        [value] if expression.operator == "In" => Some((expression.key.clone(), value.clone())),
+        _ => None,
     }
 }
 
@@ -147,11 +155,11 @@ pub fn complete(pod: &mut Pod) {
 pub fn same_as_created(given: &[TopologySpreadConstraint], stored: &[TopologySpreadConstraint]) -> bool {
     let bare = |one: &TopologySpreadConstraint| {
         let mut one = one.clone();
-        let keys = &one.match_label_keys;
+        let keys: HashSet<&String> = one.match_label_keys.iter().collect();
         if let Some(selector) = &mut one.label_selector {
-            selector.match_expressions.retain(|expression| {
-                !(keys.contains(&expression.key) && expression.operator == "In" && expression.values.len() == 1)
-            });
+            selector
+                .match_expressions
+                .retain(|expression| !(keys.contains(&expression.key) && completed(expression).is_some()));
         }
         one
     };
