@@ -5,6 +5,7 @@
 //! decided per call by [`Identity::access`], since a joining machine has none yet.
 
 mod accept;
+mod coalesce;
 mod front;
 pub mod identity;
 mod listen;
@@ -13,6 +14,7 @@ mod tls;
 
 use std::{io, sync::Arc, time::Duration};
 
+pub use coalesce::Coalesced;
 pub use front::{Front, MetricsSource, Readiness};
 pub use identity::{Identity, PeerAddress, caller};
 pub use listen::{Listener, Trust, bind, inherited};

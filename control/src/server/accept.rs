@@ -26,7 +26,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{Front, Identity, Listener, PeerAddress, ServerTls, Trust};
+use super::{Coalesced, Front, Identity, Listener, PeerAddress, ServerTls, Trust};
 use crate::{config::Limits, panics};
 
 /// HTTP/2 begins with so many bytes; a connection that has not sent them in time is closed.
@@ -178,7 +178,7 @@ impl Acceptor {
             Arc::clone(&front).handle(request)
         });
         let builder = self.builder(http2, is_anonymous);
-        let mut connection = pin!(builder.serve_connection(TokioIo::new(counted), service));
+        let mut connection = pin!(builder.serve_connection(TokioIo::new(Coalesced::new(counted)), service));
         let mut early = pin!(sleep(self.limits.handshake_timeout));
         let mut lifetime = pin!(sleep(self.limits.anonymous_lifetime));
         let mut begun = false;
