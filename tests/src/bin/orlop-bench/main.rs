@@ -41,6 +41,7 @@ fn run(name: &str, options: &[String]) -> Result<()> {
         kube_proxy::NAME => kube_proxy::main(options),
         "schedule" | "control" | "store" => scale::run(name, options),
         "simulated-nodes" => scale::run_nodes(options),
+        scale::limit::NAME => scale::run_rpc_alone(options),
         other => bail!("no benchmark {other:?}: connect, program, cni, start, schedule, control, store"),
     }
 }

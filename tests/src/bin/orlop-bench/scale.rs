@@ -1,10 +1,12 @@
 //! The benchmarks of the control plane: `schedule`, `control` and `store`, each in namespaces of its own that have only loopback.
 
+mod channel;
 mod control;
 mod etcd;
 mod fleet;
 pub mod isolation;
 pub mod kubernetes;
+pub mod limit;
 pub mod load;
 mod nodes;
 mod ours;
@@ -16,8 +18,6 @@ mod told;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-
-use isolation::Place;
 
 /// What figures call the peers.
 const KUBERNETES: &str = "Kubernetes 1.36";
@@ -50,10 +50,19 @@ pub fn run_nodes(options: &[String]) -> Result<()> {
     nodes::run(options)
 }
 
+/// The server of `store` that does nothing: a process of its own, as control is.
+pub fn run_rpc_alone(options: &[String]) -> Result<()> {
+    let words = std::iter::once(&limit::NAME.to_owned())
+        .chain(options)
+        .cloned()
+        .collect();
+    in_runtime((), |()| limit::serve(words))
+}
+
 /// Threads begin only here: namespaces are entered before.
-fn in_runtime<Run, Done>(place: Place, run: Run) -> Result<()>
+fn in_runtime<Where, Run, Done>(place: Where, run: Run) -> Result<()>
 where
-    Run: FnOnce(Place) -> Done,
+    Run: FnOnce(Where) -> Done,
     Done: Future<Output = Result<()>>,
 {
     if rustls::crypto::ring::default_provider().install_default().is_err() {

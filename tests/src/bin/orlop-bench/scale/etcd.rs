@@ -6,9 +6,9 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use etcd_client::Client;
+use etcd_client::{Channel, Client};
 
-use super::process::Process;
+use super::{channel, process::Process};
 
 /// Where clients reach it.
 pub const PORT: u16 = 2379;
@@ -63,5 +63,6 @@ impl Server {
 }
 
 async fn connect() -> Result<Client> {
-    Ok(Client::connect([format!("http://127.0.0.1:{PORT}")], None).await?)
+    let channel = channel::connect(PORT, None).await?;
+    Ok(Client::from_channel(Channel::Tonic(channel), None).await?)
 }

@@ -20,6 +20,7 @@ use serde_json::Value;
 use tonic::transport::Channel;
 
 use super::{
+    channel,
     isolation::Place,
     process::{Memory, Process},
 };
@@ -92,6 +93,15 @@ impl Control {
         Ok(clients)
     }
 
+    /// Several for many calls at once.
+    pub async fn busy_connections(&self, count: usize) -> Result<Vec<Objects>> {
+        let mut clients = Vec::new();
+        for _ in 0..count {
+            clients.push(busy_client(PORT, &self.tls).await?);
+        }
+        Ok(clients)
+    }
+
     /// Its memory.
     pub fn memory(&self) -> Result<Memory> {
         self.process.memory()
@@ -106,6 +116,12 @@ impl Control {
     pub fn stop(mut self) {
         self.process.stop();
     }
+}
+
+/// A client for many calls at once, on a connection of its own.
+pub async fn busy_client(port: u16, tls: &Arc<ClientConfig>) -> Result<Objects> {
+    let channel = channel::connect(port, Some(Arc::clone(tls))).await?;
+    Ok(ObjectsClient::new(channel).max_decoding_message_size(MAX_MESSAGE))
 }
 
 /// The administrator's side of TLS.

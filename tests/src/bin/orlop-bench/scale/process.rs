@@ -82,9 +82,7 @@ impl Process {
 
     /// Seconds of CPU that it has used.
     pub fn cpu_seconds(&self) -> Result<f64> {
-        let stat = procfs::process::Process::new(i32::try_from(self.child.id())?)?.stat()?;
-        #[allow(clippy::cast_precision_loss, reason = "ticks of minutes")]
-        Ok((stat.utime + stat.stime) as f64 / procfs::ticks_per_second() as f64)
+        cpu_seconds(&procfs::process::Process::new(i32::try_from(self.child.id())?)?)
     }
 
     /// Ends it as a service manager would, and at once when it does not end.
@@ -106,4 +104,15 @@ impl Drop for Process {
         let _gone = self.child.kill();
         let _reaped = self.child.wait();
     }
+}
+
+/// Seconds of CPU that this process has used.
+pub fn own_cpu_seconds() -> Result<f64> {
+    cpu_seconds(&procfs::process::Process::myself()?)
+}
+
+fn cpu_seconds(process: &procfs::process::Process) -> Result<f64> {
+    let stat = process.stat()?;
+    #[allow(clippy::cast_precision_loss, reason = "ticks of minutes")]
+    Ok((stat.utime + stat.stime) as f64 / procfs::ticks_per_second() as f64)
 }

@@ -26,8 +26,10 @@ use super::{
     super::report::{Figure, Report},
     etcd::Server,
     isolation::Place,
+    limit,
     load::{self, Load, Until, quantile},
     ours::Control,
+    process::own_cpu_seconds,
 };
 
 #[derive(Debug, Parser)]
@@ -48,11 +50,17 @@ pub struct Options {
     /// Without etcd.
     #[arg(long)]
     no_peers: bool,
+    /// Without what bounds the figures from above.
+    #[arg(long)]
+    no_limits: bool,
 }
 
 const RATE: &str = "durable writes a second";
 const LATENCY: &str = "a write, p99";
 const WATCH: &str = "from the write's call to the watcher, p99";
+/// Of the server's and the clients' processes, which share the machine: what 20 000 a second would have is all its cores / 20 000.
+const CPU: &str = "CPU time a write";
+const LIMIT: &str = "limit: calls a second";
 /// Writes of a run at most: their times are kept.
 const MOST: usize = 4_000_000;
 /// The watcher has to be told of the last write after this.
@@ -63,11 +71,14 @@ pub async fn run(place: Place, options: Options) -> Result<()> {
     let mut rates: Vec<(usize, f64)> = Vec::new();
     for writers in &options.writers {
         let outcome = ours(&place, &options, *writers).await;
-        let outcome = outcome.map(|(load, late)| {
-            rates.push((*writers, load.rate()));
-            add(&mut report, None, *writers, &load, &late);
+        let outcome = outcome.map(|measured| {
+            rates.push((*writers, measured.load.rate()));
+            add(&mut report, None, *writers, &measured);
         });
         report.part(&format!("Orlop, {writers} writers"), outcome);
+    }
+    if !options.no_limits {
+        limits(&place, &options, &mut report).await;
     }
     if !options.no_peers {
         let peers = [
@@ -77,10 +88,10 @@ pub async fn run(place: Place, options: Options) -> Result<()> {
         for (name, program) in &peers {
             for writers in &options.writers {
                 let outcome = peer(&place, &options, program, *writers).await;
-                let outcome = outcome.map(|(load, late)| {
-                    add(&mut report, Some(name), *writers, &load, &late);
+                let outcome = outcome.map(|measured| {
+                    add(&mut report, Some(name), *writers, &measured);
                     if let Some((_, own)) = rates.iter().find(|(of, _)| of == writers) {
-                        let times = own / load.rate();
+                        let times = own / measured.load.rate();
                         let chart = "durable writes a second, times the peer's";
                         let figure = Figure::new(chart, format!("{writers} writers, against {name}"), times, "x");
                         // The bar is this or 20 000 a second, whichever is reached.
@@ -94,7 +105,27 @@ pub async fn run(place: Place, options: Options) -> Result<()> {
     report.finish()
 }
 
-fn add(report: &mut Report, whose: Option<&str>, writers: usize, load: &Load, late: &[f64]) {
+/// What the same clients reach when nothing is written, and the same writes when nobody calls.
+async fn limits(place: &Place, options: &Options, report: &mut Report) {
+    let lease = lease(options.bytes);
+    for writers in &options.writers {
+        let outcome = limit::calls(place, until(options), *writers, options.connections, &lease).await;
+        let outcome = outcome.map(|load| {
+            let name = format!("{writers} writers, an RPC that does nothing");
+            report.add(Figure::new(LIMIT, name, load.rate(), "/s"));
+        });
+        report.part(&format!("the RPC alone, {writers} writers"), outcome);
+        let outcome = limit::store_alone(place, until(options), *writers, &lease).await;
+        let outcome = outcome.map(|load| {
+            let name = format!("{writers} writers, the store without RPCs");
+            report.add(Figure::new(LIMIT, name, load.rate(), "/s"));
+        });
+        report.part(&format!("the store alone, {writers} writers"), outcome);
+    }
+}
+
+fn add(report: &mut Report, whose: Option<&str>, writers: usize, measured: &Measured) {
+    let (load, late) = (&measured.load, &measured.late);
     let name = format!("{writers} writers");
     let own = whose.is_none();
     let of = |figure: Figure| match whose {
@@ -105,6 +136,10 @@ fn add(report: &mut Report, whose: Option<&str>, writers: usize, load: &Load, la
     report.add(if own { figure.at_least(20_000.0) } else { figure });
     report.add(of(Figure::new(LATENCY, &name, load.permille(990), "ms")));
     report.add(of(Figure::new(WATCH, &name, quantile(late, 990), "ms")));
+    for (side, seconds) in [("server", measured.server_cpu), ("clients", measured.clients_cpu)] {
+        let microseconds = seconds * 1e6 / load::rate(load.milliseconds.len(), 1.0);
+        report.add(of(Figure::new(CPU, format!("{name}, {side}"), microseconds, "us")));
+    }
 }
 
 /// When each write was called, and how late the watcher was told.
@@ -147,12 +182,20 @@ impl Times {
     }
 }
 
-type Measured = (Load, Vec<f64>);
+/// What a run gave.
+struct Measured {
+    load: Load,
+    /// How late the watcher was, in ascending milliseconds.
+    late: Vec<f64>,
+    /// Seconds.
+    server_cpu: f64,
+    clients_cpu: f64,
+}
 
 async fn ours(place: &Place, options: &Options, writers: usize) -> Result<Measured> {
     let control = Control::start(place, "").await?;
-    let clients = control.connections(options.connections).await?;
-    let mut watching = control.connect().await?;
+    let clients = control.busy_connections(options.connections).await?;
+    let mut watching = control.busy_connections(1).await?.remove(0);
     let times = Times::new();
     let watch = WatchRequest {
         resource: "leases".into(),
@@ -170,7 +213,7 @@ async fn ours(place: &Place, options: &Options, writers: usize) -> Result<Measur
             }
         }
     });
-    let cpu = control.cpu_seconds()?;
+    let cpu = (control.cpu_seconds()?, own_cpu_seconds()?);
     let template = lease(options.bytes);
     let called = Arc::clone(&times);
     let load = load::run(until(options), writers, move |index| {
@@ -185,14 +228,15 @@ async fn ours(place: &Place, options: &Options, writers: usize) -> Result<Measur
         }
     })
     .await?;
-    let used = control.cpu_seconds()? - cpu;
-    println!(
-        "   ({writers} writers: {:.1} us of control's CPU a write)",
-        used * 1e6 / load::rate(load.milliseconds.len(), 1.0)
-    );
     let late = seen(&times, load.milliseconds.len(), watcher).await?;
+    let measured = Measured {
+        load,
+        late,
+        server_cpu: control.cpu_seconds()? - cpu.0,
+        clients_cpu: own_cpu_seconds()? - cpu.1,
+    };
     control.stop();
-    Ok((load, late))
+    Ok(measured)
 }
 
 async fn peer(place: &Place, options: &Options, program: &Path, writers: usize) -> Result<Measured> {
@@ -213,6 +257,7 @@ async fn peer(place: &Place, options: &Options, program: &Path, writers: usize) 
             }
         }
     });
+    let cpu = (server.process.cpu_seconds()?, own_cpu_seconds()?);
     let value = vec![b'x'; options.bytes];
     let called = Arc::clone(&times);
     let load = load::run(until(options), writers, move |index| {
@@ -225,7 +270,12 @@ async fn peer(place: &Place, options: &Options, program: &Path, writers: usize) 
     })
     .await?;
     let late = seen(&times, load.milliseconds.len(), watcher).await?;
-    Ok((load, late))
+    Ok(Measured {
+        load,
+        late,
+        server_cpu: server.process.cpu_seconds()? - cpu.0,
+        clients_cpu: own_cpu_seconds()? - cpu.1,
+    })
 }
 
 fn until(options: &Options) -> Until {
