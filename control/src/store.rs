@@ -165,11 +165,14 @@ impl Transaction {
             )));
         }
         let mut seen = HashSet::new();
-        match self
-            .operations
-            .iter()
-            .find(|operation| !seen.insert(operation.key.as_str()))
-        {
+        let mut keys = self.operations.iter().enumerate();
+        // Of few, comparing is quicker than remembering.
+        let twice = if self.operations.len() <= 8 {
+            keys.find(|(index, one)| self.operations[..*index].iter().any(|other| other.key == one.key))
+        } else {
+            keys.find(|(_, one)| !seen.insert(one.key.as_str()))
+        };
+        match twice.map(|(_, one)| one) {
             Some(twice) => Err(StoreError::TooLarge(format!("{} appears twice", twice.key))),
             None => Ok(()),
         }

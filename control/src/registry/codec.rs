@@ -7,7 +7,11 @@ use crate::store::{Key, Revision, StoreError};
 
 /// As stored: without its resourceVersion, which is the record's revision, so that equal objects have equal bytes.
 pub(super) fn encode<T: Resource>(object: &T) -> Bytes {
-    let mut object = object.clone();
+    encode_own(&mut object.clone())
+}
+
+/// The same for an object whose resourceVersion is about to change: without a copy of it.
+pub(super) fn encode_own<T: Resource>(object: &mut T) -> Bytes {
     object.set_type();
     object.meta_mut().resource_version.clear();
     object.encode_to_vec().into()

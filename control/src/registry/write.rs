@@ -1,7 +1,7 @@
 //! Reading, creating, replacing.
 
 use std::{
-    sync::atomic::Ordering,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -9,7 +9,12 @@ use orlop_proto::{Resource as _, core::v1::Namespace};
 use prost_types::Timestamp;
 use rand::Rng as _;
 
-use super::{FieldError, Registered, Registry, RegistryError, claims::Chosen, codec::encode, kinds::same_spec};
+use super::{
+    FieldError, Registered, Registry, RegistryError,
+    claims::Chosen,
+    codec::{encode, encode_own},
+    kinds::same_spec,
+};
 use crate::{
     cache::ObjectKey,
     store::{Expected, Key, Operation, Revision, StoreError, Transaction, Write},
@@ -157,7 +162,7 @@ impl Registry {
             let mut operations = vec![Operation {
                 key: store_key::<T>(&key),
                 expected: Expected::Absent,
-                write: Write::Put(encode(&new)),
+                write: Write::Put(encode_own(&mut new)),
             }];
             if T::KIND.namespaced {
                 operations.push(self.namespace_is_active(&key, attempt > 0).await?);
@@ -204,8 +209,8 @@ impl Registry {
         let of_namespace = ObjectKey::new("", &key.namespace);
         let cached = self.cache.reader::<Namespace>().get("", &key.namespace);
         let namespace = match cached.filter(|cached| !fresh && !cached.is_deleting()) {
-            Some(cached) => Namespace::clone(&cached),
-            None => self.read(&of_namespace).await?,
+            Some(cached) => cached,
+            None => Arc::new(self.read(&of_namespace).await?),
         };
         if namespace.is_deleting() {
             return Err(RegistryError::Precondition(format!(
@@ -213,7 +218,7 @@ impl Registry {
                 key.namespace
             )));
         }
-        let expected = Expected::Revision(revision_of(&namespace));
+        let expected = Expected::Revision(revision_of(&*namespace));
         Ok(Operation {
             key: store_key::<Namespace>(&of_namespace),
             expected,
@@ -313,7 +318,7 @@ impl Registry {
         if is_done(&new) {
             return self.remove(old).await;
         }
-        let (before, after) = (encode(old), encode(&new));
+        let (before, after) = (encode(old), encode_own(&mut new));
         if before == after {
             // Nothing to write; but what was read may be old.
             return Ok(Some(old.clone()));
@@ -388,7 +393,8 @@ fn begin<T: Registered>(object: &mut T) -> Result<bool, RegistryError> {
     if !fields.is_empty() {
         return Err(invalid::<T>(&key, fields));
     }
-    meta.uid = uuid::Uuid::new_v4().to_string();
+    // The thread's own generator, which is cryptographic: asking the kernel is a system call for each.
+    meta.uid = uuid::Builder::from_random_bytes(rand::random()).into_uuid().to_string();
     meta.creation_timestamp = Some(now());
     meta.deletion_timestamp = None;
     meta.deletion_grace_period_seconds = None;
