@@ -2,6 +2,7 @@
 
 mod apply;
 mod bounds;
+mod compacted;
 mod continue_tokens;
 mod etcd;
 mod harness;
