@@ -130,6 +130,8 @@ async fn a_leader_that_is_lost_is_replaced_and_cannot_write_any_more() {
     let etcd = etcd::bench().await;
     let first = replica(&etcd, "first").await;
     first.leads().await;
+    // A term's tasks begin when the cache has its claim.
+    until("it writes", || !first.writers.lock().unwrap().is_empty()).await;
     let (second, third) = (replica(&etcd, "second").await, replica(&etcd, "third").await);
     assert_eq!(second.holder().await, "first");
     assert!(!second.standing.is_leading() && !third.standing.is_leading());
