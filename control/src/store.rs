@@ -39,7 +39,8 @@ impl Key {
         }
     }
 
-    /// The key of a record that is not an object: claims of addresses (`clusterips`), ranges (`podcidrs`), join tokens (`tokens`).
+    /// The key of a record that is not an object: claims of addresses (`clusterips`), ranges (`podcidrs`) and
+    /// what lengths they have (`podcidrlengths`), join tokens (`tokens`).
     pub fn internal(resource: &str, name: &str) -> Self {
         Self(format!("{resource}/{name}"))
     }

@@ -2,9 +2,14 @@
 //!
 //! A claim is a record of its own (`clusterips/ADDRESS`, `podcidrs/RANGE`) that is written and removed in the transaction of the
 //! object that holds it. The store refuses the second claim, whoever makes it.
+//!
+//! Ranges of one length are equal or apart, so their claims are all that it takes. Ranges of several lengths may overlap: a record
+//! has the lengths in use, and every claim of a range depends on it. One that brings a new length announces that first, which fails
+//! all that did not know of it; and while there are several, each claim looks at all nodes' ranges and changes the record's
+//! revision, so that of two which did not see each other one fails and looks again.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     net::Ipv4Addr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -20,15 +25,17 @@ use rand::Rng as _;
 
 use super::{
     FieldError, Registered, Registry, RegistryError,
-    write::{conflict, field, invalid, revision_of},
+    write::{Committed, conflict, field, invalid, revision_of, step_aside},
 };
 use crate::{
     cache::ObjectKey,
-    store::{Key, StoreError},
+    store::{Expected, Key, Operation, Revision, StoreError, Write},
 };
 
 const CLUSTER_IPS: &str = "clusterips";
 const POD_CIDRS: &str = "podcidrs";
+/// The record of the prefix lengths that nodes' ranges have.
+const POD_CIDR_LENGTHS: &str = "podcidrlengths";
 /// Addresses that are tried at random before all claims are read.
 const RANDOM_ATTEMPTS: usize = 4;
 const ATTEMPTS: usize = 64;
@@ -61,6 +68,22 @@ pub(super) fn pod_cidr_key(range: &str) -> Key {
 fn range_of(claim: &Key) -> Option<Ipv4Net> {
     let range = claim.as_str().strip_prefix(POD_CIDRS)?.strip_prefix('/')?;
     range.replace('-', "/").parse().ok()
+}
+
+fn lengths_key() -> Key {
+    Key::internal(POD_CIDR_LENGTHS, "ipv4")
+}
+
+fn lengths_text(lengths: &BTreeSet<u8>) -> String {
+    let texts: Vec<String> = lengths.iter().map(u8::to_string).collect();
+    texts.join(" ")
+}
+
+fn lengths_of(value: &[u8]) -> BTreeSet<u8> {
+    let text = String::from_utf8_lossy(value);
+    text.split_whitespace()
+        .filter_map(|length| length.parse().ok())
+        .collect()
 }
 
 /// What to tell who asked for what another has.
@@ -257,22 +280,85 @@ impl Registry {
         }
     }
 
-    /// What is wrong with a range that a node is given: another node's must not overlap it. That two have the very same is found
-    /// by their claims.
-    pub(super) async fn check_pod_cidrs<T: Registered>(&self, object: &T) -> Result<Vec<FieldError>, RegistryError> {
-        let given: Vec<Ipv4Net> = object.claims().iter().filter_map(range_of).collect();
-        if given.is_empty() {
-            return Ok(Vec::new());
+    /// What a transaction that makes these claims has to depend on, so that no range among them overlaps another node's. Of other
+    /// claims nothing.
+    ///
+    /// # Errors
+    /// [`RegistryError::Invalid`] when one does.
+    pub(super) async fn apart<T: Registered>(
+        &self,
+        object: &T,
+        claims: &[Key],
+    ) -> Result<Option<Operation>, RegistryError> {
+        let wanted: Vec<Ipv4Net> = claims.iter().filter_map(range_of).collect();
+        if wanted.is_empty() {
+            return Ok(None);
         }
+        let (lengths, revision) = self.announce_lengths(&wanted).await?;
+        let write = if lengths.len() == 1 {
+            Write::Check
+        } else {
+            // After the record was read: who claims a range later than this look finds it changed.
+            let fields = self.overlaps(&wanted, object.name()).await?;
+            if !fields.is_empty() {
+                return Err(invalid::<T>(&ObjectKey::of(object), fields));
+            }
+            Write::Put(lengths_text(&lengths).into())
+        };
+        Ok(Some(Operation {
+            key: lengths_key(),
+            expected: Expected::Revision(revision),
+            write,
+        }))
+    }
+
+    /// Which of the ranges lie within another node's, or around it.
+    async fn overlaps(&self, wanted: &[Ipv4Net], node: &str) -> Result<Vec<FieldError>, RegistryError> {
         let overlaps = |one: &Ipv4Net, other: &Ipv4Net| one != other && (one.contains(other) || other.contains(one));
         let others = self.given_ranges().await?;
-        let mut found = others.iter().filter(|(_, holder)| **holder != *object.name());
+        let mut found = others.iter().filter(|(_, holder)| **holder != *node);
         let found = found.find_map(|(other, holder)| {
-            let own = given.iter().find(|own| overlaps(own, other))?;
+            let own = wanted.iter().find(|own| overlaps(own, other))?;
             let message = format!("{own} overlaps {other} of nodes/{holder}");
             Some(field("spec.podCIDRs", message))
         });
         Ok(found.into_iter().collect())
+    }
+
+    /// The lengths in use, those of `wanted` among them, and the revision of their record.
+    async fn announce_lengths(&self, wanted: &[Ipv4Net]) -> Result<(BTreeSet<u8>, Revision), RegistryError> {
+        let key = lengths_key();
+        for attempt in 0..ATTEMPTS {
+            step_aside(attempt).await;
+            let (known, expected) = match self.store.get(&key).await {
+                Ok(Some(record)) => {
+                    let known = lengths_of(&record.value);
+                    if wanted.iter().all(|range| known.contains(&range.prefix_len())) {
+                        return Ok((known, record.revision));
+                    }
+                    (known, Expected::Revision(record.revision))
+                }
+                Ok(None) => (BTreeSet::new(), Expected::Absent),
+                Err(StoreError::Damaged { .. }) => (BTreeSet::new(), Expected::Any),
+                Err(error) => return Err(error.into()),
+            };
+            // Ranges that were given before there was such a record count, too.
+            let given = self.given_ranges().await?;
+            let given = given.iter().map(|(range, _)| range).chain(wanted);
+            let lengths: BTreeSet<u8> = given.map(Ipv4Net::prefix_len).chain(known).collect();
+            let announce = Operation {
+                key: key.clone(),
+                expected,
+                write: Write::Put(lengths_text(&lengths).into()),
+            };
+            if let Committed::At(revision) = self.commit(vec![announce]).await? {
+                return Ok((lengths, revision));
+            }
+        }
+        Err(conflict::<Node>(
+            &ObjectKey::new("", ""),
+            "others kept changing the lengths of pod ranges; try again",
+        ))
     }
 
     fn check_cluster_ip(&self, text: &str, is_kubernetes: bool) -> Result<(), String> {

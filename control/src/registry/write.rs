@@ -27,7 +27,7 @@ const AT_ONCE: usize = 4;
 
 /// Who has lost several times in a row waits for a moment, each time another: writers in lockstep, as a group commit makes
 /// them, would let the same one lose for ever.
-async fn step_aside(attempt: usize) {
+pub(super) async fn step_aside(attempt: usize) {
     if attempt >= AT_ONCE {
         let longest = u64::try_from(attempt).unwrap_or(u64::MAX);
         tokio::time::sleep(Duration::from_millis(rand::random_range(0..=longest))).await;
@@ -137,6 +137,7 @@ impl Registry {
     pub(super) async fn create_new<T: Registered>(&self, mut object: T) -> Result<T, RegistryError> {
         let generated = begin(&mut object)?;
         for attempt in 0..ATTEMPTS {
+            step_aside(attempt).await;
             if generated {
                 object.meta_mut().name = generate_name(&object.meta().generate_name);
             }
@@ -153,9 +154,6 @@ impl Registry {
                 }
                 other => other?,
             };
-            if fields.is_empty() {
-                fields = self.check_pod_cidrs(&new).await?;
-            }
             if !fields.is_empty() {
                 return Err(invalid::<T>(&key, fields));
             }
@@ -167,7 +165,9 @@ impl Registry {
             if T::KIND.namespaced {
                 operations.push(self.namespace_is_active(&key, attempt > 0).await?);
             }
-            operations.extend(new.claims().into_iter().map(|claim| claimed(&new, claim)));
+            let claims = new.claims();
+            operations.extend(self.apart(&new, &claims).await?);
+            operations.extend(claims.into_iter().map(|claim| claimed(&new, claim)));
             match self.commit(operations).await? {
                 Committed::At(revision) => {
                     new.meta_mut().resource_version = revision.to_string();
@@ -193,7 +193,7 @@ impl Registry {
                         return Err(invalid::<T>(&key, super::claims::taken(&failed)));
                     }
                 }
-                // The namespace changed: it is looked at again.
+                // The namespace changed, or what ranges there are: it is looked at again.
                 Committed::Failed(_) => {}
             }
         }
@@ -240,12 +240,6 @@ impl Registry {
                 return Err(conflict::<T>(&key, message));
             }
             let new = merged(&old, given.clone(), part)?;
-            if new.claims() != old.claims() {
-                let fields = self.check_pod_cidrs(&new).await?;
-                if !fields.is_empty() {
-                    return Err(invalid::<T>(&key, fields));
-                }
-            }
             if let Some(stored) = self.put(&old, new).await? {
                 return Ok(stored);
             }
@@ -334,6 +328,7 @@ impl Registry {
         let released = held.iter().filter(|claim| !wanted.contains(claim));
         operations.extend(released.map(|claim| released_claim(claim.clone())));
         let added: Vec<Key> = wanted.into_iter().filter(|claim| !held.contains(claim)).collect();
+        operations.extend(self.apart(&new, &added).await?);
         operations.extend(added.iter().map(|claim| claimed(&new, claim.clone())));
         match self.commit(operations).await? {
             Committed::At(revision) => {

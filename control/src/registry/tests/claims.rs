@@ -157,3 +157,56 @@ async fn a_range_that_overlaps_anothers_is_refused() {
     overlap(world.registry.update(node("later", "10.244.2.0/24")).await);
     world.registry.update(wide).await.unwrap();
 }
+
+#[tokio::test]
+async fn ranges_that_overlap_are_never_both_given_to_nodes_that_are_written_at_once() {
+    let ranged = |name: &str, range: &str| {
+        let mut node = node(name);
+        node.spec.get_or_insert_default().pod_cidr = range.to_owned();
+        node
+    };
+    for round in 0..8 {
+        let world = world_with(small()).await;
+        let registry = &world.registry;
+        if round % 2 == 1 {
+            registry.create_node(node("first")).await.unwrap();
+        }
+        registry.create(node("later")).await.unwrap();
+        let (wide, narrow, later, chosen) = tokio::join!(
+            registry.create(ranged("wide", "10.100.0.0/16")),
+            registry.create(ranged("narrow", "10.100.1.0/24")),
+            registry.update(ranged("later", "10.100.2.0/23")),
+            registry.create_node(node("chosen")),
+        );
+        chosen.unwrap();
+        assert_eq!(
+            wide.is_ok(),
+            narrow.is_err() && later.is_err(),
+            "{wide:?} {narrow:?} {later:?}"
+        );
+        // One that the server is about to choose, and one that somebody names around it.
+        let (wide, chosen) = tokio::join!(
+            registry.create(ranged("around", "10.244.0.0/22")),
+            registry.create_node(node("other")),
+        );
+        assert!(wide.is_err(), "it has a range of {round}: {wide:?}");
+        chosen.unwrap();
+        let nodes = registry.cache().reader::<Node>();
+        registry
+            .cache()
+            .catch_up(std::time::Duration::from_secs(5))
+            .await
+            .unwrap();
+        let ranges: Vec<ipnet::Ipv4Net> = nodes
+            .snapshot()
+            .objects
+            .iter()
+            .filter_map(|(_, node)| node.spec.clone().unwrap_or_default().pod_cidr.parse().ok())
+            .collect();
+        for (index, one) in ranges.iter().enumerate() {
+            for other in &ranges[index + 1..] {
+                assert!(!one.contains(other) && !other.contains(one), "{ranges:?}");
+            }
+        }
+    }
+}
