@@ -5,6 +5,8 @@
 //! difference. What one node is told of its pods is folded in its session's mailbox. A slow node costs no queue.
 //!
 //! Invariant: a session's snapshot holds everything that the store had when the session began; the node deletes what it does not name.
+//! Invariant: what a node reported is not written after what it reported later, in whichever replica: a session's writes depend on its being
+//! the node's latest.
 //! Invariant: a node writes only its own Node, Lease and events, and the status of pods that are bound to it.
 
 mod board;
@@ -12,9 +14,12 @@ mod codec;
 mod events;
 mod hub;
 mod mailbox;
+mod pending;
 mod reports;
 mod services;
 mod session;
+#[cfg(test)]
+mod tests;
 
 use std::{
     sync::{
@@ -47,6 +52,8 @@ pub struct LinkConfig {
     pub silence: Duration,
     /// So many Updates may be unacknowledged before changes are held back and folded.
     pub window: u64,
+    /// A session in which changes are held back, or not read, for this long is closed: what is kept for it would only grow.
+    pub patience: Duration,
 }
 
 /// A node's Lease is renewed this often; a node is not given up for anything shorter.
@@ -60,6 +67,7 @@ impl Default for LinkConfig {
             ping: Duration::from_secs(5),
             silence: Duration::from_secs(15),
             window: 32,
+            patience: Duration::from_secs(300),
         }
     }
 }

@@ -16,6 +16,7 @@ mod error;
 mod kinds;
 mod leadership;
 mod pods;
+mod sessions;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -61,7 +62,7 @@ impl Default for RegistryConfig {
     }
 }
 
-/// A record that must not have changed for a write to happen: a leader's claim. Who lost it can no longer write.
+/// A record that must not have changed for a write to happen: a leader's claim, a node's session. Who lost it can no longer write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fence {
     /// The record.

@@ -40,7 +40,7 @@ impl Key {
     }
 
     /// The key of a record that is not an object: claims of addresses (`clusterips`), ranges (`podcidrs`) and
-    /// what lengths they have (`podcidrlengths`), join tokens (`tokens`).
+    /// what lengths they have (`podcidrlengths`), nodes' sessions (`nodesessions`), join tokens (`tokens`).
     pub fn internal(resource: &str, name: &str) -> Self {
         Self(format!("{resource}/{name}"))
     }

@@ -19,11 +19,12 @@ use orlop_proto::{
     node::v1::PodReport,
 };
 use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
 
 use super::{Inner, hub::node_of, session::ensure_node};
 use crate::{
     cache::{ObjectKey, Reader},
-    registry::RegistryError,
+    registry::{Registry, RegistryError},
     store::StoreError,
 };
 
@@ -32,35 +33,46 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 /// The namespace of the nodes' Leases.
 const LEASES: &str = "kube-node-lease";
 
-/// Writes reports of one node.
+/// Writes reports of one session of a node, as long as that is the node's latest.
 #[derive(Clone)]
 pub(super) struct ReportWriter {
     inner: Arc<Inner>,
+    /// Writes for this session only.
+    registry: Arc<Registry>,
     node: Arc<str>,
     labels: Arc<BTreeMap<String, String>>,
     nodes: Reader<Node>,
     pods: Reader<Pod>,
+    /// Ends the session.
+    closed: CancellationToken,
 }
 
 impl ReportWriter {
-    pub fn new(inner: Arc<Inner>, node: Arc<str>, labels: BTreeMap<String, String>) -> Self {
-        let cache = inner.registry.cache().clone();
+    pub fn new(
+        inner: Arc<Inner>,
+        registry: Registry,
+        node: Arc<str>,
+        labels: BTreeMap<String, String>,
+        closed: CancellationToken,
+    ) -> Self {
+        let cache = registry.cache().clone();
         Self {
             node,
             labels: Arc::new(labels),
             nodes: cache.reader(),
             pods: cache.reader(),
+            registry: Arc::new(registry),
             inner,
+            closed,
         }
     }
 
-    /// Writes the node's status until it is written. Gives the sequence number to acknowledge.
-    pub fn node(&self, status: NodeStatus, sequence: Option<u64>) -> BoxFuture<'static, Option<u64>> {
+    /// Writes the node's status until it is written.
+    pub fn node(&self, status: NodeStatus) -> BoxFuture<'static, ()> {
         let writer = self.clone();
         Box::pin(async move {
-            let mut retry = Retry::new(Arc::clone(&writer.node), "node status");
+            let mut retry = Retry::new(&writer, "node status");
             while !retry.settled(writer.write_node(&status).await).await {}
-            sequence
         })
     }
 
@@ -72,7 +84,7 @@ impl ReportWriter {
             differs
         };
         let key = ObjectKey::new("", &self.node);
-        match self.inner.registry.modify_status(&key, merge).await {
+        match self.registry.modify_status(&key, merge).await {
             Err(error) if error.is_not_found() => {
                 ensure_node(&self.inner, &self.node, &self.labels).await?;
                 Err(error)
@@ -81,38 +93,38 @@ impl ReportWriter {
         }
     }
 
-    /// Writes a pod's status until it is written, or dropped. Gives the sequence number to acknowledge.
-    pub fn pod(&self, report: PodReport) -> BoxFuture<'static, Option<u64>> {
+    /// The pod that a report speaks of; `None` when it is no concern of this node.
+    pub fn reported(&self, report: &PodReport) -> Option<Arc<Pod>> {
+        // No longer there, or a namesake: the node learns of it by its snapshot.
+        let pod = self.pods.get(&report.namespace, &report.name)?;
+        if pod.uid() != report.uid {
+            return None;
+        }
+        if node_of(&pod) != &*self.node {
+            self.inner.counters.refused.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(
+                node = &*self.node,
+                namespace = report.namespace,
+                pod = report.name,
+                bound_to = node_of(&pod),
+                "report of a pod that is not this node's refused"
+            );
+            return None;
+        }
+        Some(pod)
+    }
+
+    /// Writes a pod's status until it is written, or dropped.
+    pub fn pod(&self, pod: Arc<Pod>, report: PodReport) -> BoxFuture<'static, ()> {
         let writer = self.clone();
         Box::pin(async move {
-            let sequence = Some(report.sequence);
-            let Some(pod) = writer
-                .pods
-                .get(&report.namespace, &report.name)
-                .filter(|pod| pod.uid() == report.uid)
-            else {
-                // No longer there, or a namesake: the node learns of it by its snapshot.
-                return sequence;
-            };
-            if node_of(&pod) != &*writer.node {
-                writer.inner.counters.refused.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(
-                    node = &*writer.node,
-                    namespace = report.namespace,
-                    pod = report.name,
-                    bound_to = node_of(&pod),
-                    "report of a pod that is not this node's refused"
-                );
-                return sequence;
-            }
             if report.gone {
                 writer.confirm_gone(&pod).await;
             } else {
-                let mut retry = Retry::new(Arc::clone(&writer.node), "pod status");
+                let mut retry = Retry::new(&writer, "pod status");
                 let status = report.status.unwrap_or_default();
                 while !retry.settled(writer.write_pod(&pod, &status).await).await {}
             }
-            sequence
         })
     }
 
@@ -126,10 +138,13 @@ impl ReportWriter {
             );
             return;
         }
-        let mut retry = Retry::new(Arc::clone(&self.node), "confirmation of a pod's end");
-        let registry = &self.inner.registry;
+        let mut retry = Retry::new(self, "confirmation of a pod's end");
         while !retry
-            .settled(registry.confirm_pod_gone(pod.namespace(), pod.name(), pod.uid()).await)
+            .settled(
+                self.registry
+                    .confirm_pod_gone(pod.namespace(), pod.name(), pod.uid())
+                    .await,
+            )
             .await
         {}
     }
@@ -145,7 +160,7 @@ impl ReportWriter {
             stored.status = Some(merged);
             differs
         };
-        match self.inner.registry.modify_status(&ObjectKey::of(pod), merge).await {
+        match self.registry.modify_status(&ObjectKey::of(pod), merge).await {
             Err(error) if error.is_not_found() => Ok(()),
             written => written.map(drop),
         }
@@ -183,14 +198,16 @@ pub(super) fn ready(status: &NodeStatus) -> Option<&str> {
 /// Waits between the attempts at a write.
 struct Retry {
     node: Arc<str>,
+    closed: CancellationToken,
     what: &'static str,
     wait: Duration,
 }
 
 impl Retry {
-    fn new(node: Arc<str>, what: &'static str) -> Self {
+    fn new(writer: &ReportWriter, what: &'static str) -> Self {
         Self {
-            node,
+            node: Arc::clone(&writer.node),
+            closed: writer.closed.clone(),
             what,
             wait: RETRY_MIN,
         }
@@ -204,6 +221,16 @@ impl Retry {
             Err(error @ (RegistryError::Invalid { .. } | RegistryError::Store(StoreError::TooLarge(_)))) => {
                 tracing::warn!(node, what, %error, "report refused");
                 return true;
+            }
+            Err(RegistryError::Fenced(_)) => {
+                tracing::info!(
+                    node,
+                    what,
+                    "report not written: the node has told of it in another session since"
+                );
+                self.closed.cancel();
+                // Not written, so not to be acknowledged.
+                return std::future::pending().await;
             }
             Err(error) => tracing::warn!(node, what, %error, "report not written; trying again"),
         }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::{StreamExt, future::BoxFuture, stream::FuturesOrdered};
+use futures::{Stream, StreamExt as _};
 use orlop_proto::{
     Resource,
     core::v1::{Node, NodeStatus},
@@ -18,7 +18,7 @@ use orlop_proto::{
 use prost::Message as _;
 use tokio::{
     sync::{mpsc, watch},
-    time::{Instant, MissedTickBehavior, interval_at, timeout},
+    time::{Instant, MissedTickBehavior, interval_at, sleep_until, timeout},
 };
 use tonic::{Request, Status, Streaming};
 
@@ -29,19 +29,18 @@ use super::{
     events::EventWriter,
     hub::Opening,
     mailbox::PodChange,
+    pending::Pending,
     reports::{LeaseWriter, ReportWriter, ready},
 };
 use crate::{
     panics,
-    registry::RegistryError,
+    registry::{Registry, RegistryError},
     server::identity::{Identity, caller},
 };
 
 /// An Update holds at most so many changes, and about so many bytes.
 const UPDATE_CHANGES: usize = 512;
 const UPDATE_BYTES: usize = 256 << 10;
-/// So many reports of one node are written at the same time.
-const REPORTS: usize = 16;
 /// How long the cache may take to have what the store has.
 const CATCH_UP: Duration = Duration::from_secs(10);
 /// How long a node has for taking the reason why its session ended.
@@ -99,7 +98,7 @@ async fn keep(inner: &Arc<Inner>, node: Arc<str>, mut incoming: Streaming<NodeMe
         return Status::failed_precondition(text);
     }
     // Boxed, as whatever else is over soon: a session that is quiet shall be small.
-    let (opening, object) = match Box::pin(open(inner, &node, &hello)).await {
+    let (opening, object, registry) = match Box::pin(open(inner, &node, &hello)).await {
         Ok(opened) => opened,
         Err(status) => return status,
     };
@@ -112,9 +111,12 @@ async fn keep(inner: &Arc<Inner>, node: Arc<str>, mut incoming: Streaming<NodeMe
     let mailbox = Arc::clone(&opening.mailbox);
     let welcome = message(ToNode::Welcome(welcome(inner, &object)));
     let (acks, acknowledged) = watch::channel(0);
+    let closed = mailbox.closed.clone();
+    let reports = ReportWriter::new(Arc::clone(inner), registry, Arc::clone(&node), hello.labels, closed);
     let receiver = Receiver {
         inner,
-        reports: ReportWriter::new(Arc::clone(inner), Arc::clone(&node), hello.labels),
+        pending: Pending::new(reports.clone()),
+        reports,
         lease: LeaseWriter::new(Arc::clone(inner), Arc::clone(&node), object.uid().to_owned()),
         events: EventWriter::new(Arc::clone(inner), Arc::clone(&node)),
         node: Arc::clone(&node),
@@ -134,8 +136,8 @@ async fn keep(inner: &Arc<Inner>, node: Arc<str>, mut incoming: Streaming<NodeMe
     status
 }
 
-/// Makes the node's object and range if they are missing, and takes the snapshot.
-async fn open(inner: &Inner, node: &Arc<str>, hello: &link::Hello) -> Result<(Opening, Node), Status> {
+/// Makes the node's object and range if they are missing, ends its sessions elsewhere, and takes the snapshot.
+async fn open(inner: &Inner, node: &Arc<str>, hello: &link::Hello) -> Result<(Opening, Node, Registry), Status> {
     report_labels(inner, node, &hello.labels);
     let object = ensure_node(inner, node, &hello.labels).await.map_err(|error| {
         tracing::error!(node = &**node, %error, "the node's object or range cannot be written");
@@ -144,7 +146,9 @@ async fn open(inner: &Inner, node: &Arc<str>, hello: &link::Hello) -> Result<(Op
             error => Status::unavailable(error.to_string()),
         }
     })?;
-    let cache = inner.registry.cache();
+    let registry = inner.registry.take_session(node).await;
+    let registry = registry.map_err(|error| Status::unavailable(error.to_string()))?;
+    let cache = registry.cache();
     match cache.catch_up(CATCH_UP).await {
         Ok(true) => {}
         Ok(false) => return Err(Status::unavailable("the cache is behind the store")),
@@ -152,7 +156,7 @@ async fn open(inner: &Inner, node: &Arc<str>, hello: &link::Hello) -> Result<(Op
     }
     let opening = inner.hub.open(Arc::clone(node), cache.revision()).await;
     opening
-        .map(|opening| (opening, object))
+        .map(|opening| (opening, object, registry))
         .ok_or_else(|| Status::unavailable("control stops"))
 }
 
@@ -214,7 +218,7 @@ pub(super) async fn ensure_node(
 }
 
 /// Sends Welcome, the snapshot, and then what changes.
-async fn send(
+pub(super) async fn send(
     inner: &Inner,
     node: &str,
     welcome: Outgoing,
@@ -237,6 +241,8 @@ async fn send(
     let nothing = Board::default();
     let pods = pods.into_iter().map(|pod| PodChange::Put(pod).encode());
     Box::pin(updates.send(pods.chain(nothing.changes(&told, node)), true)).await?;
+    let patience = inner.config.patience;
+    let mut moved = Instant::now();
     loop {
         let known = *acknowledged.borrow_and_update();
         let Some(waiting) = updates.version.checked_sub(known) else {
@@ -246,6 +252,9 @@ async fn send(
             )));
         };
         let open = waiting < inner.config.window;
+        if open {
+            moved = Instant::now();
+        }
         tokio::select! {
             // Cancel-safe: all of them only wake. A sender that is gone is the end of the hub or of the session, which others see.
             () = mailbox.changed(), if open => {}
@@ -254,13 +263,24 @@ async fn send(
                 changed.map_err(|_| gone())?;
                 continue;
             }
+            () = sleep_until(moved + patience), if !open => {
+                return Err(Status::deadline_exceeded(format!(
+                    "{waiting} Updates, from version {} on, are not acknowledged since {patience:?}: begin anew",
+                    known + 1
+                )));
+            }
         }
         let board = boards.borrow_and_update().clone();
         let pods = mailbox.take().map(|change| change.encode());
         // A pod comes after the services that were there before it.
-        Box::pin(updates.send(told.changes(&board, node).chain(pods), false)).await?;
+        let sending = Box::pin(updates.send(told.changes(&board, node).chain(pods), false));
+        timeout(patience, sending).await.map_err(|_| unread(patience))??;
         told = board;
     }
+}
+
+fn unread(patience: Duration) -> Status {
+    Status::deadline_exceeded(format!("an Update was not read within {patience:?}: begin anew"))
 }
 
 fn gone() -> Status {
@@ -304,7 +324,9 @@ impl Updates<'_> {
             self.version += 1;
             end = changes.peek().is_none();
             let update = self.inner.update(self.version, &piece, end && snapshot_end);
-            self.outgoing.send(Ok(update)).await.map_err(|_| gone())?;
+            let patience = self.inner.config.patience;
+            let sent = timeout(patience, self.outgoing.send(Ok(update))).await;
+            sent.map_err(|_| unread(patience))?.map_err(|_| gone())?;
         }
         Ok(())
     }
@@ -326,71 +348,64 @@ fn welcome(inner: &Inner, object: &Node) -> link::Welcome {
 }
 
 /// The session's other direction.
-struct Receiver<'a> {
-    inner: &'a Arc<Inner>,
-    node: Arc<str>,
-    reports: ReportWriter,
-    lease: LeaseWriter,
-    events: EventWriter,
+pub(super) struct Receiver<'a> {
+    pub inner: &'a Arc<Inner>,
+    pub node: Arc<str>,
+    pub reports: ReportWriter,
+    pub pending: Pending,
+    pub lease: LeaseWriter,
+    pub events: EventWriter,
     /// What the node last said of itself, encoded: it is seldom asked for.
-    status: Option<Said>,
+    pub status: Option<Said>,
     /// The highest version that was acknowledged.
-    sent: u64,
-    acks: watch::Sender<u64>,
-    outgoing: &'a Sender,
+    pub sent: u64,
+    pub acks: watch::Sender<u64>,
+    pub outgoing: &'a Sender,
 }
 
-struct Said {
+pub(super) struct Said {
     /// The status of its condition Ready.
     ready: Option<String>,
     status: Vec<u8>,
 }
 
-type Writes = FuturesOrdered<BoxFuture<'static, Option<u64>>>;
-
 impl Receiver<'_> {
-    async fn run(mut self, mut incoming: Streaming<NodeMessage>) -> Status {
-        let mut writes = Writes::new();
-        let mut ack: Option<u64> = None;
+    pub async fn run(mut self, mut incoming: impl Stream<Item = Result<NodeMessage, Status>> + Unpin) -> Status {
+        let mut acknowledged = 0;
         let mut heard = Instant::now();
         loop {
-            let silence = tokio::time::sleep_until(heard + self.inner.config.silence);
+            let silence = sleep_until(heard + self.inner.config.silence);
+            let dealt_with = self.pending.dealt_with();
             tokio::select! {
-                // Cancel-safe: a message is taken off the stream or not. With many writes under way the stream waits.
-                message = incoming.message(), if writes.len() < REPORTS => {
+                // Cancel-safe: a message is taken off the stream or not. It is read whatever the store does: a node that is gone is to be
+                // noticed.
+                message = incoming.next() => {
                     heard = Instant::now();
                     match message {
-                        Ok(Some(NodeMessage { message: Some(message) })) => {
-                            if let Err(status) = self.receive(message, &mut writes) {
+                        Some(Ok(NodeMessage { message: Some(message) })) => {
+                            if let Err(status) = self.receive(message) {
                                 return status;
                             }
                         }
-                        Ok(Some(NodeMessage { message: None })) => {}
-                        Ok(None) => return Status::cancelled("the node closed the stream"),
-                        Err(status) => return status,
+                        Some(Ok(NodeMessage { message: None })) => {}
+                        None => return Status::cancelled("the node closed the stream"),
+                        Some(Err(status)) => return status,
                     }
                 }
                 // Cancel-safe: the set keeps what is not done.
-                Some(done) = writes.next(), if !writes.is_empty() => {
-                    if let Some(sequence) = done {
-                        ack = Some(sequence);
-                    }
-                }
+                () = self.pending.written(), if self.pending.is_writing() => {}
                 // Cancel-safe: a permit that is dropped takes nothing.
-                permit = self.outgoing.reserve(), if ack.is_some() => {
+                permit = self.outgoing.reserve(), if dealt_with > acknowledged => {
                     let Ok(permit) = permit else { return Status::cancelled("the node is gone") };
-                    if let Some(sequence) = ack.take() {
-                        permit.send(Ok(message(ToNode::ReportAck(link::ReportAck { sequence }))));
-                    }
+                    permit.send(Ok(message(ToNode::ReportAck(link::ReportAck { sequence: dealt_with }))));
+                    acknowledged = dealt_with;
                 }
-                () = silence, if writes.len() < REPORTS => {
-                    return Status::deadline_exceeded("nothing heard from the node");
-                }
+                () = silence => return Status::deadline_exceeded("nothing heard from the node"),
             }
         }
     }
 
-    fn receive(&mut self, message: FromNode, writes: &mut Writes) -> Result<(), Status> {
+    fn receive(&mut self, message: FromNode) -> Result<(), Status> {
         match message {
             FromNode::Hello(_) => return Err(Status::invalid_argument("a second Hello")),
             FromNode::Node(report) => {
@@ -399,9 +414,9 @@ impl Receiver<'_> {
                     ready: ready(&status).map(str::to_owned),
                     status: status.encode_to_vec(),
                 });
-                writes.push_back(self.reports.node(status, Some(report.sequence)));
+                self.pending.node(status, Some(report.sequence))?;
             }
-            FromNode::Pod(report) => writes.push_back(self.reports.pod(report)),
+            FromNode::Pod(report) => self.pending.pod(report)?,
             FromNode::SnapshotEnd(_) => {}
             FromNode::Ack(ack) => {
                 if ack.version < self.sent {
@@ -413,11 +428,12 @@ impl Receiver<'_> {
             FromNode::Heartbeat(_) => {
                 self.lease.renew();
                 // Somebody has declared the node lost meanwhile: it is not.
-                if let Some(said) = &self.status
+                if !self.pending.has_node()
+                    && let Some(said) = &self.status
                     && self.reports.is_ready_otherwise(said.ready.as_deref())
                     && let Ok(status) = NodeStatus::decode(said.status.as_slice())
                 {
-                    writes.push_back(self.reports.node(status, None));
+                    self.pending.node(status, None)?;
                 }
             }
             FromNode::Metrics(report) => {

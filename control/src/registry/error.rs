@@ -48,8 +48,8 @@ pub enum RegistryError {
     /// No address or range is free.
     #[error("{0}")]
     Exhausted(String),
-    /// This writer is no longer the leader.
-    #[error("the leader's claim {0} was lost")]
+    /// This writer is no longer the leader, or no longer its node's session.
+    #[error("the claim {0} was lost")]
     Fenced(crate::store::Key),
     /// The store failed.
     #[error(transparent)]

@@ -1,6 +1,7 @@
 //! What is particular to a kind.
 
 use orlop_proto::{
+    Resource as _,
     apps::v1::ReplicaSet,
     coordination::v1::Lease,
     core::v1::{Event, Namespace, Node, Pod, ReplicationController, Service},
@@ -42,6 +43,12 @@ pub trait Registered: Model {
     /// Records that exist as long as the object does, and that no other object can have.
     #[doc(hidden)]
     fn claims(&self) -> Vec<Key> {
+        Vec::new()
+    }
+
+    /// Records that are removed with the object.
+    #[doc(hidden)]
+    fn belongings(&self) -> Vec<Key> {
         Vec::new()
     }
 
@@ -122,6 +129,9 @@ impl Registered for Node {
     fn claims(&self) -> Vec<Key> {
         let ranges = self.spec.iter().flat_map(|spec| &spec.pod_cidrs);
         ranges.map(|range| super::claims::pod_cidr_key(range)).collect()
+    }
+    fn belongings(&self) -> Vec<Key> {
+        vec![super::sessions::session_key(self.name())]
     }
 }
 

@@ -326,7 +326,7 @@ impl Registry {
         }];
         let (held, wanted) = (old.claims(), new.claims());
         let released = held.iter().filter(|claim| !wanted.contains(claim));
-        operations.extend(released.map(|claim| released_claim(claim.clone())));
+        operations.extend(released.map(|claim| removed(claim.clone())));
         let added: Vec<Key> = wanted.into_iter().filter(|claim| !held.contains(claim)).collect();
         operations.extend(self.apart(&new, &added).await?);
         operations.extend(added.iter().map(|claim| claimed(&new, claim.clone())));
@@ -351,7 +351,8 @@ impl Registry {
             expected,
             write: Write::Delete,
         }];
-        operations.extend(old.claims().into_iter().map(released_claim));
+        let with_it = old.claims().into_iter().chain(old.belongings());
+        operations.extend(with_it.map(removed));
         match self.commit(operations).await? {
             Committed::At(revision) => {
                 let mut last = old.clone();
@@ -465,9 +466,9 @@ fn claimed<T: Registered>(owner: &T, claim: Key) -> Operation {
     }
 }
 
-fn released_claim(claim: Key) -> Operation {
+fn removed(key: Key) -> Operation {
     Operation {
-        key: claim,
+        key,
         expected: Expected::Any,
         write: Write::Delete,
     }
