@@ -24,10 +24,8 @@ use super::{
     frame,
 };
 
-/// Keys in a page of a list.
+/// Keys in a page of a list; fewer where records are large.
 const PAGE: i64 = 500;
-/// Records are small; this is what a page of large ones may take.
-const MESSAGE_BYTES: usize = 1024 * 1024 * 1024;
 /// How often a read is tried.
 const ATTEMPTS: u32 = 3;
 /// Between them.
@@ -46,6 +44,9 @@ pub struct EtcdOptions {
     pub bookmark_interval: Duration,
     /// Every so often etcd is told to forget what is older than this; `None`: somebody else does that.
     pub compact_interval: Option<Duration>,
+    /// The largest message that is taken from etcd, which counts what it sends but does not weigh it. At least 4 MiB. A page of a list is
+    /// asked for again with fewer records, a watch that is further behind is told to begin anew with a list.
+    pub message_bytes: usize,
 }
 
 impl Default for EtcdOptions {
@@ -55,6 +56,7 @@ impl Default for EtcdOptions {
             request_timeout: Duration::from_secs(5),
             bookmark_interval: Duration::from_secs(2),
             compact_interval: Some(Duration::from_secs(300)),
+            message_bytes: 64 << 20,
         }
     }
 }
@@ -83,7 +85,7 @@ impl EtcdStore {
         let client = client(&options)
             .await
             .map_err(|error| StoreError::Unavailable(Box::new(error)))?;
-        let kv = client.kv_client().max_decoding_message_size(MESSAGE_BYTES);
+        let kv = client.kv_client().max_decoding_message_size(options.message_bytes);
         let shared = Arc::new(Shared { client, kv, options });
         compactor::start(&shared);
         Ok(Self { shared })
@@ -155,6 +157,14 @@ fn is_compacted(error: &StoreError) -> bool {
     said(error).contains("required revision has been compacted")
 }
 
+/// The answer was larger than [`EtcdOptions::message_bytes`].
+fn is_too_large(error: &Error) -> bool {
+    let large = |status: &tonic::Status| {
+        status.code() == tonic::Code::OutOfRange && status.message().contains("message length too large")
+    };
+    matches!(error, Error::GRpcStatus(status) if large(status))
+}
+
 impl Shared {
     async fn bounded<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, StoreError> {
         let limit = self.options.request_timeout;
@@ -212,6 +222,24 @@ impl Shared {
         ))
     }
 
+    /// One page from `start` on; fewer records where these are too large together. `limit` is for the next.
+    async fn page(&self, start: &str, options: &GetOptions, limit: &mut i64) -> Result<GetResponse, StoreError> {
+        loop {
+            let result = self.read(start, options.clone().with_limit(*limit)).await;
+            match &result {
+                Err(StoreError::Unavailable(source))
+                    if *limit > 1 && source.downcast_ref().is_some_and(is_too_large) =>
+                {
+                    *limit = (*limit / 4).max(1);
+                }
+                _ => {
+                    *limit = (*limit + *limit / 4 + 1).min(PAGE);
+                    return result;
+                }
+            }
+        }
+    }
+
     /// All pages at the revision of the first.
     async fn list(&self, prefix: &str) -> Result<Listing, StoreError> {
         let prefix = format!("{}{prefix}", frame::PREFIX);
@@ -220,12 +248,13 @@ impl Shared {
             revision: 0,
             records: Vec::new(),
         };
+        let mut limit = PAGE;
         loop {
-            let mut options = GetOptions::new().with_range(behind(&prefix)).with_limit(PAGE);
+            let mut options = GetOptions::new().with_range(behind(&prefix));
             if listing.revision > 0 {
                 options = options.with_revision(number(listing.revision));
             }
-            let mut page = self.read(&start, options).await?;
+            let mut page = self.page(&start, &options, &mut limit).await?;
             if listing.revision == 0 {
                 listing.revision = head(&page);
             }

@@ -1,49 +1,25 @@
 //! A real etcd of this test's own, for several controls.
 
-use std::{
-    net::TcpListener,
-    process::{Child, Command, Stdio},
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use etcd_client::{Client, CompactionOptions};
 use tempfile::TempDir;
 
-use crate::harness::Control;
+use crate::{etcd_server::EtcdServer, harness::Control};
 
-/// The process; it ends with this value.
+/// The server; it ends with this value.
 pub struct Etcd {
-    endpoint: String,
-    process: Child,
-    _dir: TempDir,
+    server: EtcdServer,
 }
 
 impl Etcd {
     /// Starts one, which answers when this returns.
     pub async fn start() -> Self {
-        // Both are held until both are known, so that they differ.
-        let free = [0, 0].map(|_: u16| TcpListener::bind("127.0.0.1:0").expect("a free port"));
-        let [clients, peers] = free.map(|listener| format!("http://{}", listener.local_addr().expect("an address")));
-        let dir = tempfile::tempdir().expect("directory");
-        let process = Command::new("etcd")
-            .args(["--name", "a", "--data-dir"])
-            .arg(dir.path())
-            .args(["--listen-client-urls", &clients, "--advertise-client-urls", &clients])
-            .args(["--listen-peer-urls", &peers, "--initial-advertise-peer-urls", &peers])
-            .args(["--initial-cluster", &format!("a={peers}")])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("etcd is installed (cargo xtask setup)");
         let etcd = Self {
-            endpoint: clients,
-            process,
-            _dir: dir,
+            server: EtcdServer::start(),
         };
         for _ in 0..600 {
-            if let Ok(mut client) = Client::connect([&etcd.endpoint], None).await
+            if let Ok(mut client) = Client::connect([etcd.server.endpoint()], None).await
                 && client.get("is it up?", None).await.is_ok()
             {
                 return etcd;
@@ -70,24 +46,17 @@ impl Etcd {
     pub async fn control_in(&self, directory: Arc<TempDir>) -> Control {
         let extra = format!(
             "[store]\nengine = \"etcd\"\n[store.etcd]\nendpoints = [{:?}]\n",
-            self.endpoint
+            self.server.endpoint()
         );
         Control::start_in(directory, &extra).await
     }
 
     /// Forgets all that was before the present revision.
     pub async fn compact(&self) {
-        let mut client = Client::connect([&self.endpoint], None).await.expect("connects");
+        let mut client = Client::connect([self.server.endpoint()], None).await.expect("connects");
         let now = client.get("any", None).await.expect("answers");
         let revision = now.header().expect("a header").revision();
         let physical = CompactionOptions::new().with_physical();
         client.compact(revision, Some(physical)).await.expect("compacts");
-    }
-}
-
-impl Drop for Etcd {
-    fn drop(&mut self) {
-        self.process.kill().ok();
-        self.process.wait().ok();
     }
 }

@@ -5,6 +5,7 @@ mod bounds;
 mod compacted;
 mod continue_tokens;
 mod etcd;
+mod etcd_server;
 mod harness;
 mod hostile_grpc;
 mod hostile_manifests;

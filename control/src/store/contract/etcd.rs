@@ -1,72 +1,21 @@
 //! A real etcd on this machine, and what only it promises.
 
-use std::{
-    net::TcpListener,
-    process::{Child, Command, Stdio},
-};
-
 use etcd_client::{Client, CompactionOptions};
-use tempfile::TempDir;
+
+use etcd_server::EtcdServer;
 
 use super::*;
 use crate::store::etcd::{EtcdOptions, EtcdStore};
 
+#[path = "../../../tests/outside/etcd_server.rs"]
+mod etcd_server;
+
 pub(crate) struct Etcd {
-    server: Server,
+    server: EtcdServer,
     store: Arc<dyn Store>,
 }
 
-/// The process; it ends with this value.
-struct Server {
-    dir: TempDir,
-    client_port: u16,
-    peer_port: u16,
-    process: Option<Child>,
-}
-
-impl Server {
-    fn start() -> Self {
-        // Both are held until both are known, so that they differ.
-        let free = [0, 0].map(|_: u16| TcpListener::bind("127.0.0.1:0").unwrap());
-        let [client_port, peer_port] = free.map(|listener| listener.local_addr().unwrap().port());
-        let dir = tempfile::tempdir().unwrap();
-        let mut server = Self {
-            dir,
-            client_port,
-            peer_port,
-            process: None,
-        };
-        server.run();
-        server
-    }
-
-    fn run(&mut self) {
-        let (client, peer) = (self.endpoint(), format!("http://127.0.0.1:{}", self.peer_port));
-        let process = Command::new("etcd")
-            .args(["--name", "a", "--data-dir"])
-            .arg(self.dir.path())
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("a={peer}")])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("etcd is installed");
-        self.process = Some(process);
-    }
-
-    fn stop(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            process.kill().unwrap();
-            process.wait().unwrap();
-        }
-    }
-
-    fn endpoint(&self) -> String {
-        format!("http://127.0.0.1:{}", self.client_port)
-    }
-
+impl EtcdServer {
     async fn client(&self) -> Client {
         Client::connect([self.endpoint()], None).await.unwrap()
     }
@@ -77,6 +26,7 @@ impl Server {
             request_timeout: Duration::from_secs(3),
             bookmark_interval: Duration::from_millis(100),
             compact_interval: None,
+            ..EtcdOptions::default()
         };
         let store: Arc<dyn Store> = Arc::new(EtcdStore::connect(options).await.unwrap());
         for _ in 0..600 {
@@ -89,14 +39,8 @@ impl Server {
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
 pub(crate) async fn bench() -> Etcd {
-    let server = Server::start();
+    let server = EtcdServer::start();
     let store = server.store().await;
     Etcd { server, store }
 }
@@ -214,4 +158,65 @@ async fn etcd_is_compacted_by_us() {
         }
     }
     panic!("it is never compacted");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_is_overtaken_by_a_compaction_is_told() {
+    let bench = bench().await;
+    let store = bench.store();
+    let mut last = write(&store, put("pods/victim", "1")).await;
+    let mut watch = store.watch("pods/", last).await.unwrap();
+    // Far more than what is on its way at a time, to a reader that does not read.
+    let large = "x".repeat(32 * 1024);
+    for _ in 0..300 {
+        write(&store, put("pods/large", &large)).await;
+    }
+    write(&store, delete("pods/victim")).await;
+    let end = write(&store, put("pods/end", "1")).await;
+    bench.compact(end).await;
+    loop {
+        match next(&mut watch, &mut last).await {
+            Ok(set) if shorts(&set) == ["-pods/victim<1"] => return,
+            Ok(set) => assert!(set.revision < end, "the deletion was not told"),
+            Err(StoreError::Compacted { .. }) => return,
+            Err(other) => panic!("{other}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_records_are_read_in_messages_of_bounded_size() {
+    let bench = bench().await;
+    let options = EtcdOptions {
+        endpoints: vec![bench.server.endpoint()],
+        message_bytes: 4 << 20,
+        ..EtcdOptions::default()
+    };
+    let store: Arc<dyn Store> = Arc::new(EtcdStore::connect(options).await.unwrap());
+    let start = store.revision().await.unwrap();
+    let large = "x".repeat(1 << 20);
+    for number in 0..12 {
+        write(&store, put(&format!("pods/large-{number:02}"), &large)).await;
+    }
+    for number in 0..600 {
+        write(&store, put(&format!("pods/small-{number:03}"), "1")).await;
+    }
+    let listing = store.list("pods/").await.unwrap();
+    assert_eq!(listing.records.len(), 612);
+    assert_eq!(listing.records[11].value.len(), large.len());
+    // All of it comes at once for whoever is so far behind.
+    let mut last = start;
+    let mut behind = store.watch("pods/", start).await.unwrap();
+    let told = next(&mut behind, &mut last).await;
+    assert!(
+        matches!(told, Err(StoreError::Compacted { requested, oldest }) if requested == start && oldest > start),
+        "{told:?}"
+    );
+    last = listing.revision;
+    let mut watch = store.watch("pods/", last).await.unwrap();
+    write(&store, put("pods/small-000", "2")).await;
+    assert_eq!(
+        shorts(&next(&mut watch, &mut last).await.unwrap()),
+        ["~pods/small-000=2<1"]
+    );
 }

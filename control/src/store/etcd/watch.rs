@@ -6,7 +6,7 @@ use etcd_client::{Event, EventType, WatchOptions, WatchResponse, WatchStream};
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::{MARKER, MESSAGE_BYTES, Shared, StoreError, behind, number, revision, short};
+use super::{MARKER, Shared, StoreError, behind, is_too_large, number, revision, short};
 use crate::store::{Change, ChangeSet, Revision, Watch, frame};
 
 /// Sets that wait for the reader; after that etcd has to wait.
@@ -108,7 +108,7 @@ impl Follower {
             .shared
             .client
             .watch_client()
-            .max_decoding_message_size(MESSAGE_BYTES);
+            .max_decoding_message_size(self.shared.options.message_bytes);
         self.shared
             .bounded(client.watch(self.prefix.clone(), Some(options)))
             .await
@@ -132,6 +132,10 @@ impl Follower {
                         Err(ended) => return ended,
                     },
                     Ok(None) => return Ended::Lost("the stream ended".to_owned()),
+                    // It would be as large again. Who reads it all anew does so in pages.
+                    Err(error) if is_too_large(&error) => {
+                        return Ended::Failed(StoreError::Compacted { requested: self.last, oldest: head.max(self.last + 1) });
+                    }
                     Err(error) => return Ended::Lost(error.to_string()),
                 },
             };
@@ -164,6 +168,12 @@ impl Follower {
             if at <= self.last {
                 continue;
             }
+            if lacks_previous(event) {
+                return Err(Ended::Failed(StoreError::Compacted {
+                    requested: self.last,
+                    oldest: at,
+                }));
+            }
             if sets.last().is_none_or(|set| set.revision != at) {
                 sets.push(ChangeSet {
                     revision: at,
@@ -179,6 +189,16 @@ impl Follower {
         }
         Ok(sets)
     }
+}
+
+/// Whether etcd left out what was there before, since that was compacted before the event was sent: so it does for a reader that is
+/// far behind, and says nothing. Without it nobody can be told what was deleted, or what a selector no longer matches.
+fn lacks_previous(event: &Event) -> bool {
+    event.prev_kv().is_none()
+        && event.kv().is_some_and(|kv| {
+            let is_first = event.event_type() == EventType::Put && kv.create_revision() == kv.mod_revision();
+            !is_first && short(kv.key()).is_some()
+        })
 }
 
 fn change(event: &Event, at: Revision) -> Option<Change> {
