@@ -125,9 +125,39 @@ pub struct Progress {
     pub stops: BTreeMap<String, Stop>,
     /// Sandboxes whose hooks were attached in this life.
     pub attached: BTreeSet<String>,
+    /// What was seen of containers, by id.
+    pub lives: BTreeMap<String, Life>,
 }
 
 impl Progress {
+    /// Notes which containers run and which have ended, and forgets those that are no more. The runtime's times are the wall
+    /// clock's at that moment: they are taken over when they are first seen, none of them later than now, and an end not before
+    /// the container was last seen to run.
+    pub fn see(&mut self, observed: &Observed, now: Timestamp) {
+        let containers = || observed.pods.values().flat_map(|pod| &pod.containers);
+        let known: BTreeSet<&str> = containers().map(|container| container.id.as_str()).collect();
+        self.lives.retain(|id, _| known.contains(id.as_str()));
+        for container in containers() {
+            let (started_at, finished_at) = match &container.state {
+                ProcessState::Running { started_at, .. } => (*started_at, None),
+                ProcessState::Exited(exit) => (exit.started_at, Some(exit.finished_at)),
+                ProcessState::Created | ProcessState::Unknown => continue,
+            };
+            let life = self.lives.entry(container.id.clone()).or_insert_with(|| Life {
+                started_at: started_at.min(now),
+                ran_at: Timestamp::MIN,
+                ended_at: None,
+            });
+            match finished_at {
+                None => life.ran_at = now,
+                Some(finished_at) => {
+                    // Not `clamp`, which panics should the last look have been later than this.
+                    life.ended_at.get_or_insert(finished_at.max(life.ran_at).min(now));
+                }
+            }
+        }
+    }
+
     /// The wall clock was set by this much: every wait lasts as long as it did.
     pub fn shift(&mut self, by: SignedDuration) {
         let failures = self
@@ -139,10 +169,26 @@ impl Progress {
             .stops
             .values_mut()
             .flat_map(|stop| std::iter::once(&mut stop.asked_at).chain(stop.killed_at.as_mut()));
-        for time in failures.chain(stops) {
+        let lives = self.lives.values_mut().flat_map(|life| {
+            [&mut life.started_at, &mut life.ran_at]
+                .into_iter()
+                .chain(life.ended_at.as_mut())
+        });
+        for time in failures.chain(stops).chain(lives) {
             *time = time.checked_add(by).unwrap_or(*time);
         }
     }
+}
+
+/// A container's times, which move along when the wall clock is set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Life {
+    /// When it was started.
+    pub started_at: Timestamp,
+    /// When it was last seen to run; `MIN`: never by this life of the agent.
+    pub ran_at: Timestamp,
+    /// When it ended.
+    pub ended_at: Option<Timestamp>,
 }
 
 /// What an action is about.

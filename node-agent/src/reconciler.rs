@@ -236,6 +236,7 @@ impl Reconciler {
         self.forget(&desired, &observed);
         self.look_after_hooks(&observed).await;
         let now = Timestamp::now();
+        self.progress.see(&observed, now);
         let progress = self.progress.clone();
         let settings = self.inputs.settings.clone();
         let context = Context {

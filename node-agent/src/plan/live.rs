@@ -12,10 +12,7 @@ use super::{
     Action, Context, PodPlan, StartContainer, Subject, after, environment, newest, outcome, pod_id, resources,
     restarts, retry_at, teardown,
 };
-use crate::{
-    reconciler::Settings,
-    runtime::{Exit, ImageRequest, ObservedContainer, ObservedPod, ObservedSandbox, ProcessState, PullPolicy},
-};
+use crate::runtime::{Exit, ImageRequest, ObservedContainer, ObservedPod, ObservedSandbox, ProcessState, PullPolicy};
 
 /// Exited containers that are kept, besides the latest, for `lastState`.
 const KEPT: usize = 1;
@@ -159,7 +156,7 @@ fn plan_container(
                 if !restarts(policy, exit.code) {
                     return;
                 }
-                let (delay, due) = restart_at(context.settings, latest, exit, context.now);
+                let (delay, due) = restart_at(context, latest, exit);
                 if due > context.now {
                     plan.wake(due);
                     return;
@@ -176,13 +173,12 @@ fn plan_container(
 }
 
 /// When a container that ended is started again, and after which back-off.
-pub fn restart_at(
-    settings: &Settings,
-    container: &ObservedContainer,
-    exit: &Exit,
-    now: Timestamp,
-) -> (Duration, Timestamp) {
-    let ran = Duration::try_from(exit.finished_at.duration_since(exit.started_at)).unwrap_or_default();
+pub fn restart_at(context: Context<'_>, container: &ObservedContainer, exit: &Exit) -> (Duration, Timestamp) {
+    let settings = context.settings;
+    let life = context.progress.lives.get(&container.id);
+    let started_at = life.map_or(exit.started_at, |life| life.started_at);
+    let ended_at = life.and_then(|life| life.ended_at).unwrap_or(exit.finished_at);
+    let ran = Duration::try_from(ended_at.duration_since(started_at)).unwrap_or_default();
     let delay = match container.backoff_ms {
         _ if ran >= settings.backoff_reset => Duration::ZERO,
         None => Duration::ZERO,
@@ -190,15 +186,7 @@ pub fn restart_at(
         Some(last) => Duration::from_millis(last).saturating_mul(2),
     };
     let delay = delay.min(settings.backoff_max);
-    // An end in the future means that the clock was set back: how long ago it was nobody knows, so there is no wait.
-    (
-        delay,
-        if exit.finished_at > now {
-            now
-        } else {
-            after(exit.finished_at, delay)
-        },
-    )
+    (delay, after(ended_at, delay))
 }
 
 /// Whether an earlier failure makes this wait; if so the plan wakes when the wait is over.

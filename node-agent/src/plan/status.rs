@@ -269,7 +269,7 @@ fn state_of(
     if !will_restart {
         return (terminated(of, latest, exit), last);
     }
-    let (delay, due) = live::restart_at(of.context.settings, latest, exit, of.context.now);
+    let (delay, due) = live::restart_at(of.context, latest, exit);
     if due > of.context.now {
         let message = format!(
             "back-off {}s restarting failed container={} pod={}_{}({})",

@@ -212,15 +212,74 @@ impl MapStrings for &[&str] {
     }
 }
 
+fn observed(pod: &Pod, container: ObservedContainer) -> Observed {
+    let found = found(pod, vec![sandbox("s0", 0, running(0))], vec![container]);
+    Observed {
+        pods: BTreeMap::from([(pod.uid().to_owned(), found)]),
+    }
+}
+
 #[test]
-fn after_the_clock_was_set_back_nothing_waits_for_the_old_time() {
+fn the_back_off_lasts_as_long_as_it_should_whatever_the_clock_is_set_to() {
     let pod = make_pod("u", "Always", &["a"]);
-    let ended = container("a", 0, Some(0), exited(1, 9_995, 10_000));
-    let state = found(&pod, vec![sandbox("s0", 0, running(0))], vec![ended]);
-    assert_eq!(
-        planned(&pod, Some(state), &attached(), at(0)),
-        (vec!["start a 1 Some(10000)".to_owned()], None)
-    );
+    let ended = observed(&pod, container("a", 1, Some(0), exited(1, 0, 20)));
+    for step in [-10_000, -3, 3, 10_000] {
+        let mut progress = attached();
+        progress.see(&observed(&pod, container("a", 1, Some(0), running(0))), at(19));
+        // Set while it ended: the runtime's time may be of before or of after.
+        progress.shift(SignedDuration::from_secs(step));
+        progress.see(&ended, at(21 + step));
+        let state = || Some(ended.pods[pod.uid()].clone());
+        let (actions, wake) = planned(&pod, state(), &progress, at(22 + step));
+        let wake = wake.expect("it waits");
+        assert!(
+            actions.is_empty() && (29 + step..=31 + step).contains(&wake),
+            "{step} {actions:?} {wake}"
+        );
+        // Set while it waits.
+        progress.shift(SignedDuration::from_secs(-step));
+        progress.see(&ended, at(23));
+        let (actions, wake) = planned(&pod, state(), &progress, at(23));
+        assert!(
+            actions.is_empty() && (29..=31).contains(&wake.unwrap()),
+            "{step} {actions:?} {wake:?}"
+        );
+        assert_eq!(
+            planned(&pod, state(), &progress, at(31)),
+            (vec!["start a 2 Some(10000)".to_owned()], None),
+            "{step}"
+        );
+    }
+}
+
+#[test]
+fn an_agent_that_starts_goes_by_the_recorded_end_but_not_into_the_future() {
+    let pod = make_pod("u", "Always", &["a"]);
+    // The clock was set back while there was no agent.
+    for (ended, now, wake) in [(20, 22, 30), (10_000, 20, 30)] {
+        let ended = observed(&pod, container("a", 0, Some(0), exited(1, ended - 5, ended)));
+        let mut progress = attached();
+        for later in 0..3 {
+            progress.see(&ended, at(now + later));
+            let state = ended.pods[pod.uid()].clone();
+            assert_eq!(
+                planned(&pod, Some(state), &progress, at(now + later)),
+                (Vec::new(), Some(wake))
+            );
+        }
+    }
+}
+
+#[test]
+fn a_clock_that_was_set_ahead_makes_no_long_run_of_a_crash() {
+    let pod = make_pod("u", "Always", &["a"]);
+    let mut progress = attached();
+    progress.see(&observed(&pod, container("a", 3, Some(40_000), running(0))), at(1));
+    progress.shift(SignedDuration::from_hours(1));
+    let ended = observed(&pod, container("a", 3, Some(40_000), exited(1, 0, 3602)));
+    progress.see(&ended, at(3602));
+    let (actions, wake) = planned(&pod, Some(ended.pods[pod.uid()].clone()), &progress, at(3602));
+    assert_eq!((actions, wake), (Vec::new(), Some(3682)), "80 s");
 }
 
 #[test]
