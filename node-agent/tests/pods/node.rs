@@ -1,10 +1,12 @@
 //! A node of one test: containerd, the reconciler, and what control would say.
 
+mod inspect;
+
 use std::{
     collections::BTreeSet,
     fs,
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::{Child, Command},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -18,7 +20,6 @@ use orlop_node::{
     network::{self, CniNetwork, Network as _},
     reconciler::{self, Inputs, PodUpdate, Settings},
     runtime::{
-        Observed, ProcessState, Runtime,
         cgroup::Cgroups,
         containerd::{Containerd, Options},
         garbage,
@@ -132,7 +133,7 @@ impl Node {
         ran("ip", &["link", "set", "lo", "up"]);
         fs::write(stage.dir.join("boot_id"), "first").unwrap();
         let images = stage.dir.join("images");
-        write_image(&stage, &images);
+        stage.write_image(&images);
         let mut config = Config {
             node_name: "n1".into(),
             data_dir: stage.dir.join("data"),
@@ -147,7 +148,7 @@ impl Node {
             ..Config::default()
         };
         change(&mut config);
-        let containerd = spawn_containerd(&stage);
+        let containerd = stage.spawn_containerd();
         let (desired, _) = watch::channel(Arc::new(Desired::default()));
         let mut node = Self {
             stage,
@@ -261,7 +262,7 @@ impl Node {
 
     /// Starts it again, and waits until it answers.
     pub fn start_containerd(&mut self) {
-        self.containerd = spawn_containerd(&self.stage);
+        self.containerd = self.stage.spawn_containerd();
         let begin = Instant::now();
         while let Err(error) = std::os::unix::net::UnixStream::connect("/run/c.sock") {
             assert!(begin.elapsed() < PATIENCE, "containerd does not come back: {error}");
@@ -388,275 +389,7 @@ impl Node {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
-
-    /// What exists, as soon as containerd says it: it may just be starting.
-    async fn observed(&self) -> Observed {
-        let begin = Instant::now();
-        loop {
-            match self.runtime().observe().await {
-                Ok(observed) => return observed,
-                Err(error) => assert!(begin.elapsed() < PATIENCE, "{error}"),
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    }
-
-    fn runtime(&self) -> &Containerd {
-        &self.agent.as_ref().unwrap().runtime
-    }
-
-    /// Pid and start time of a container.
-    pub async fn process(&self, pod: &str, container: &str) -> (u32, Timestamp) {
-        let observed = self.observed().await;
-        let found = &observed.pods[&format!("uid-of-{pod}")];
-        let running = found
-            .containers
-            .iter()
-            .filter(|found| found.name == container)
-            .find_map(|found| {
-                let ProcessState::Running { pid, started_at } = found.state else {
-                    return None;
-                };
-                Some((pid, started_at))
-            });
-        running.unwrap_or_else(|| panic!("{container} does not run: {found:#?}"))
-    }
-
-    /// Waits until a container's process has its handler of SIGTERM: the first process of a pid namespace does not get a signal
-    /// that it has none for, and a started container may not have come to that yet.
-    pub async fn until_it_heeds_sigterm(&self, pod: &str, container: &str) {
-        let pid = self.process(pod, container).await.0;
-        self.until_true("it handles SIGTERM", |_| {
-            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
-            u64::from_str_radix(caught.trim(), 16).unwrap() & 1 << (libc::SIGTERM - 1) != 0
-        })
-        .await;
-    }
-
-    pub async fn pause_pid(&self, pod: &str) -> u32 {
-        let observed = self.observed().await;
-        let found = &observed.pods[&format!("uid-of-{pod}")];
-        assert_eq!(found.sandboxes.len(), 1);
-        let ProcessState::Running { pid, .. } = found.sandboxes[0].state else {
-            panic!("{found:#?}")
-        };
-        pid
-    }
-
-    /// Kills a process of this test's own pid namespace.
-    pub fn kill(&self, pid: u32) {
-        let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-    }
-
-    /// The parent of a process: of a container's, its shim.
-    pub fn parent(&self, pid: u32) -> u32 {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-        stat.rsplit(')')
-            .next()
-            .unwrap()
-            .split_whitespace()
-            .nth(1)
-            .unwrap()
-            .parse()
-            .unwrap()
-    }
-
-    pub fn exists(&self, pid: u32) -> bool {
-        PathBuf::from(format!("/proc/{pid}/cwd")).symlink_metadata().is_ok()
-            && fs::read_link(format!("/proc/{pid}/exe")).is_ok()
-    }
-
-    /// All lines of a container's logs.
-    pub fn log_lines(&self, pod: &str, container: &str) -> Vec<String> {
-        let dir = self
-            .config
-            .log_dir
-            .join(format!("default_{pod}_uid-of-{pod}"))
-            .join(container);
-        let mut files: Vec<PathBuf> = fs::read_dir(dir)
-            .into_iter()
-            .flatten()
-            .map(|entry| entry.unwrap().path())
-            .collect();
-        files.sort();
-        files
-            .iter()
-            .flat_map(|file| {
-                fs::read_to_string(file)
-                    .unwrap()
-                    .lines()
-                    .map(str::to_owned)
-                    .collect::<Vec<_>>()
-            })
-            .collect()
-    }
-
-    /// How many shims there are.
-    pub fn shims(&self) -> usize {
-        commands()
-            .iter()
-            .filter(|command| command.contains("containerd-shim"))
-            .count()
-    }
-
-    /// How many network namespaces are pinned.
-    pub fn namespaces(&self) -> usize {
-        fs::read_dir("/run/orlop/netns").map_or(0, Iterator::count)
-    }
-
-    /// The cgroups that a container is in, those of other hierarchies too.
-    pub async fn cgroups(&self, uid: &str, container: &str) -> Vec<PathBuf> {
-        let observed = self.observed().await;
-        let mut containers = observed.pods[uid].containers.iter();
-        let id = &containers.find(|found| found.name == container).unwrap().id;
-        let below = format!("{}/{uid}/{id}", self.stage.cgroup());
-        let cgroups = Cgroups::detect().unwrap();
-        let mounts = cgroups.legacy.iter().map(|(mount, _)| mount).chain(&cgroups.unified);
-        mounts.map(|mount| mount.join(below.trim_start_matches('/'))).collect()
-    }
-
-    /// The first of these files in the container's cgroup.
-    pub async fn cgroup_file(&self, pod: &str, container: &str, names: &[&str]) -> String {
-        let uid = format!("uid-of-{pod}");
-        let dirs = self.cgroups(&uid, container).await;
-        dirs.iter()
-            .flat_map(|dir| names.iter().map(|name| dir.join(name)))
-            .find_map(|file| fs::read_to_string(file).ok())
-            .map(|text| text.trim().to_owned())
-            .unwrap_or_default()
-    }
-
-    /// What containerd's own client says of our namespace.
-    pub fn ctr(&self, arguments: &[&str]) -> String {
-        let mut command = Command::new("ctr");
-        let ran = command
-            .args(["-a", "/run/c.sock", "-n", "orlop"])
-            .args(arguments)
-            .output();
-        String::from_utf8(ran.unwrap().stdout).unwrap()
-    }
-
-    /// No process, namespace, network, log, state, cgroup or snapshot of a pod.
-    pub fn assert_nothing_left(&mut self) {
-        let agent = self.agent.as_ref().unwrap();
-        let networks = futures::executor::block_on(agent.network.list()).unwrap();
-        assert!(networks.is_empty(), "{networks:?}");
-        assert_eq!(self.namespaces(), 0);
-        assert!(self.hooks.0.lock().unwrap().is_empty());
-        assert_eq!(fs::read_dir(&self.config.log_dir).map_or(0, Iterator::count), 0, "logs");
-        assert_eq!(fs::read_dir("/run/orlop/pods").unwrap().count(), 0, "state");
-        let begin = Instant::now();
-        let ours = |command: &String| {
-            ["containerd-shim", "orlop-logger", "fixture", "/pause"]
-                .iter()
-                .any(|name| command.contains(name))
-        };
-        while let Some(command) = commands().into_iter().find(ours) {
-            assert!(begin.elapsed() < Duration::from_secs(20), "{command} still runs");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        let cgroups = Cgroups::detect().unwrap();
-        for mount in cgroups.legacy.iter().map(|(mount, _)| mount).chain(&cgroups.unified) {
-            let dir = mount.join(self.stage.cgroup().trim_start_matches('/'));
-            let below = fs::read_dir(&dir).into_iter().flatten().filter_map(Result::ok);
-            let left: Vec<PathBuf> = below
-                .filter(|entry| entry.path().is_dir())
-                .map(|entry| entry.path())
-                .collect();
-            assert!(left.is_empty(), "{left:?}");
-        }
-        let text = self.ctr(&["snapshots", "list"]);
-        assert!(!text.contains("Active"), "{text}");
-        self.kill_containerd();
-    }
 }
 
 /// What control knew before the agent was started without it.
 static KNOWN: Mutex<Option<Arc<Desired>>> = Mutex::new(None);
-
-/// The command lines of all processes of this pid namespace.
-fn commands() -> Vec<String> {
-    let dirs = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
-    dirs.filter(|dir| {
-        dir.file_name()
-            .to_string_lossy()
-            .bytes()
-            .all(|byte| byte.is_ascii_digit())
-    })
-    .filter_map(|dir| fs::read(dir.path().join("cmdline")).ok())
-    .map(|bytes| String::from_utf8_lossy(&bytes).replace('\0', " "))
-    .filter(|command| !command.contains("--nocapture"))
-    .collect()
-}
-
-/// The configuration in the version that is the series' own: 3 with names of its own from 2.0 on.
-fn spawn_containerd(stage: &Stage) -> Child {
-    let config = stage.dir.join("containerd.toml");
-    let (version, cri) = if stage.containerd == 1 {
-        (2, "\"io.containerd.grpc.v1.cri\"")
-    } else {
-        (
-            3,
-            "\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.runtime\", \"io.containerd.cri.v1.images\"",
-        )
-    };
-    let text = format!(
-        "version = {version}\nroot = \"{dir}/c\"\nstate = \"/run/c\"\ndisabled_plugins = [{cri}]\n\
-         [grpc]\naddress = \"/run/c.sock\"\n[debug]\nlevel = \"warn\"\n",
-        dir = stage.dir.display()
-    );
-    fs::write(&config, text).unwrap();
-    let log = fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(stage.dir.join("containerd.log"))
-        .unwrap();
-    Command::new("containerd")
-        .arg("--config")
-        .arg(config)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().unwrap())
-        .stderr(log)
-        .spawn()
-        .unwrap()
-}
-
-/// The fixture's program as a docker-archive.
-fn write_image(stage: &Stage, dir: &std::path::Path) {
-    use sha2::Digest as _;
-    let tar_of = |files: &[(&str, &[u8], u32)]| {
-        let mut builder = tar::Builder::new(Vec::new());
-        for (name, bytes, mode) in files {
-            let mut header = tar::Header::new_ustar();
-            header.set_size(bytes.len() as u64);
-            header.set_mode(*mode);
-            builder.append_data(&mut header, name, *bytes).unwrap();
-        }
-        builder.into_inner().unwrap()
-    };
-    let program = fs::read(&stage.fixture).unwrap();
-    let layer = tar_of(&[("fixture", &program, 0o755)]);
-    let config = |stop_signal: &str| {
-        serde_json::json!({
-            "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }, "os": "linux",
-            "config": {"Entrypoint": ["/fixture"], "Cmd": ["sleep"], "StopSignal": stop_signal},
-            "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", hex::encode(sha2::Sha256::digest(&layer)))]},
-        })
-        .to_string()
-    };
-    let manifest = serde_json::json!([
-        {"Config": "c.json", "RepoTags": ["fixture:1"], "Layers": ["l.tar"]},
-        {"Config": "kill.json", "RepoTags": ["fixture:kill"], "Layers": ["l.tar"]},
-    ])
-    .to_string();
-    let archive = tar_of(&[
-        ("l.tar", &layer, 0o644),
-        ("c.json", config("").as_bytes(), 0o644),
-        ("kill.json", config("SIGKILL").as_bytes(), 0o644),
-        ("manifest.json", manifest.as_bytes(), 0o644),
-    ]);
-    fs::create_dir_all(dir).unwrap();
-    fs::write(dir.join("fixture.tar"), archive).unwrap();
-}

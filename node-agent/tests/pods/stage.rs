@@ -3,7 +3,7 @@
 use std::{
     env, fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     sync::OnceLock,
 };
 
@@ -52,6 +52,76 @@ impl Stage {
     pub fn cgroup(&self) -> String {
         let name = self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         format!("/orlop-test-{name}")
+    }
+
+    /// Starts containerd. The configuration in the version that is the series' own: 3 with names of its own from 2.0 on.
+    pub fn spawn_containerd(&self) -> Child {
+        let config = self.dir.join("containerd.toml");
+        let (version, cri) = if self.containerd == 1 {
+            (2, "\"io.containerd.grpc.v1.cri\"")
+        } else {
+            (
+                3,
+                "\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.runtime\", \"io.containerd.cri.v1.images\"",
+            )
+        };
+        let text = format!(
+            "version = {version}\nroot = \"{dir}/c\"\nstate = \"/run/c\"\ndisabled_plugins = [{cri}]\n\
+             [grpc]\naddress = \"/run/c.sock\"\n[debug]\nlevel = \"warn\"\n",
+            dir = self.dir.display()
+        );
+        fs::write(&config, text).unwrap();
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.dir.join("containerd.log"))
+            .unwrap();
+        Command::new("containerd")
+            .arg("--config")
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap()
+    }
+
+    /// Writes the fixture's program as a docker-archive into a folder.
+    pub fn write_image(&self, dir: &Path) {
+        use sha2::Digest as _;
+        let tar_of = |files: &[(&str, &[u8], u32)]| {
+            let mut builder = tar::Builder::new(Vec::new());
+            for (name, bytes, mode) in files {
+                let mut header = tar::Header::new_ustar();
+                header.set_size(bytes.len() as u64);
+                header.set_mode(*mode);
+                builder.append_data(&mut header, name, *bytes).unwrap();
+            }
+            builder.into_inner().unwrap()
+        };
+        let program = fs::read(&self.fixture).unwrap();
+        let layer = tar_of(&[("fixture", &program, 0o755)]);
+        let config = |stop_signal: &str| {
+            serde_json::json!({
+                "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }, "os": "linux",
+                "config": {"Entrypoint": ["/fixture"], "Cmd": ["sleep"], "StopSignal": stop_signal},
+                "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", hex::encode(sha2::Sha256::digest(&layer)))]},
+            })
+            .to_string()
+        };
+        let manifest = serde_json::json!([
+            {"Config": "c.json", "RepoTags": ["fixture:1"], "Layers": ["l.tar"]},
+            {"Config": "kill.json", "RepoTags": ["fixture:kill"], "Layers": ["l.tar"]},
+        ])
+        .to_string();
+        let archive = tar_of(&[
+            ("l.tar", &layer, 0o644),
+            ("c.json", config("").as_bytes(), 0o644),
+            ("kill.json", config("SIGKILL").as_bytes(), 0o644),
+            ("manifest.json", manifest.as_bytes(), 0o644),
+        ]);
+        fs::create_dir_all(dir).unwrap();
+        fs::write(dir.join("fixture.tar"), archive).unwrap();
     }
 }
 
@@ -152,10 +222,23 @@ fn build() {
         .status()
         .map(|status| assert!(status.success()))
         .unwrap();
-        cargo(&["-p", "orlop-bridge"])
-            .status()
-            .map(|status| assert!(status.success()))
-            .unwrap();
+        // Beside the packages that `cargo xtask` builds it with: alone it would have other features of what it depends on, and all of that
+        // be built once more.
+        cargo(&[
+            "-p",
+            "orlop-control",
+            "-p",
+            "orlop-node",
+            "-p",
+            "orlop-bridge",
+            "-p",
+            "orlop-tests",
+            "--bin",
+            "orlop-bridge",
+        ])
+        .status()
+        .map(|status| assert!(status.success()))
+        .unwrap();
     });
 }
 
