@@ -94,6 +94,47 @@ fn images_come_from_a_registry() {
 }
 
 #[test]
+fn what_is_being_unpacked_outlasts_a_collection() {
+    on_stage(
+        "pods::images::what_is_being_unpacked_outlasts_a_collection",
+        async |stage| {
+            let (mut node, stage) = registry_node(stage, |_| {}).await;
+            // As another tool leaves it: the image is there, and none of its layers is unpacked.
+            let program = registry::program(&stage);
+            let own = (0..8).map(|at| registry::layer(&[(&format!("layer-{at}"), b"its only file")]));
+            let layers: Vec<Vec<u8>> = std::iter::once(program).chain(own).collect();
+            let archive = stage.dir.join("imported.tar");
+            std::fs::write(&archive, docker_archive("docker.io/library/imported:1", &layers)).unwrap();
+            node.ctr(&["images", "import", "--no-unpack", archive.to_str().unwrap()]);
+            node.want(&pod("imported", &[("web", &["sleep"], "imported:1")]));
+            // Whatever nothing holds goes with each of these.
+            let collect = async {
+                loop {
+                    node.ctr(&["leases", "create", "--id", "collect"]);
+                    node.ctr(&["leases", "delete", "--sync", "collect"]);
+                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                }
+            };
+            let unpacked = node.until("imported", "is ready or says why not", |status| {
+                condition(status, "Ready") == "True" || !waiting(status).is_empty()
+            });
+            let status = tokio::select! {
+                status = unpacked => status,
+                () = collect => unreachable!("it goes on for ever"),
+            };
+            assert_eq!(waiting(&status), "");
+            assert!(
+                !node.ctr(&["leases", "list"]).contains("orlop-import"),
+                "its lease is gone"
+            );
+            node.delete("imported", 0).await;
+            node.until_empty().await;
+            node.assert_nothing_left();
+        },
+    );
+}
+
+#[test]
 fn unused_images_go_when_the_disk_is_full() {
     on_stage("pods::images::unused_images_go_when_the_disk_is_full", async |stage| {
         // Every disk is fuller than this.
@@ -213,6 +254,25 @@ async fn stalling_registry(dripping: bool) -> Arc<AtomicUsize> {
         vec![registry::described(LAYER, &layer)],
     );
     registry::stalling(5000, manifest.to_bytes(), config, layer, dripping).await
+}
+
+/// An archive of an image of these layers, as docker saves one.
+fn docker_archive(name: &str, layers: &[Vec<u8>]) -> Vec<u8> {
+    let diff_ids: Vec<String> = layers.iter().map(|layer| digest_of(layer)).collect();
+    let config = serde_json::json!({
+        "architecture": registry::platforms().0, "os": "linux",
+        "config": {"Entrypoint": ["/fixture"], "Cmd": ["sleep"]},
+        "rootfs": {"type": "layers", "diff_ids": diff_ids},
+    });
+    let names: Vec<String> = (0..layers.len()).map(|at| format!("layer-{at}.tar")).collect();
+    let manifest = serde_json::json!([{"Config": "config.json", "RepoTags": [name], "Layers": names}]);
+    let (config, manifest) = (config.to_string(), manifest.to_string());
+    let mut files = vec![
+        ("manifest.json", manifest.as_bytes()),
+        ("config.json", config.as_bytes()),
+    ];
+    files.extend(names.iter().map(String::as_str).zip(layers.iter().map(Vec::as_slice)));
+    registry::layer(&files)
 }
 
 /// A node that knows the registries of these tests, and their stage.

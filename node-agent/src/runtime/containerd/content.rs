@@ -94,9 +94,9 @@ pub async fn write(
     blob: Blob<'_>,
     mut from: impl AsyncRead + Unpin + Send,
 ) -> Result<(), RuntimeError> {
+    // Held before it is looked for: it may be on its way out.
+    hold(client, lease, blob.digest).await?;
     if exists(client, blob.digest).await? {
-        // Held by the lease too: it may be on its way out.
-        hold(client, lease, blob.digest).await?;
         if !blob.labels.is_empty() {
             label(client, blob.digest, blob.labels).await?;
         }

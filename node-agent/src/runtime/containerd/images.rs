@@ -183,25 +183,25 @@ impl Containerd {
 
     /// Writes the image's blobs and record; returns the manifest's digest.
     async fn import(&self, name: &str, found: &FoundImage) -> Result<String, RuntimeError> {
-        let lease = format!("{}{}", self.lease_prefix(), uuid::Uuid::new_v4().simple());
+        let lease = self.import_lease().await?;
+        let result = self.import_leased(name, &lease.id, found).await;
+        lease.end(result).await
+    }
+
+    /// A new lease, for what containerd's garbage collector must not take before the image holds it.
+    async fn import_lease(&self) -> Result<Lease, RuntimeError> {
+        let id = format!("{}{}", self.lease_prefix(), uuid::Uuid::new_v4().simple());
         let expire = Timestamp::now() + SignedDuration::from_hours(LEASE_HOURS);
         let labels = HashMap::from([("containerd.io/gc.expire".to_owned(), format!("{expire:.0}"))]);
-        let request = self.client.request(CreateRequest {
-            id: lease.clone(),
-            labels,
-        });
+        let request = self.client.request(CreateRequest { id: id.clone(), labels });
         self.client
             .call("creating a lease", self.client.leases().create(request))
             .await?;
-        let mut held = Lease {
+        Ok(Lease {
             client: self.client.clone(),
-            id: Some(lease.clone()),
-        };
-        let result = self.import_leased(name, &lease, found).await;
-        // What a failed import has written is gone at once.
-        held.id = None;
-        delete_lease(&self.client, lease, result.is_err()).await?;
-        result
+            id,
+            ended: false,
+        })
     }
 
     async fn import_leased(&self, name: &str, lease: &str, found: &FoundImage) -> Result<String, RuntimeError> {
@@ -329,8 +329,10 @@ impl Containerd {
         let configuration = self.configuration(name, &manifest).await?;
         let chain_id = chain_ids(&configuration.rootfs.diff_ids).pop().unwrap_or_default();
         if !chain_id.is_empty() && !self.has_snapshot(&chain_id).await? {
-            // No lease of its own: the record holds the content, and each snapshot is held by the configuration once labelled.
-            self.unpack(name, "", &manifest).await?;
+            // The record holds the content, but no snapshot before the configuration's label names the last.
+            let lease = self.import_lease().await?;
+            let result = self.unpack(name, &lease.id, &manifest).await;
+            lease.end(result).await?;
         }
         let process = configuration.config.unwrap_or_default();
         Ok(Image {
@@ -411,16 +413,28 @@ pub fn snapshots(manifest: &[u8], configuration: &[u8]) -> Result<Vec<String>, S
 /// An import's lease: it goes with this when nobody waits for the import any more, and so does what was written.
 struct Lease {
     client: Client,
-    /// `None` when it was deleted.
-    id: Option<String>,
+    id: String,
+    ended: bool,
+}
+
+impl Lease {
+    /// Deletes it. What a failed import has written is gone at once.
+    async fn end<T>(mut self, result: Result<T, RuntimeError>) -> Result<T, RuntimeError> {
+        self.ended = true;
+        delete_lease(&self.client, self.id.clone(), result.is_err()).await?;
+        result
+    }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let (Some(id), Ok(runtime)) = (self.id.take(), tokio::runtime::Handle::try_current()) else {
+        if self.ended {
+            return;
+        }
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
             return;
         };
-        let client = self.client.clone();
+        let (client, id) = (self.client.clone(), std::mem::take(&mut self.id));
         runtime.spawn(async move {
             if let Err(error) = delete_lease(&client, id, true).await {
                 // The next life of the agent does it.

@@ -85,11 +85,7 @@ impl Containerd {
             parent: layer.parent.to_owned(),
             labels: HashMap::new(),
         };
-        let request = if lease.is_empty() {
-            self.client.request(request)
-        } else {
-            self.client.leased(lease, request)
-        };
+        let request = self.client.leased(lease, request);
         let prepared = self
             .client
             .call("preparing a snapshot", self.client.snapshots().prepare(request))
