@@ -1,6 +1,8 @@
 //! A node without containers, networks and maps: fakes of the three traits below the agent, for tests of the link and for
 //! clusters of thousands of nodes in one process. Everything above the traits is the real agent.
 
+mod dataplane;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
@@ -22,7 +24,6 @@ use tokio::sync::Notify;
 use crate::{
     agent::Parts,
     config::Config,
-    dataplane::{Counters, Dataplane, DataplaneError, PodInterface, ServiceChanges, ServiceId},
     link::Dial,
     metrics,
     network::{Attachment, Network, NetworkError, NetworkStatus, PodNetwork, Stale},
@@ -32,6 +33,8 @@ use crate::{
         ObservedSandbox, PodId, ProcessState, Runtime, RuntimeError, SandboxSpec, cgroup::Cgroups,
     },
 };
+
+pub use dataplane::SimulatedDataplane;
 
 /// The parts of a simulated node: the same agent over fakes. `data_dir` holds its ledger.
 pub fn parts(name: &str, address: IpAddr, data_dir: &Path, dial: Arc<dyn Dial>) -> Parts {
@@ -246,6 +249,8 @@ impl Runtime for SimulatedRuntime {
 #[derive(Debug, Default)]
 pub struct SimulatedNetwork {
     state: Mutex<Wiring>,
+    failing_adds: AtomicU64,
+    failing_gcs: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -259,6 +264,16 @@ impl SimulatedNetwork {
     /// The routes that were configured last.
     pub fn routes(&self) -> OrdMap<String, Arc<link::Route>> {
         lock(&self.state).routes.clone()
+    }
+
+    /// Lets the next calls of `add` fail.
+    pub fn fail_next_adds(&self, count: u64) {
+        self.failing_adds.store(count, Ordering::Relaxed);
+    }
+
+    /// Lets the next calls of `gc` fail.
+    pub fn fail_next_gcs(&self, count: u64) {
+        self.failing_gcs.store(count, Ordering::Relaxed);
     }
 }
 
@@ -285,6 +300,9 @@ impl Network for SimulatedNetwork {
     }
 
     async fn add(&self, pod: &PodNetwork) -> Result<NetworkStatus, NetworkError> {
+        if take_one(&self.failing_adds) {
+            return Err(NetworkError::NotConfigured("simulated".to_owned()));
+        }
         let mut state = lock(&self.state);
         let range = state
             .range
@@ -350,6 +368,9 @@ impl Network for SimulatedNetwork {
     }
 
     async fn gc(&self, valid: &BTreeSet<String>) -> Result<(), NetworkError> {
+        if take_one(&self.failing_gcs) {
+            return Err(NetworkError::NotConfigured("simulated".to_owned()));
+        }
         lock(&self.state)
             .attachments
             .retain(|sandbox, _| valid.contains(sandbox));
@@ -383,80 +404,11 @@ impl Network for SimulatedNetwork {
     }
 }
 
-/// Services in a map of this process.
-#[derive(Debug, Default)]
-pub struct SimulatedDataplane {
-    services: Mutex<BTreeMap<ServiceId, Arc<link::Service>>>,
-    upserts: AtomicU64,
-    failures: AtomicU64,
-}
-
-impl SimulatedDataplane {
-    /// What is in force.
-    pub fn services(&self) -> BTreeMap<ServiceId, Arc<link::Service>> {
-        lock(&self.services).clone()
-    }
-
-    /// Services that differed when they were applied: map writes, on a real node.
-    pub fn written(&self) -> u64 {
-        self.upserts.load(Ordering::Relaxed)
-    }
-
-    /// Lets the next calls of `apply` fail.
-    pub fn fail_next(&self, count: u64) {
-        self.failures.store(count, Ordering::Relaxed);
-    }
-}
-
-#[async_trait]
-impl Dataplane for SimulatedDataplane {
-    async fn apply(&self, changes: ServiceChanges) -> Result<(), DataplaneError> {
-        let fail = self
-            .failures
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
-        if fail.is_ok() {
-            return Err(DataplaneError::Full {
-                map: "simulated".to_owned(),
-            });
-        }
-        let mut services = lock(&self.services);
-        let mut named = BTreeSet::new();
-        for service in changes.upserts {
-            let id = (service.namespace.clone(), service.name.clone());
-            named.insert(id.clone());
-            if services.get(&id) != Some(&service) {
-                self.upserts.fetch_add(1, Ordering::Relaxed);
-                services.insert(id, service);
-            }
-        }
-        for id in changes.removals {
-            services.remove(&id);
-        }
-        if changes.complete {
-            services.retain(|id, _| named.contains(id));
-        }
-        Ok(())
-    }
-
-    async fn attach_pod(&self, _interface: PodInterface) -> Result<(), DataplaneError> {
-        Ok(())
-    }
-
-    async fn detach_pod(&self, _pod_uid: &str) -> Result<(), DataplaneError> {
-        Ok(())
-    }
-
-    async fn read_counters(&self) -> Result<Counters, DataplaneError> {
-        Ok(Counters::default())
-    }
-
-    fn serves(&self) -> bool {
-        !lock(&self.services).is_empty()
-    }
-
-    fn health(&self) -> Result<(), String> {
-        Ok(())
-    }
+/// Whether there was one.
+fn take_one(count: &AtomicU64) -> bool {
+    count
+        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
+        .is_ok()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -2,10 +2,7 @@
 
 mod fake;
 
-use std::{
-    path::PathBuf,
-    sync::atomic::{AtomicUsize, Ordering},
-};
+use std::{path::PathBuf, sync::atomic::Ordering};
 
 use orlop_proto::core::v1::{Container, PodSpec};
 
@@ -14,7 +11,7 @@ use crate::network::PodNetwork;
 use fake::Fake;
 
 struct Loop {
-    fake: Arc<Fake>,
+    fake: Fake,
     desired: watch::Sender<Arc<Desired>>,
     updates: mpsc::Receiver<PodUpdate>,
     events: mpsc::Receiver<Event>,
@@ -28,7 +25,6 @@ impl Loop {
     }
 
     fn start_with(fake: Fake, resync: Duration) -> Self {
-        let fake = Arc::new(fake);
         let (desired, receive) = watch::channel(Arc::new(Desired {
             complete: true,
             ..Desired::default()
@@ -38,9 +34,9 @@ impl Loop {
         let stop = CancellationToken::new();
         let inputs = Inputs {
             desired: receive,
-            runtime: fake.clone(),
-            network: fake.clone(),
-            dataplane: fake.clone(),
+            runtime: fake.runtime.clone(),
+            network: fake.network.clone(),
+            dataplane: fake.dataplane.clone(),
             updates: sender,
             events: say,
             settings: Settings {
@@ -120,37 +116,31 @@ async fn one_pods_slow_action_or_panic_does_not_hold_up_the_others() {
         .await;
     assert!(!runs(&reconciler.latest, "slow"));
     assert_eq!(
-        reconciler.fake.most.load(Ordering::Relaxed),
+        reconciler.fake.runtime.most.load(Ordering::Relaxed),
         1,
         "never two actions for one pod at once"
     );
-    let observed = reconciler.fake.observed.lock().unwrap().clone();
+    let observed = reconciler.fake.observed();
     assert!(observed.pods.values().all(|pod| pod.sandboxes.len() <= 1));
 }
 
 #[tokio::test]
 async fn a_failed_start_is_rolled_back_and_tried_again_and_a_deleted_pod_is_gone() {
-    let fake = Fake {
-        failing_adds: AtomicUsize::new(2),
-        ..Fake::default()
-    };
+    let fake = Fake::default();
+    fake.network.fail_next_adds(2);
     let mut reconciler = Loop::start(fake);
     reconciler.want("p", "i", |_| {});
     reconciler
         .until("it runs after all", |updates| runs(updates, "p"))
         .await;
-    assert_eq!(
-        reconciler.fake.networks.lock().unwrap().len(),
-        1,
-        "what failed left nothing"
-    );
+    assert_eq!(reconciler.fake.networks().len(), 1, "what failed left nothing");
     reconciler.want("p", "i", |pod| {
         pod.meta_mut().deletion_timestamp = Some(prost_types::Timestamp::default());
         pod.meta_mut().deletion_grace_period_seconds = Some(5);
     });
     reconciler.until("it is gone", |updates| updates["p"].gone).await;
-    assert!(reconciler.fake.networks.lock().unwrap().is_empty());
-    assert!(reconciler.fake.observed.lock().unwrap().pods.is_empty());
+    assert!(reconciler.fake.networks().is_empty());
+    assert!(reconciler.fake.observed().pods.is_empty());
     let told: Vec<String> = std::iter::from_fn(|| reconciler.events.try_recv().ok())
         .map(|event| {
             assert_eq!(event.involved_object.unwrap().uid, "p");
@@ -210,16 +200,13 @@ async fn a_deleted_pod_does_not_wait_for_its_image() {
         pod.meta_mut().deletion_timestamp = Some(prost_types::Timestamp::default());
     });
     reconciler.until("it is gone", |updates| updates["p"].gone).await;
-    assert!(reconciler.fake.observed.lock().unwrap().pods.is_empty());
+    assert!(reconciler.fake.observed().pods.is_empty());
 }
 
 #[tokio::test]
 async fn clearing_that_is_tried_again_spares_a_network_whose_sandbox_is_being_made() {
-    let fake = Fake {
-        failing_gcs: AtomicUsize::new(1),
-        slow_sandbox: Duration::from_millis(200),
-        ..Fake::default()
-    };
+    let fake = Fake::new(Duration::from_millis(200));
+    fake.network.fail_next_gcs(1);
     let left = PodNetwork {
         namespace: String::new(),
         name: String::new(),
@@ -227,25 +214,25 @@ async fn clearing_that_is_tried_again_spares_a_network_whose_sandbox_is_being_ma
         sandbox_id: "left".to_owned(),
         netns: PathBuf::new(),
     };
-    fake.networks.lock().unwrap().insert("left".to_owned(), left);
+    fake.network.add(&left).await.unwrap();
     let mut reconciler = Loop::start(fake);
     reconciler.want("p", "i", |_| {});
     for _ in 0..50 {
         // As containerd's events would.
-        reconciler.fake.changed.notify_one();
+        reconciler.fake.runtime.changed().notify_one();
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     reconciler.until("it runs", |updates| runs(updates, "p")).await;
-    let fake = reconciler.fake.clone();
-    let sandboxes = sandbox_ids(&fake.observed.lock().unwrap());
-    let networks: BTreeSet<String> = fake.networks.lock().unwrap().keys().cloned().collect();
+    let fake = &reconciler.fake;
+    let sandboxes = sandbox_ids(&fake.observed());
+    let networks: BTreeSet<String> = fake.networks().into_iter().collect();
     assert!(sandboxes.is_subset(&networks), "{sandboxes:?} of {networks:?}");
     assert_eq!(sandboxes.len(), 1);
     for _ in 0..100 {
-        if !fake.networks.lock().unwrap().contains_key("left") {
+        if !fake.networks().contains(&"left".to_owned()) {
             return;
         }
-        fake.changed.notify_one();
+        fake.runtime.changed().notify_one();
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     panic!("what an earlier life left is cleared in the end");
@@ -256,16 +243,16 @@ async fn programs_that_somebody_detached_are_attached_again() {
     let mut reconciler = Loop::start_with(Fake::default(), Duration::from_millis(20));
     reconciler.want("p", "i", |_| {});
     reconciler.until("it runs", |updates| runs(updates, "p")).await;
-    let fake = reconciler.fake.clone();
-    assert_eq!(fake.attached.load(Ordering::Relaxed), 1);
-    fake.detached.lock().unwrap().insert("p".to_owned());
+    let dataplane = &reconciler.fake.dataplane;
+    assert_eq!(dataplane.attached(), 1);
+    dataplane.lose_hooks("p");
     for _ in 0..1000 {
-        if fake.detached.lock().unwrap().is_empty() {
+        if dataplane.repair().await.unwrap().is_empty() {
             break;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    assert_eq!(fake.attached.load(Ordering::Relaxed), 2);
+    assert_eq!(dataplane.attached(), 2);
     let told = std::iter::from_fn(|| reconciler.events.try_recv().ok());
     let lost = told.filter(|event| event.reason == "TrafficHooksLost").count();
     assert_eq!(lost, 1, "it is said once");
