@@ -20,12 +20,16 @@ use orlop_node::{
 use orlop_proto::node::v1 as link;
 use tempfile::TempDir;
 use tokio::{
-    sync::Notify,
+    sync::{Notify, watch},
     time::{Duration, sleep},
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{environment::Chance, wire::Wire};
+use crate::{
+    cluster::Cluster,
+    environment::Chance,
+    wire::{Weather, Wire},
+};
 
 /// The longest time that a call to containers, network or maps takes.
 const CALL: Duration = Duration::from_millis(400);
@@ -46,6 +50,24 @@ pub struct Machine {
     address: std::net::IpAddr,
     agent: Option<CancellationToken>,
     chance: Chance,
+}
+
+/// Machines of a cluster, each with its agent started, and what tells the weather on the way of each.
+pub fn start_all(
+    count: u8,
+    cluster: &Cluster,
+    latency: Duration,
+    chance: &mut Chance,
+) -> (Vec<Machine>, Vec<watch::Sender<Weather>>) {
+    let start = |number| {
+        let (tell, told) = watch::channel(Weather::default());
+        let name = format!("n{number}");
+        let wire = Wire::new(&name, cluster.ports.clone(), told, latency, chance.seed());
+        let mut machine = Machine::new(number, wire, chance.seed());
+        machine.start();
+        (machine, tell)
+    };
+    (1..=count).map(start).unzip()
 }
 
 impl Machine {

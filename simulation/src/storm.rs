@@ -30,10 +30,10 @@ use crate::{
     adversary::Hardness,
     cluster::{Cluster, Fate},
     environment::Chance,
-    machine::Machine,
+    machine::{Machine, start_all},
     scenarios::{replica_set, service},
     state::{State, condition, node_name, past_faults, phase},
-    wire::{Weather, Wire},
+    wire::Weather,
 };
 
 /// Apps that users create, scale and delete.
@@ -90,25 +90,10 @@ pub async fn storm(seed: u64, shape: &Shape) -> Outcome {
         crash: None,
         adversary: Some((hardness, chance.seed())),
     });
-    let (mut machines, mut weather) = (Vec::new(), Vec::new());
-    for number in 1..=shape.nodes {
-        let (tell, told) = watch::channel(Weather::default());
-        let latency = Duration::from_millis(200);
-        let wire = Wire::new(
-            &format!("n{number}"),
-            cluster.ports.clone(),
-            told,
-            latency,
-            chance.seed(),
-        );
-        let mut machine = Machine::new(number, wire, chance.seed());
-        machine.start();
-        machines.push(RefCell::new(machine));
-        weather.push(tell);
-    }
+    let (machines, weather) = start_all(shape.nodes, &cluster, Duration::from_millis(200), &mut chance);
     let storm = Rc::new(Storm {
         cluster,
-        machines,
+        machines: machines.into_iter().map(RefCell::new).collect(),
         weather,
         began: Instant::now(),
         crashes: RefCell::default(),

@@ -89,6 +89,22 @@ struct BatchAttributes {
     flags: u64,
 }
 
+impl BatchAttributes {
+    /// For `count` entries whose keys and values are at these addresses, from the first on.
+    fn new(map: impl AsFd, keys: u64, values: u64, count: usize) -> io::Result<Self> {
+        Ok(Self {
+            from: 0,
+            to: 0,
+            keys,
+            values,
+            count: u32::try_from(count).map_err(io::Error::other)?,
+            map: raw(map.as_fd()),
+            element_flags: 0,
+            flags: 0,
+        })
+    }
+}
+
 /// Writes `count` entries whose keys and values lie one after the other.
 ///
 /// # Errors
@@ -109,16 +125,7 @@ fn batch(command: u32, map: impl AsFd, keys: &[u8], values: &[u8], count: usize)
     if count == 0 {
         return Ok(());
     }
-    let mut attributes = BatchAttributes {
-        from: 0,
-        to: 0,
-        keys: keys.as_ptr() as u64,
-        values: values.as_ptr() as u64,
-        count: u32::try_from(count).map_err(io::Error::other)?,
-        map: raw(map.as_fd()),
-        element_flags: 0,
-        flags: 0,
-    };
+    let mut attributes = BatchAttributes::new(map, keys.as_ptr() as u64, values.as_ptr() as u64, count)?;
     bpf(command, &mut attributes).map(drop)
 }
 
@@ -135,15 +142,11 @@ pub fn for_each(map: impl AsFd, info: &MapInfo, mut each: impl FnMut(&[u8], &[u8
     let mut first = true;
     loop {
         let (mut keys, mut values) = (vec![0_u8; room * key_size], vec![0_u8; room * value_size]);
+        let (to_keys, to_values) = (keys.as_mut_ptr() as u64, values.as_mut_ptr() as u64);
         let mut attributes = BatchAttributes {
             from: if first { 0 } else { position.as_mut_ptr() as u64 },
             to: next.as_mut_ptr() as u64,
-            keys: keys.as_mut_ptr() as u64,
-            values: values.as_mut_ptr() as u64,
-            count: u32::try_from(room).map_err(io::Error::other)?,
-            map: raw(map.as_fd()),
-            element_flags: 0,
-            flags: 0,
+            ..BatchAttributes::new(&map, to_keys, to_values, room)?
         };
         let ended = match bpf(command::MAP_LOOKUP_BATCH, &mut attributes) {
             Ok(_) => false,

@@ -13,13 +13,12 @@ use orlop_proto::{
 use orlop_simulation::{
     cluster::{Cluster, Fate},
     environment::{Chance, simulate},
-    machine::Machine,
+    machine::start_all,
     scenarios::replica_set,
     state::{State, condition, node_name},
-    wire::{Weather, Wire},
+    wire::Weather,
 };
 use tokio::{
-    sync::watch,
     task::LocalSet,
     time::{Instant, sleep},
 };
@@ -78,22 +77,7 @@ async fn watch_evictions(cluster: &Cluster) -> BTreeSet<String> {
 async fn outage() {
     let mut chance = Chance::new(SEED, 0);
     let cluster = Cluster::start(&Fate::default());
-    let (mut machines, mut weather) = (Vec::new(), Vec::new());
-    for number in 1..=NODES {
-        let (tell, told) = watch::channel(Weather::default());
-        let latency = Duration::from_millis(20);
-        let wire = Wire::new(
-            &format!("n{number}"),
-            cluster.ports.clone(),
-            told,
-            latency,
-            chance.seed(),
-        );
-        let mut machine = Machine::new(number, wire, chance.seed());
-        machine.start();
-        machines.push(machine);
-        weather.push(tell);
-    }
+    let (_machines, weather) = start_all(NODES, &cluster, Duration::from_millis(20), &mut chance);
     let all = usize::from(NODES);
     let everybody = |state: &State| state.all::<Node>().len() == all && silent(state) == 0;
     cluster.until("all nodes are ready", everybody).await;
