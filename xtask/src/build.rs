@@ -2,7 +2,7 @@
 
 use std::{fs, path::PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::run::{cargo, output, repository, run};
 
@@ -36,6 +36,56 @@ pub fn everything(profile: Profile) -> Result<()> {
     }
     run(&mut programs)?;
     static_programs()
+}
+
+/// The integration tests of the workspace, by name.
+pub struct Tests {
+    /// Of the parts, each on its own.
+    pub parts: Vec<String>,
+    /// Of the whole, end to end.
+    pub whole: Vec<String>,
+}
+
+impl Tests {
+    /// Asks cargo. No two may have one name: it is what they are chosen by.
+    pub fn of_workspace() -> Result<Self> {
+        let mut metadata = cargo();
+        metadata.args(["metadata", "--no-deps", "--format-version", "1"]);
+        let text = output(&mut metadata).context("running cargo metadata")?;
+        let workspace: Workspace = serde_json::from_str(&text).context("reading cargo's metadata")?;
+        let (mut parts, mut whole) = (Vec::new(), Vec::new());
+        for package in workspace.packages {
+            let into = if package.name == "orlop-tests" {
+                &mut whole
+            } else {
+                &mut parts
+            };
+            let is_test = |target: &Target| target.kind.iter().any(|kind| kind == "test");
+            into.extend(package.targets.into_iter().filter(is_test).map(|target| target.name));
+        }
+        match parts.iter().find(|name| whole.contains(name)) {
+            Some(name) => bail!("a part and tests/tests both have a test called {name}: rename one"),
+            None => Ok(Self { parts, whole }),
+        }
+    }
+}
+
+/// What `cargo metadata` says.
+#[derive(serde::Deserialize)]
+struct Workspace {
+    packages: Vec<Package>,
+}
+
+#[derive(serde::Deserialize)]
+struct Package {
+    name: String,
+    targets: Vec<Target>,
+}
+
+#[derive(serde::Deserialize)]
+struct Target {
+    name: String,
+    kind: Vec<String>,
 }
 
 /// `orlop-pause` and `orlop-fixture` have no libraries beside them in their containers.

@@ -185,32 +185,32 @@ fn lab(arguments: &[String]) -> Result<ExitCode> {
 fn test(filter: Option<&str>) -> Result<()> {
     setup::setup()?;
     build::everything(build::Profile::Dev)?;
+    // Both runs are of the same packages, so that cargo takes the same features of what they depend on: otherwise the second would build
+    // nearly everything anew.
+    let tests = |targets: &[&str]| {
+        let mut tests = run::cargo();
+        tests.args(["test", "--workspace", "--exclude", "orlop-ebpf", "--no-fail-fast"]);
+        tests.args(targets).args(filter);
+        tests
+    };
+    let targets = build::Tests::of_workspace()?;
     println!("== tests of the parts");
-    let mut parts = run::cargo();
-    parts.args([
-        "test",
-        "--workspace",
-        "--exclude",
-        "orlop-ebpf",
-        "--exclude",
-        "orlop-tests",
-        "--no-fail-fast",
-    ]);
-    parts.args(filter);
-    let parts = run(&mut parts);
+    let parts = run(&mut tests(
+        &[&["--lib", "--bins"][..], &options(&targets.parts)].concat(),
+    ));
     println!("== end-to-end tests, each in a lab of its own");
-    let mut whole = run::cargo();
-    whole
-        .args(["test", "--package", "orlop-tests", "--no-fail-fast"])
-        .args(filter)
-        .args(["--", "--test-threads=1"]);
-    let whole = run(&mut whole);
+    let whole = run(tests(&options(&targets.whole)).args(["--", "--test-threads=1"]));
     // The parsers' fuzz targets are no part of a filtered run: they have no tests' names.
     let fuzzed = match filter {
         None => fuzz::fuzz(&[], FUZZ_SECONDS),
         Some(_) => Ok(()),
     };
     parts.and(whole).and(fuzzed)
+}
+
+/// What has cargo take these integration tests.
+fn options(tests: &[String]) -> Vec<&str> {
+    tests.iter().flat_map(|test| ["--test", test]).collect()
 }
 
 /// Benchmarks that run the real Kubernetes or etcd 3.6 beside ours. Without them ours is measured alone.
