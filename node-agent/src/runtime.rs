@@ -82,7 +82,7 @@ pub trait Runtime: Send + Sync + 'static {
         Ok(false)
     }
 
-    /// "containerd://1.6.20", for the node's status.
+    /// "containerd://1.6.20", for the node's status; an error when the runtime cannot run pods.
     async fn version(&self) -> Result<String, RuntimeError>;
 }
 

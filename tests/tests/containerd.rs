@@ -41,6 +41,9 @@ fn one_cluster_of_containerd_1_and_2() -> Result<()> {
     })?;
     lab.client.apply(&pod("after", "node2", &["sleep"]))?;
     lab.wait_for_pod("after")?;
+    for node in ["node1", "node2"] {
+        a_containerd_that_lost_a_plugin_shows_on_its_node(&lab, node).with_context(|| node.to_owned())?;
+    }
     ensure!(processes(&lab)? == before, "pods were restarted with containerd");
     a_network_that_fails_shows_on_the_pod(&lab)?;
     an_agent_that_dies_while_it_wires_leaves_nothing(&lab)?;
@@ -86,6 +89,28 @@ fn processes(lab: &Lab) -> Result<Vec<(String, i32)>> {
         found.push((pod.name().to_owned(), lab.pod_process(node, pod.uid())?));
     }
     Ok(found)
+}
+
+/// A containerd that came up without what runs pods serves everything else: its node is not Ready until it is whole again.
+fn a_containerd_that_lost_a_plugin_shows_on_its_node(lab: &Lab, node: &str) -> Result<()> {
+    let folder = lab
+        .spec
+        .member_directory(node)
+        .join("containerd/root/io.containerd.runtime.v2.task");
+    let folder = folder.display();
+    let restart_after = |script: String| -> Result<()> {
+        let service = format!("{node}/containerd");
+        lab.request(&Request::Stop(service.clone()))?;
+        output(lab.on_node(node, &["sh", "-c", &script])?)?;
+        lab.resume(&service)
+    };
+    restart_after(format!("mv {folder} {folder}.aside && echo >{folder}"))?;
+    lab.wait("the node is not ready", Duration::from_secs(60), || {
+        let ready = lab.condition(node, "Ready")?;
+        Ok((ready.status == "False" && ready.message.contains("asking for tasks")).then_some(()))
+    })?;
+    restart_after(format!("rm {folder} && mv {folder}.aside {folder}"))?;
+    lab.wait_for_nodes()
 }
 
 /// A plugin at the end of the chain prints garbage: the pod says so, and runs as soon as the plugin is gone.

@@ -7,6 +7,7 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
+use containerd_client::services::v1::GetRequest;
 use tokio::sync::Notify;
 
 use super::{
@@ -36,7 +37,7 @@ mod unpack;
 #[doc(hidden)]
 pub mod users;
 
-use client::Client;
+use client::{Client, Refusal as _};
 
 /// containerd's namespace that everything of ours is in.
 pub const NAMESPACE: &str = "orlop";
@@ -145,6 +146,21 @@ impl Containerd {
             .join(format!("{}_{}_{}", pod.namespace, pod.name, pod.uid))
     }
 
+    /// A containerd whose disk was full or failing when it started goes on without the plugins that could not start. What runs no
+    /// pods is not healthy, so what pods need is asked for something that is not there; no shim takes part in that.
+    async fn is_whole(&self) -> Result<(), RuntimeError> {
+        const NOBODY: &str = "orlop-health";
+        let request = self.client.request(GetRequest {
+            container_id: NOBODY.to_owned(),
+            exec_id: String::new(),
+        });
+        self.client
+            .call("asking for tasks", self.client.tasks().get(request))
+            .await
+            .found()?;
+        self.has_snapshot(NOBODY).await.map(drop)
+    }
+
     /// Removes a cgroup: this may wait for its last process, so it is done beside the async threads.
     async fn remove_cgroup(&self, cgroup: String) -> Result<(), RuntimeError> {
         let cgroups = self.cgroups.clone();
@@ -220,6 +236,7 @@ impl Runtime for Containerd {
     }
 
     async fn version(&self) -> Result<String, RuntimeError> {
+        self.is_whole().await?;
         let answer = self
             .client
             .call(
