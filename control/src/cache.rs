@@ -78,6 +78,11 @@ impl<T: Resource> Snapshot<T> {
         self.objects.get(&ObjectKey::new(namespace, name))
     }
 
+    /// The same for somebody who goes through many now and then: it is not kept decoded for that.
+    pub fn peek(&self, namespace: &str, name: &str) -> Option<Arc<T>> {
+        self.objects.peek_at(&ObjectKey::new(namespace, name))
+    }
+
     /// The objects of a namespace, in the order of their names; of all namespaces when it is empty.
     pub fn in_namespace<'a>(&'a self, namespace: &'a str) -> impl Iterator<Item = (&'a ObjectKey, Arc<T>)> {
         self.objects

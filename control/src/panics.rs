@@ -4,7 +4,7 @@
 //! by which its controllers would go on to create what is there already. Whatever a process had in memory is rebuilt from the store,
 //! so the service manager's restart loses nothing.
 
-use std::{cell::Cell, future::poll_fn, panic, pin::pin, process};
+use std::{cell::Cell, future::poll_fn, panic, process};
 
 thread_local! {
     /// Whether this thread is in work whose panic ends only itself.
@@ -26,10 +26,11 @@ pub fn end_the_process() {
     }));
 }
 
-/// Work whose panic ends only itself: what strangers say must not end the process.
-pub async fn contained<T>(work: impl Future<Output = T>) -> T {
-    let mut work = pin!(work);
-    poll_fn(|context| contain(|| work.as_mut().poll(context))).await
+/// Work whose panic ends only itself: what strangers say must not end the process. Boxed: an `async fn` would have room for what it is
+/// given and for what it waits for, which is the same, and thousands of them wait.
+pub fn contained<T>(work: impl Future<Output = T>) -> impl Future<Output = T> {
+    let mut work = Box::pin(work);
+    poll_fn(move |context| contain(|| work.as_mut().poll(context)))
 }
 
 /// The same for work that does not wait.

@@ -16,6 +16,7 @@ mod error;
 mod kinds;
 mod leadership;
 mod pods;
+mod ranges;
 mod sessions;
 #[cfg(test)]
 mod tests;
@@ -80,6 +81,7 @@ pub struct Registry {
     fence: Option<Fence>,
     /// Writes that a fence refused.
     refused: Arc<AtomicU64>,
+    ranges: ranges::GivenRanges,
     giving: claims::BeingGiven,
 }
 
@@ -92,6 +94,7 @@ impl Registry {
             config: Arc::new(config),
             fence: None,
             refused: Arc::default(),
+            ranges: ranges::GivenRanges::default(),
             giving: Arc::default(),
         }
     }

@@ -9,6 +9,7 @@ mod counts;
 mod decide;
 mod driver;
 mod likeness;
+mod named;
 mod node_sets;
 mod queue;
 pub mod resources;
@@ -25,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{events::Recorder, registry::Registry};
 
 pub use decide::{Decision, Diagnosis, Misfit, Scheduled, Shortage, fits, schedule};
+pub use named::Named;
 pub use queue::Queue;
 pub use spread::SpreadMisfit;
 pub use view::{ClusterView, NodeInfo, PodInfo, is_terminal};

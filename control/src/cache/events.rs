@@ -35,8 +35,8 @@ pub struct Entry<T> {
 /// What of an event is kept decoded.
 #[derive(Debug)]
 enum Decoded<T> {
-    /// It is fresh, and nobody has read it yet: the new object, if there is one.
-    Unread(Option<Arc<T>>),
+    /// It is fresh, and nobody has read it yet.
+    Unread,
     /// It is fresh, and others will read it too.
     Read(Event<T>),
     /// Those who follow have read it.
@@ -52,13 +52,13 @@ pub(super) enum Kept<T> {
 }
 
 impl<T: Resource> Entry<T> {
-    /// A fresh one. `new` is the new object, if there is one.
-    pub(super) fn new(revision: Revision, key: ObjectKey, kept: Kept<T>, new: Option<Arc<T>>) -> Self {
+    /// A fresh one.
+    pub(super) fn new(revision: Revision, key: ObjectKey, kept: Kept<T>) -> Self {
         Self {
             revision,
             key,
             kept,
-            decoded: Mutex::new(Decoded::Unread(new)),
+            decoded: Mutex::new(Decoded::Unread),
             encoded: OnceLock::new(),
         }
     }
@@ -66,6 +66,9 @@ impl<T: Resource> Entry<T> {
     /// It is not fresh any more.
     pub(super) fn forget(&self) {
         *self.lock() = Decoded::Nothing;
+        if let Kept::Added(new) | Kept::Modified { new, .. } = &self.kept {
+            new.age();
+        }
     }
 
     /// What happened. Who reads it while it is fresh shares it with all others.
@@ -73,14 +76,14 @@ impl<T: Resource> Entry<T> {
         let mut decoded = self.lock();
         match &mut *decoded {
             Decoded::Read(event) => event.clone(),
-            Decoded::Unread(new) => {
-                let event = self.decode(new.take());
+            Decoded::Unread => {
+                let event = self.decode();
                 *decoded = Decoded::Read(event.clone());
                 event
             }
             Decoded::Nothing => {
                 drop(decoded);
-                self.decode(None)
+                self.decode()
             }
         }
     }
@@ -101,12 +104,12 @@ impl<T: Resource> Entry<T> {
         };
     }
 
-    fn decode(&self, known: Option<Arc<T>>) -> Event<T> {
+    fn decode(&self) -> Event<T> {
         match &self.kept {
-            Kept::Added(new) => Event::Added(known.unwrap_or_else(|| new.peek())),
+            Kept::Added(new) => Event::Added(new.peek()),
             Kept::Modified { old, new } => Event::Modified {
                 old: old.peek(),
-                new: known.unwrap_or_else(|| new.peek()),
+                new: new.peek(),
             },
             Kept::Deleted(old) => {
                 let mut last = Arc::unwrap_or_clone(old.peek());
@@ -312,7 +315,7 @@ impl Backlog {
 fn entries_of<T: Resource>(set: ChangeSet) -> impl Iterator<Item = Arc<Entry<T>>> {
     let revision = set.revision;
     set.changes.into_iter().filter_map(move |change| {
-        let (key, kept, new) = match change {
+        let (key, kept) = match change {
             Change::Put { record, previous } => {
                 let (new, object) = Held::<T>::new(&record.key, &record.value, record.revision)?;
                 // The revision of what was there before is not told.
@@ -321,14 +324,14 @@ fn entries_of<T: Resource>(set: ChangeSet) -> impl Iterator<Item = Arc<Entry<T>>
                     Some((old, _)) => Kept::Modified { old, new },
                     None => Kept::Added(new),
                 };
-                (ObjectKey::of(&*object), kept, Some(object))
+                (ObjectKey::of(&*object), kept)
             }
             Change::Delete { key, previous } => {
                 let (old, object) = Held::new(&key, &previous, revision)?;
-                (ObjectKey::of(&*object), Kept::Deleted(old), None)
+                (ObjectKey::of(&*object), Kept::Deleted(old))
             }
         };
-        Some(Arc::new(Entry::new(revision, key, kept, new)))
+        Some(Arc::new(Entry::new(revision, key, kept)))
     })
 }
 

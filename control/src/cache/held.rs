@@ -1,7 +1,7 @@
 //! Objects as the cache holds them: encoded, as the store has them. A decoded pod takes twelve times as much.
 //!
-//! Who asks for an object gets it decoded. One that is asked for again and again (a list that is polled) stays decoded as long as that
-//! goes on.
+//! Who asks for an object gets it decoded. One that was written a moment ago is still decoded, since everybody reads it: those who follow,
+//! and who writes it again. One that is asked for again and again (a list that is polled) stays decoded as long as that goes on.
 
 use std::{
     ops::RangeBounds,
@@ -15,15 +15,10 @@ use crate::store::{Key, Revision};
 
 /// An object at one revision. Clones share it.
 #[derive(Debug)]
-pub(super) enum Held<T> {
-    /// One of a kind that is looked at all the time.
-    Decoded(Arc<T>),
-    /// As the store has it.
-    Encoded(Arc<Encoded<T>>),
-}
+pub(super) struct Held<T>(Arc<Encoded<T>>);
 
 #[derive(Debug)]
-pub(super) struct Encoded<T> {
+struct Encoded<T> {
     value: Box<[u8]>,
     /// 0 when it is not known.
     revision: Revision,
@@ -33,6 +28,8 @@ pub(super) struct Encoded<T> {
 /// How much an object is asked for.
 #[derive(Debug)]
 enum Use<T> {
+    /// It was written a moment ago.
+    Fresh(Arc<T>),
     /// Not lately.
     None,
     /// Once since the last sweep.
@@ -43,20 +40,12 @@ enum Use<T> {
 
 impl<T> Clone for Held<T> {
     fn clone(&self) -> Self {
-        match self {
-            Self::Decoded(object) => Self::Decoded(object.clone()),
-            Self::Encoded(encoded) => Self::Encoded(encoded.clone()),
-        }
+        Self(self.0.clone())
     }
 }
 
-/// The scheduler has all nodes, decoded, and node lifecycle goes through them every second.
-fn stays_decoded<T: Resource>() -> bool {
-    T::KIND.resource == "nodes"
-}
-
 impl<T: Resource> Held<T> {
-    /// A stored object, and what it holds; a damaged one is reported and put aside. The revision is 0 when it is not known.
+    /// A stored object that is fresh, and what it holds; a damaged one is reported and put aside. The revision is 0 when it is not known.
     pub(super) fn new(key: &Key, value: &bytes::Bytes, revision: Revision) -> Option<(Self, Arc<T>)> {
         let object = match crate::registry::decode::<T>(key, value, revision) {
             Ok(object) => Arc::new(versioned(object, revision)),
@@ -65,65 +54,25 @@ impl<T: Resource> Held<T> {
                 return None;
             }
         };
-        let held = if stays_decoded::<T>() {
-            Self::Decoded(object.clone())
-        } else {
-            Self::Encoded(Arc::new(Encoded {
-                value: Box::from(&**value),
-                revision,
-                asked: Mutex::new(Use::None),
-            }))
+        let encoded = Encoded {
+            value: Box::from(&**value),
+            revision,
+            asked: Mutex::new(Use::Fresh(object.clone())),
         };
-        Some((held, object))
+        Some((Self(Arc::new(encoded)), object))
     }
 
     /// The object itself, for somebody who may ask again.
     pub(super) fn object(&self) -> Arc<T> {
-        match self {
-            Self::Decoded(object) => object.clone(),
-            Self::Encoded(encoded) => encoded.object(),
-        }
-    }
-
-    /// The object itself, once.
-    pub(super) fn peek(&self) -> Arc<T> {
-        match self {
-            Self::Decoded(object) => object.clone(),
-            Self::Encoded(encoded) => match &*encoded.lock() {
-                Use::Much { object, .. } => object.clone(),
-                Use::None | Use::Once => encoded.decode(),
-            },
-        }
-    }
-
-    /// Another has taken its place: nobody will ask for it again.
-    pub(super) fn replaced(&self) {
-        if let Self::Encoded(encoded) = self {
-            *encoded.lock() = Use::None;
-        }
-    }
-
-    /// Nobody who does not ask again before the next sweep will be remembered.
-    pub(super) fn sweep(&self) {
-        let Self::Encoded(encoded) = self else { return };
-        let mut known = encoded.lock();
+        let mut known = self.0.lock();
         match &mut *known {
-            Use::Much { lately, .. } if *lately => *lately = false,
-            other => *other = Use::None,
-        }
-    }
-}
-
-impl<T: Resource> Encoded<T> {
-    fn object(&self) -> Arc<T> {
-        let mut known = self.lock();
-        match &mut *known {
+            Use::Fresh(object) => object.clone(),
             Use::Much { object, lately } => {
                 *lately = true;
                 object.clone()
             }
             other => {
-                let object = self.decode();
+                let object = self.0.decode();
                 *other = match other {
                     Use::None => Use::Once,
                     _ => Use::Much {
@@ -136,6 +85,43 @@ impl<T: Resource> Encoded<T> {
         }
     }
 
+    /// The object itself, for somebody who is not to be remembered.
+    pub(super) fn peek(&self) -> Arc<T> {
+        if let Use::Fresh(object) | Use::Much { object, .. } = &*self.0.lock() {
+            return object.clone();
+        }
+        self.0.decode()
+    }
+
+    /// Another has taken its place: nobody will ask for it again, but those who follow.
+    pub(super) fn replaced(&self) {
+        self.forget_if(|known| !matches!(known, Use::Fresh(_)));
+    }
+
+    /// It is not fresh any more.
+    pub(super) fn age(&self) {
+        self.forget_if(|known| matches!(known, Use::Fresh(_)));
+    }
+
+    fn forget_if(&self, is_over: impl FnOnce(&Use<T>) -> bool) {
+        let mut known = self.0.lock();
+        if is_over(&known) {
+            *known = Use::None;
+        }
+    }
+
+    /// Nobody who does not ask again before the next sweep will be remembered.
+    pub(super) fn sweep(&self) {
+        let mut known = self.0.lock();
+        match &mut *known {
+            Use::Fresh(_) => {}
+            Use::Much { lately, .. } if *lately => *lately = false,
+            other => *other = Use::None,
+        }
+    }
+}
+
+impl<T: Resource> Encoded<T> {
     /// # Panics
     /// Never: it was decoded when it came.
     fn decode(&self) -> Arc<T> {
@@ -193,6 +179,11 @@ impl<T: Resource> Objects<T> {
         self.held.get(key).map(Held::object)
     }
 
+    /// The object with this key, for somebody who is not to be remembered.
+    pub fn peek_at(&self, key: &ObjectKey) -> Option<Arc<T>> {
+        self.held.get(key).map(Held::peek)
+    }
+
     /// Whether there is one with this key.
     pub fn contains_key(&self, key: &ObjectKey) -> bool {
         self.held.contains_key(key)
@@ -206,6 +197,11 @@ impl<T: Resource> Objects<T> {
     /// All objects.
     pub fn values(&self) -> impl Iterator<Item = Arc<T>> {
         self.held.values().map(Held::object)
+    }
+
+    /// All objects, for somebody who goes through them now and then: they are not kept decoded for that.
+    pub fn peek(&self) -> impl Iterator<Item = Arc<T>> {
+        self.held.values().map(Held::peek)
     }
 
     /// All objects with their keys.
@@ -242,6 +238,11 @@ mod tests {
         let value = Bytes::from(pod.encode_to_vec());
         let (held, _) = Held::<Pod>::new(&Key::object(&Pod::KIND, "default", "a"), &value, 7).unwrap();
         let is_kept = || Arc::ptr_eq(&held.peek(), &held.peek());
+        held.sweep();
+        held.replaced();
+        assert!(is_kept(), "it is fresh");
+        held.age();
+        assert!(!is_kept());
         assert_eq!(held.object().meta().resource_version, "7");
         assert!(!is_kept(), "once is not much");
         held.sweep();

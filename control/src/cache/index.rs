@@ -241,6 +241,7 @@ impl<T: Resource> Feed for Index<T> {
     fn load(&self, revision: Revision, records: Vec<Record>) {
         let held = records.into_iter().filter_map(|record| {
             let (held, object) = Held::<T>::new(&record.key, &record.value, record.revision)?;
+            held.age();
             Some((ObjectKey::of(&*object), held))
         });
         let objects = Objects { held: held.collect() };
@@ -279,7 +280,7 @@ impl<T: Resource> Feed for Index<T> {
 }
 
 enum Step<T> {
-    Put(Revision, ObjectKey, Held<T>, Arc<T>),
+    Put(Revision, ObjectKey, Held<T>),
     Delete(Revision, ObjectKey),
 }
 
@@ -288,7 +289,7 @@ impl<T: Resource> Step<T> {
         match change {
             Change::Put { record, .. } => {
                 let (held, object) = Held::new(&record.key, &record.value, record.revision)?;
-                Some(Step::Put(revision, ObjectKey::of(&*object), held, object))
+                Some(Step::Put(revision, ObjectKey::of(&*object), held))
             }
             Change::Delete { key, .. } => Some(Step::Delete(revision, super::events::object_key(&key)?)),
         }
@@ -309,7 +310,7 @@ impl<T: Resource> State<T> {
 
     fn apply(&mut self, step: Step<T>) {
         let (revision, entry) = match step {
-            Step::Put(revision, key, new, object) => {
+            Step::Put(revision, key, new) => {
                 let kept = match self.objects.held.insert(key.clone(), new.clone()) {
                     Some(old) => {
                         old.replaced();
@@ -317,14 +318,14 @@ impl<T: Resource> State<T> {
                     }
                     None => Kept::Added(new),
                 };
-                (revision, Entry::new(revision, key, kept, Some(object)))
+                (revision, Entry::new(revision, key, kept))
             }
             Step::Delete(revision, key) => {
                 // What was put aside as damaged was never in the index.
                 let Some(old) = self.objects.held.remove(&key) else {
                     return;
                 };
-                (revision, Entry::new(revision, key, Kept::Deleted(old), None))
+                (revision, Entry::new(revision, key, Kept::Deleted(old)))
             }
         };
         self.revision = revision;
@@ -336,6 +337,9 @@ impl<T: Resource> State<T> {
         while let Some((at, entry)) = self.window.front() {
             if self.window.len() <= config.window_events && now.duration_since(*at) <= config.window_age {
                 break;
+            }
+            if self.fresh <= self.first {
+                entry.forget();
             }
             self.window_start = entry.revision;
             self.first += 1;

@@ -42,15 +42,9 @@ pub async fn run(registry: Registry, config: GarbageConfig) {
         let nodes = nodes.snapshot();
         let known: HashSet<&str> = nodes.objects.keys().map(|key| &*key.name).collect();
         let pods = pods.snapshot();
-        let gone = quarantined(
-            &mut missing_since,
-            &known,
-            pods.objects.values(),
-            Instant::now(),
-            &config,
-        );
+        let gone = quarantined(&mut missing_since, &known, pods.objects.peek(), Instant::now(), &config);
         let gone = confirm_gone(&registry, gone).await;
-        let doomed = plan(pods.objects.values(), &gone, config.terminated_pods);
+        let doomed = plan(pods.objects.peek(), &gone, config.terminated_pods);
         stream::iter(doomed)
             .for_each_concurrent(DELETIONS, |(pod, reason)| delete(&registry, pod, reason))
             .await;

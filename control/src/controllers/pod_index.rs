@@ -122,7 +122,7 @@ impl State {
         }
         let (snapshot, events) = reader.events();
         self.pods = Pods::default();
-        snapshot.objects.values().for_each(|pod| self.pods.set(None, &pod));
+        snapshot.objects.peek().for_each(|pod| self.pods.set(None, &pod));
         self.events = Some(events);
     }
 }

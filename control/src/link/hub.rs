@@ -439,7 +439,7 @@ type Batch<T> = Result<Vec<Arc<Entry<T>>>, Lagged>;
 impl<T: Resource> Source<T> {
     fn new(reader: Reader<T>, take: impl FnMut(Arc<T>)) -> Self {
         let (snapshot, events) = reader.events();
-        snapshot.objects.values().for_each(take);
+        snapshot.objects.peek().for_each(take);
         Self { reader, events }
     }
 
@@ -451,7 +451,7 @@ impl<T: Resource> Source<T> {
         );
         let (snapshot, events) = self.reader.events();
         self.events = events;
-        snapshot.objects.values().for_each(take);
+        snapshot.objects.peek().for_each(take);
     }
 }
 

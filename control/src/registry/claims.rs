@@ -95,13 +95,6 @@ pub(super) fn taken(claim: &Key) -> Vec<FieldError> {
     }
 }
 
-/// The ranges of a node.
-fn ranges_of(node: &Node) -> Vec<Ipv4Net> {
-    let Some(spec) = &node.spec else { return Vec::new() };
-    let texts = spec.pod_cidrs.iter().chain(std::iter::once(&spec.pod_cidr));
-    texts.filter_map(|range| range.parse().ok()).collect()
-}
-
 fn give(node: &mut Node, range: Ipv4Net) {
     let spec = node.spec.get_or_insert_default();
     spec.pod_cidr = range.to_string();
@@ -222,12 +215,7 @@ impl Registry {
     /// claims are read.
     async fn given_ranges(&self) -> Result<Vec<(Ipv4Net, Arc<str>)>, RegistryError> {
         if matches!(self.cache.catch_up(CATCH_UP).await, Ok(true)) {
-            let nodes = self.cache.reader::<Node>().snapshot();
-            let ranges = nodes
-                .objects
-                .iter()
-                .flat_map(|(key, node)| ranges_of(&node).into_iter().map(|range| (range, key.name.clone())));
-            return Ok(ranges.collect());
+            return Ok(self.ranges.all(&self.cache.reader::<Node>()));
         }
         let listing = self.store.list(&format!("{POD_CIDRS}/")).await?;
         let claims = listing.records.iter().filter_map(|record| {

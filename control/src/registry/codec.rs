@@ -6,15 +6,12 @@ use orlop_proto::Resource;
 use crate::store::{Key, Revision, StoreError};
 
 /// As stored: without its resourceVersion, which is the record's revision, so that equal objects have equal bytes.
-pub(super) fn encode<T: Resource>(object: &T) -> Bytes {
-    encode_own(&mut object.clone())
-}
-
-/// The same for an object whose resourceVersion is about to change: without a copy of it.
-pub(super) fn encode_own<T: Resource>(object: &mut T) -> Bytes {
+pub(super) fn encode<T: Resource>(object: &mut T) -> Bytes {
     object.set_type();
-    object.meta_mut().resource_version.clear();
-    object.encode_to_vec().into()
+    let version = std::mem::take(&mut object.meta_mut().resource_version);
+    let bytes = object.encode_to_vec().into();
+    object.meta_mut().resource_version = version;
+    bytes
 }
 
 /// A stored object with its resourceVersion.

@@ -94,7 +94,7 @@ impl Registry {
             Operation {
                 key: store_key::<Lease>(&lease_key()),
                 expected: Expected::Revision(revision_of(old)),
-                write: Write::Put(encode(&lease)),
+                write: Write::Put(encode(&mut lease)),
             },
             Operation {
                 key: fence.clone(),

@@ -9,12 +9,7 @@ use orlop_proto::{Resource as _, core::v1::Namespace};
 use prost_types::Timestamp;
 use rand::Rng as _;
 
-use super::{
-    FieldError, Registered, Registry, RegistryError,
-    claims::Chosen,
-    codec::{encode, encode_own},
-    kinds::same_spec,
-};
+use super::{FieldError, Registered, Registry, RegistryError, claims::Chosen, codec::encode, kinds::same_spec};
 use crate::{
     cache::ObjectKey,
     store::{Expected, Key, Operation, Revision, StoreError, Transaction, Write},
@@ -160,7 +155,7 @@ impl Registry {
             let mut operations = vec![Operation {
                 key: store_key::<T>(&key),
                 expected: Expected::Absent,
-                write: Write::Put(encode_own(&mut new)),
+                write: Write::Put(encode(&mut new)),
             }];
             if T::KIND.namespaced {
                 operations.push(self.namespace_is_active(&key, attempt > 0).await?);
@@ -312,17 +307,18 @@ impl Registry {
         if is_done(&new) {
             return self.remove(old).await;
         }
-        let (before, after) = (encode(old), encode_own(&mut new));
-        if before == after {
+        new.set_type();
+        new.meta_mut().resource_version.clone_from(&old.meta().resource_version);
+        if new == *old {
             // Nothing to write; but what was read may be old.
-            return Ok(Some(old.clone()));
+            return Ok(Some(new));
         }
         let key = ObjectKey::of(old);
         let expected = Expected::Revision(revision_of(old));
         let mut operations = vec![Operation {
             key: store_key::<T>(&key),
             expected,
-            write: Write::Put(after),
+            write: Write::Put(encode(&mut new)),
         }];
         let (held, wanted) = (old.claims(), new.claims());
         let released = held.iter().filter(|claim| !wanted.contains(claim));

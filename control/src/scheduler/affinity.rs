@@ -1,15 +1,11 @@
 //! Which nodes a pod's `nodeSelector` and node affinity allow or prefer.
 
-use std::{
-    collections::BTreeMap,
-    hash::{Hash, Hasher},
-};
+use std::hash::{Hash, Hasher};
 
-use orlop_proto::{
-    Resource as _,
-    core::v1::{Affinity, Node, NodeAffinity, NodeSelectorRequirement, NodeSelectorTerm, PodSpec},
-};
+use orlop_proto::core::v1::{Affinity, NodeAffinity, NodeSelectorRequirement, NodeSelectorTerm, PodSpec};
 use prost::Message as _;
+
+use super::named::Named;
 
 /// A pod's `nodeSelector` and required node affinity. Equal ones are one key.
 #[derive(Debug)]
@@ -43,7 +39,7 @@ impl RequiredAffinity {
     }
 
     /// Whether the node satisfies it.
-    pub fn allows(&self, node: &Node) -> bool {
+    pub fn allows(&self, node: &Named) -> bool {
         allows(&self.spec, node)
     }
 }
@@ -63,12 +59,11 @@ impl Hash for RequiredAffinity {
 }
 
 /// Whether the node satisfies the pod's `nodeSelector` and required node affinity.
-pub fn allows(spec: &PodSpec, node: &Node) -> bool {
-    let labels = &node.meta().labels;
+pub fn allows(spec: &PodSpec, node: &Named) -> bool {
     if !spec
         .node_selector
         .iter()
-        .all(|(key, value)| labels.get(key) == Some(value))
+        .all(|(key, value)| node.label(key) == Some(value))
     {
         return false;
     }
@@ -80,7 +75,7 @@ pub fn allows(spec: &PodSpec, node: &Node) -> bool {
 }
 
 /// The sum of the weights of the preferences that the node satisfies.
-pub fn preference(spec: &PodSpec, node: &Node) -> i64 {
+pub fn preference(spec: &PodSpec, node: &Named) -> i64 {
     let Some(affinity) = node_affinity(spec) else { return 0 };
     affinity
         .preferred_during_scheduling_ignored_during_execution
@@ -101,25 +96,25 @@ fn node_affinity(spec: &PodSpec) -> Option<&NodeAffinity> {
         .and_then(|affinity| affinity.node_affinity.as_ref())
 }
 
-fn term_matches(term: &NodeSelectorTerm, node: &Node) -> bool {
+fn term_matches(term: &NodeSelectorTerm, node: &Named) -> bool {
     if term.match_expressions.is_empty() && term.match_fields.is_empty() {
         return false;
     }
-    let labels = &node.meta().labels;
     term.match_expressions
         .iter()
-        .all(|requirement| label_matches(requirement, labels))
+        .all(|requirement| label_matches(requirement, node))
         && term
             .match_fields
             .iter()
             .all(|requirement| field_matches(requirement, node))
 }
 
-fn label_matches(requirement: &NodeSelectorRequirement, labels: &BTreeMap<String, String>) -> bool {
-    let found = labels.get(&requirement.key);
+fn label_matches(requirement: &NodeSelectorRequirement, node: &Named) -> bool {
+    let found = node.label(&requirement.key);
+    let is_among = |value: &str| requirement.values.iter().any(|one| one == value);
     match requirement.operator.as_str() {
-        "In" => found.is_some_and(|value| requirement.values.contains(value)),
-        "NotIn" => found.is_none_or(|value| !requirement.values.contains(value)),
+        "In" => found.is_some_and(is_among),
+        "NotIn" => !found.is_some_and(is_among),
         "Exists" => found.is_some(),
         "DoesNotExist" => found.is_none(),
         "Gt" => compare(requirement, found, |left, right| left > right),
@@ -128,17 +123,17 @@ fn label_matches(requirement: &NodeSelectorRequirement, labels: &BTreeMap<String
     }
 }
 
-fn compare(requirement: &NodeSelectorRequirement, found: Option<&String>, holds: impl Fn(i64, i64) -> bool) -> bool {
+fn compare(requirement: &NodeSelectorRequirement, found: Option<&str>, holds: impl Fn(i64, i64) -> bool) -> bool {
     let left = found.and_then(|value| value.parse::<i64>().ok());
     let right = requirement.values.first().and_then(|value| value.parse::<i64>().ok());
     left.zip(right).is_some_and(|(left, right)| holds(left, right))
 }
 
-fn field_matches(requirement: &NodeSelectorRequirement, node: &Node) -> bool {
+fn field_matches(requirement: &NodeSelectorRequirement, node: &Named) -> bool {
     if requirement.key != "metadata.name" {
         return false;
     }
-    let named = requirement.values.iter().any(|value| value == node.name());
+    let named = requirement.values.iter().any(|value| **value == *node.name);
     match requirement.operator.as_str() {
         "In" => named,
         "NotIn" => !named,
@@ -149,16 +144,19 @@ fn field_matches(requirement: &NodeSelectorRequirement, node: &Node) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use orlop_proto::core::v1::{NodeSelector, PreferredSchedulingTerm};
+    use orlop_proto::{
+        Resource as _,
+        core::v1::{Node, NodeSelector, PreferredSchedulingTerm},
+    };
 
-    fn node(labels: &[(&str, &str)]) -> Node {
+    fn node(labels: &[(&str, &str)]) -> Named {
         let mut node = Node::default();
         node.meta_mut().name = "n1".into();
         node.meta_mut().labels = labels
             .iter()
             .map(|(key, value)| ((*key).into(), (*value).into()))
             .collect();
-        node
+        Named::of(&node)
     }
 
     fn requirement(key: &str, operator: &str, values: &[&str]) -> NodeSelectorRequirement {

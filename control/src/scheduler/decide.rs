@@ -132,7 +132,7 @@ pub fn schedule(view: &ClusterView, pod: &PodInfo, start: usize) -> Scheduled {
 
 /// Whether a pod may go to a node, but for what other nodes have a say in: its spread.
 pub fn fits<'a>(info: &'a NodeInfo, pod: &PodInfo, spec: &PodSpec) -> Result<(), Misfit<'a>> {
-    check(info, pod, spec, || affinity::allows(spec, &info.node))
+    check(info, pod, spec, || affinity::allows(spec, &info.named))
 }
 
 fn check<'a>(
@@ -215,7 +215,7 @@ impl Candidate {
         Self {
             slot,
             resources: resource_score(&info.allocatable, &info.assumed.plus(&pod.assumed)),
-            preference: affinity::preference(spec, &info.node),
+            preference: affinity::preference(spec, &info.named),
             disliked: i64::try_from(disliked).unwrap_or(i64::MAX),
         }
     }

@@ -103,14 +103,17 @@ impl Driver {
         let (nodes, node_events) = cache.reader::<Node>().events();
         let (pods, pod_events) = cache.reader::<Pod>().events();
         let now = Instant::now();
-        let known: Vec<String> = self.view.nodes().map(|info| info.node.name().to_owned()).collect();
-        for name in known.iter().filter(|name| nodes.get("", name).is_none()) {
+        let known: Vec<String> = self.view.nodes().map(|info| info.named.name.to_string()).collect();
+        for name in known
+            .iter()
+            .filter(|name| !nodes.objects.contains_key(&ObjectKey::new("", name)))
+        {
             self.view.remove_node(name);
         }
-        for node in nodes.objects.values() {
-            self.view.set_node(node);
+        for node in nodes.objects.peek() {
+            self.view.set_node(&node);
         }
-        let live: std::collections::HashSet<String> = pods.objects.values().map(|pod| pod.uid().to_owned()).collect();
+        let live: std::collections::HashSet<String> = pods.objects.peek().map(|pod| pod.uid().to_owned()).collect();
         for uid in self
             .view
             .pods()
@@ -129,7 +132,7 @@ impl Driver {
         {
             self.queue.remove(&uid);
         }
-        for pod in pods.objects.values() {
+        for pod in pods.objects.peek() {
             self.take_pod(&pod, now);
         }
         self.queue.wake(now, |_| true);
@@ -149,7 +152,7 @@ impl Driver {
                 }
                 Event::Added(node) | Event::Modified { new: node, .. } => {
                     let is_first = self.view.order().is_empty();
-                    if self.view.set_node(node.clone()) {
+                    if self.view.set_node(node) {
                         self.wake_for(node.name(), now);
                         // A domain of others may be the one with the fewest pods now.
                         self.queue.wake_spread(now, |_| true);

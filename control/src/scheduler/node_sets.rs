@@ -7,8 +7,6 @@ use std::{
     sync::Arc,
 };
 
-use orlop_proto::Resource as _;
-
 use super::{affinity::RequiredAffinity, taints::Tolerations, view::NodeInfo};
 
 /// Where a node is in the view, as long as it, or a pod on it, is known.
@@ -63,7 +61,7 @@ impl Topology {
     fn domain(&self, slot: Slot, node: &NodeInfo) -> Domain {
         match self {
             Self::Node => Domain::from(slot) + 1,
-            Self::Label(key) => node.node.meta().labels.get(&**key).map_or(NO_DOMAIN, |value| {
+            Self::Label(key) => node.named.label(key).map_or(NO_DOMAIN, |value| {
                 let mut hasher = DefaultHasher::new();
                 value.hash(&mut hasher);
                 hasher.finish().max(NO_DOMAIN + 1)
@@ -101,7 +99,7 @@ impl SetKey {
             && self
                 .affinity
                 .as_ref()
-                .is_none_or(|affinity| affinity.allows(&node.node))
+                .is_none_or(|affinity| affinity.allows(&node.named))
             && self
                 .tolerations
                 .as_ref()

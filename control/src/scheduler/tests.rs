@@ -75,7 +75,7 @@ fn pod(uid: &str, cpu: &str) -> Pod {
 fn view(nodes: impl IntoIterator<Item = Node>) -> ClusterView {
     let mut view = ClusterView::default();
     for node in nodes {
-        view.set_node(Arc::new(node));
+        view.set_node(&node);
     }
     view
 }
@@ -201,7 +201,7 @@ fn pods_known_before_their_node_are_counted_on_it() {
     let mut bound = pod("a", "600m");
     bound.spec.get_or_insert_default().node_name = "n1".into();
     view.set_pod(&Arc::new(bound));
-    view.set_node(Arc::new(node("n1", "1", "8Gi")));
+    view.set_node(&node("n1", "1", "8Gi"));
     assert_eq!(
         why(&view, pod("b", "600m")),
         "0/1 nodes are available: 1 Insufficient cpu."
@@ -234,9 +234,9 @@ fn a_heartbeat_is_no_change() {
     let mut view = view([node("n1", "4", "8Gi")]);
     let mut beat = node("n1", "4", "8Gi");
     beat.status.get_or_insert_default().conditions[0].last_heartbeat_time = Some(orlop_proto::time::now());
-    assert!(!view.set_node(Arc::new(beat.clone())));
+    assert!(!view.set_node(&beat));
     beat.meta_mut().labels = amounts(&[("disk", "ssd")]);
-    assert!(view.set_node(Arc::new(beat)));
+    assert!(view.set_node(&beat));
 }
 
 proptest! {

@@ -15,6 +15,7 @@ use super::{
     affinity::RequiredAffinity,
     counts::{ClassId, Counts},
     likeness::{Counted, Likeness},
+    named::Named,
     node_sets::{NodeSet, SetKey, Slot},
     resources::Resources,
     spread::Spread,
@@ -54,8 +55,8 @@ impl PodInfo {
 /// A node, and the sums over the pods on it.
 #[derive(Debug, Clone)]
 pub struct NodeInfo {
-    /// The node itself.
-    pub node: Arc<Node>,
+    /// Its name and labels.
+    pub named: Named,
     /// What it offers.
     pub allocatable: Resources,
     /// What its pods ask for.
@@ -71,14 +72,14 @@ pub struct NodeInfo {
 }
 
 impl NodeInfo {
-    fn new(node: Arc<Node>, position: usize) -> Self {
+    fn new(node: &Node, position: usize) -> Self {
         Self {
-            allocatable: Resources::allocatable(&node),
+            named: Named::of(node),
+            allocatable: Resources::allocatable(node),
             requested: Resources::default(),
             assumed: Resources::default(),
-            taints: effective_taints(&node),
-            unschedulable: unschedulable(&node),
-            node,
+            taints: effective_taints(node),
+            unschedulable: unschedulable(node),
             position,
         }
     }
@@ -197,7 +198,7 @@ impl ClusterView {
     }
 
     /// Takes a new or changed node in. Says whether anything changed that scheduling looks at.
-    pub fn set_node(&mut self, node: Arc<Node>) -> bool {
+    pub fn set_node(&mut self, node: &Node) -> bool {
         let slot = self.slot(node.name());
         let place = &mut self.places[slot as usize];
         let changed = if let Some(info) = &mut place.node {
@@ -209,7 +210,7 @@ impl ClusterView {
             let changed = info.allocatable != new.allocatable
                 || info.taints != new.taints
                 || info.unschedulable != new.unschedulable
-                || info.node.meta().labels != new.node.meta().labels;
+                || info.named != new.named;
             *info = new;
             changed
         } else {

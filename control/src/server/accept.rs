@@ -157,7 +157,8 @@ impl Acceptor {
         } else {
             None
         };
-        self.serve(stream, identity, Some(address), Some(http2)).await;
+        // Boxed, both: the handshake's room is not kept for as long as the connection is, and a TLS stream is large to be moved about.
+        Box::pin(self.serve(Box::new(stream), identity, Some(address), Some(http2))).await;
     }
 
     /// Serves one connection to its end. `http2` is what ALPN said; `None` where there was none.
@@ -175,7 +176,8 @@ impl Acceptor {
         let service = service_fn(move |mut request| {
             request.extensions_mut().insert(identity.clone());
             request.extensions_mut().insert(PeerAddress(address));
-            Arc::clone(&front).handle(request)
+            // Boxed: an answer that goes on for long, as a node's session does, needs no room for how it began.
+            Box::pin(Arc::clone(&front).handle(request))
         });
         let builder = self.builder(http2, is_anonymous);
         let mut connection = pin!(builder.serve_connection(TokioIo::new(Coalesced::new(counted)), service));

@@ -76,21 +76,31 @@ impl Lifecycle {
         // Where leases cannot be written nobody is silent.
         let writable = self.registry.store().trouble().is_none();
         let fresh = writable && matches!(self.registry.cache().catch_up(FRESH_WITHIN).await, Ok(true));
-        let mut nodes: Vec<Arc<Node>> = self.nodes.snapshot().objects.values().collect();
+        let all = self.nodes.snapshot();
         let leases = self.leases.snapshot();
-        let with_leases = nodes.iter().map(|node| (&**node, leases.get(LEASES, node.name())));
+        // There may be thousands of nodes, and nothing is to be done about nearly all of them: those are not held.
+        let at = time::now_seconds();
+        let mut nodes: Vec<Arc<Node>> = Vec::new();
+        let with_leases = all.objects.peek().map(|node| {
+            if !is_ready(&node) || is_tainted(&node) || plan_taints(&node, false, at).is_some() {
+                nodes.push(node.clone());
+            }
+            let lease = leases.peek(LEASES, node.name());
+            (node, lease)
+        });
         self.monitor.observe(with_leases, now, fresh);
         if !fresh {
             tracing::warn!("the store cannot be read or written: nothing is said about nodes");
             return;
         }
-        let silent: HashSet<String> = nodes
-            .iter()
-            .filter(|node| self.monitor.silence(node.name(), now) > self.config.monitor_grace)
-            .map(|node| node.name().to_owned())
-            .collect();
+        let is_silent = |name: &str| self.monitor.silence(name, now) > self.config.monitor_grace;
+        let names = all.objects.keys().map(|key| &*key.name);
+        let silent: HashSet<String> = names.filter(|name| is_silent(name)).map(str::to_owned).collect();
+        let held: HashSet<String> = nodes.iter().map(|node| node.name().to_owned()).collect();
+        nodes.extend(silent.difference(&held).filter_map(|name| all.peek("", name)));
+        nodes.sort_unstable_by(|one, other| one.name().cmp(other.name()));
         self.write_conditions(&mut nodes, &silent).await;
-        self.write_taints(&mut nodes, now).await;
+        self.write_taints(&mut nodes, all.objects.len(), now).await;
         self.restore_ready(&silent).await;
         let evicting = nodes.iter().any(|node| has_no_execute(node));
         if silent.is_empty() && !evicting {
@@ -98,7 +108,7 @@ impl Lifecycle {
             return;
         }
         let pods = self.pods.snapshot();
-        self.mark_not_ready(pods.objects.values(), &silent).await;
+        self.mark_not_ready(pods.objects.peek(), &silent).await;
         let by_name: HashMap<&str, &Node> = nodes
             .iter()
             .filter(|node| has_no_execute(node))
@@ -106,7 +116,7 @@ impl Lifecycle {
             .collect();
         let due = self
             .evictions
-            .due(&by_name, pods.objects.values(), self.config.eviction_delay, now);
+            .due(&by_name, pods.objects.peek(), self.config.eviction_delay, now);
         stream::iter(due)
             .for_each_concurrent(WRITES, |pod| self.evict(pod))
             .await;
@@ -154,16 +164,17 @@ impl Lifecycle {
         }
     }
 
-    async fn write_taints(&mut self, nodes: &mut [Arc<Node>], now: Instant) {
-        let ready = nodes.iter().filter(|node| is_ready(node)).count();
-        let disruption = Disruption::judge(ready, nodes.len() - ready, &self.config);
-        self.limiter.refill(disruption, nodes.len(), &self.config, now);
+    /// `nodes` are those of `all` that are not ready, or have or need taints.
+    async fn write_taints(&mut self, nodes: &mut [Arc<Node>], all: usize, now: Instant) {
+        let not_ready = nodes.iter().filter(|node| !is_ready(node)).count();
+        let disruption = Disruption::judge(all - not_ready, not_ready, &self.config);
+        self.limiter.refill(disruption, all, &self.config, now);
         let at = time::now_seconds();
         let doubtful = nodes.iter().any(|node| !is_ready(node) && !evicts(node));
         let pods = doubtful.then(|| self.pods.snapshot());
         let occupied: HashSet<String> = pods
             .iter()
-            .flat_map(|pods| pods.objects.values())
+            .flat_map(|pods| pods.objects.peek())
             .map(|pod| pods::node_name(&pod).to_owned())
             .collect();
         let mut writes = Vec::new();
@@ -257,6 +268,10 @@ impl Lifecycle {
             Err(error) => tracing::warn!(pod = %key, %error, "could not be evicted"),
         }
     }
+}
+
+fn is_tainted(node: &Node) -> bool {
+    node.spec.as_ref().is_some_and(|spec| !spec.taints.is_empty())
 }
 
 fn has_no_execute(node: &Node) -> bool {

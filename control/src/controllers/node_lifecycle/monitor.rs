@@ -49,9 +49,9 @@ impl Monitor {
     }
 
     /// Takes the nodes and their leases in. `fresh` says whether they are as the store has them.
-    pub fn observe<'a>(
+    pub fn observe(
         &mut self,
-        nodes: impl Iterator<Item = (&'a Node, Option<impl Deref<Target = Lease>>)>,
+        nodes: impl Iterator<Item = (impl Deref<Target = Node>, Option<impl Deref<Target = Lease>>)>,
         now: Instant,
         fresh: bool,
     ) {
@@ -64,7 +64,7 @@ impl Monitor {
         }
         let mut present = HashSet::new();
         for (node, lease) in nodes {
-            let mut sign = sign(node, lease.as_deref());
+            let mut sign = sign(&node, lease.as_deref());
             if sign.ready.is_none()
                 && let Some(observed) = self.nodes.get(node.name())
             {

@@ -22,7 +22,7 @@ pub(super) async fn run(registry: Registry, recorder: Recorder) {
     let reader = registry.cache().reader::<Node>();
     loop {
         let (snapshot, mut events) = reader.events();
-        let waiting = snapshot.objects.values().filter(|node| waits(node));
+        let waiting = snapshot.objects.peek().filter(|node| waits(node));
         release(&registry, waiting.map(|node| node.name().to_owned()).collect()).await;
         drop(snapshot);
         let lagged = loop {

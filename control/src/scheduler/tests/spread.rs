@@ -69,8 +69,8 @@ fn zones_get_as_many_and_the_rest_waits() {
     assert_eq!([zone(&["a1", "a2"]), zone(&["b1"]), zone(&["c1"])], [3, 3, 3]);
     let mut full = zoned("c1", "c");
     full.spec.get_or_insert_default().unschedulable = true;
-    view.set_node(Arc::new(full));
-    view.set_node(Arc::new(node("bare", "64", "64Gi")));
+    view.set_node(&full);
+    view.set_node(&node("bare", "64", "64Gi"));
     for uid in ["q1", "q2"] {
         let pod = info(web(uid, std::slice::from_ref(&hard)));
         let Decision::Bind(node) = schedule(&view, &pod, 0).decision else {

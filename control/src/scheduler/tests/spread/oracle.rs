@@ -165,7 +165,7 @@ fn apply(step: &Step, view: &mut ClusterView, plain: &mut Plain, askers: &[Pod])
     match step {
         Step::Node(number, ..) => {
             let node = node_of(step).unwrap();
-            view.set_node(Arc::new(node.clone()));
+            view.set_node(&node);
             plain.nodes.insert(format!("n{number}"), node);
         }
         Step::NodeGone(number) => {
@@ -213,7 +213,8 @@ impl Plain {
             taints.push(crate::scheduler::taints::taint(UNSCHEDULABLE, NO_SCHEDULE));
         }
         let bears = |taint: &Taint| crate::scheduler::taints::tolerated(&spec.tolerations, taint);
-        (one.node_affinity_policy == "Ignore" || crate::scheduler::affinity::allows(spec, node))
+        (one.node_affinity_policy == "Ignore"
+            || crate::scheduler::affinity::allows(spec, &crate::scheduler::Named::of(node)))
             && (one.node_taints_policy != "Honor" || taints.iter().all(bears))
     }
 
@@ -332,10 +333,10 @@ proptest! {
                 let mut feasible = Vec::new();
                 for slot in view.order() {
                     let node = view.at(*slot).unwrap();
-                    let (found, expected) = (limits.check(*slot), plain.check(asker, &node.node));
-                    prop_assert_eq!(found, expected, "{} after {:?}", node.node.name(), step);
+                    let (found, expected) = (limits.check(*slot), plain.check(asker, &plain.nodes[&*node.named.name]));
+                    prop_assert_eq!(found, expected, "{} after {:?}", node.named.name, step);
                     if expected.is_ok() && fits(node, &asking, asker.spec.as_ref().unwrap()).is_ok() {
-                        feasible.push((*slot, node.node.name().to_owned()));
+                        feasible.push((*slot, node.named.name.to_string()));
                     }
                 }
                 match schedule(&view, &asking, 0).decision {
