@@ -29,6 +29,8 @@ use crate::{
 
 /// Services, and routes, are written to the ledger at most this often.
 const WRITE_BEHIND: Duration = Duration::from_secs(3);
+/// Many routes are written more seldom: each write is of all of them, and while a large cluster comes up they change all the time.
+const WRITE_BEHIND_PER_ROUTE: Duration = Duration::from_millis(5);
 /// The first wait after a failure of the dataplane or the ledger; doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(10);
@@ -324,7 +326,8 @@ impl Applier {
                 self.desired = next;
                 if routes {
                     // Each write is of all of them: when they come one after the other, they are gathered.
-                    self.behind[ROUTES].get_or_insert(self.routes_written + WRITE_BEHIND);
+                    let pause = routes_pause(self.desired.routes.len());
+                    self.behind[ROUTES].get_or_insert(self.routes_written + pause);
                 }
                 (true, changed)
             }
@@ -410,6 +413,12 @@ impl Applier {
         }
         self.note(file, failed);
     }
+}
+
+/// How long after a write of so many routes, at the least, the next one is.
+fn routes_pause(routes: usize) -> Duration {
+    let routes = u32::try_from(routes).unwrap_or(u32::MAX);
+    WRITE_BEHIND.max(WRITE_BEHIND_PER_ROUTE.saturating_mul(routes))
 }
 
 /// What a node holds to be so after a session's Welcome and Updates; for who checks it from outside.

@@ -196,3 +196,10 @@ async fn services_go_on_while_the_ledger_takes_no_pods() {
     assert!(life.handle.ledger().borrow().is_none());
     life.kill().await;
 }
+
+#[test]
+fn a_small_clusters_routes_are_written_soon_and_a_large_ones_seldom() {
+    assert_eq!(routes_pause(0), WRITE_BEHIND);
+    assert_eq!(routes_pause(100), WRITE_BEHIND);
+    assert_eq!(routes_pause(5000), Duration::from_secs(25));
+}
