@@ -1,6 +1,9 @@
 //! Entries of maps: one at a time, and many in one system call.
 
-use std::{io, os::fd::AsFd};
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+};
 
 use super::{MapInfo, bpf, command, raw};
 
@@ -90,15 +93,16 @@ struct BatchAttributes {
 }
 
 impl BatchAttributes {
-    /// For `count` entries whose keys and values are at these addresses, from the first on.
-    fn new(map: impl AsFd, keys: u64, values: u64, count: usize) -> io::Result<Self> {
+    /// For `count` entries whose keys and values are at these addresses, from the first on. The descriptor is named by its
+    /// number: it is borrowed, so that the caller still has it open when the call is made.
+    fn new(map: BorrowedFd<'_>, keys: u64, values: u64, count: usize) -> io::Result<Self> {
         Ok(Self {
             from: 0,
             to: 0,
             keys,
             values,
             count: u32::try_from(count).map_err(io::Error::other)?,
-            map: raw(map.as_fd()),
+            map: raw(map),
             element_flags: 0,
             flags: 0,
         })
@@ -125,7 +129,7 @@ fn batch(command: u32, map: impl AsFd, keys: &[u8], values: &[u8], count: usize)
     if count == 0 {
         return Ok(());
     }
-    let mut attributes = BatchAttributes::new(map, keys.as_ptr() as u64, values.as_ptr() as u64, count)?;
+    let mut attributes = BatchAttributes::new(map.as_fd(), keys.as_ptr() as u64, values.as_ptr() as u64, count)?;
     bpf(command, &mut attributes).map(drop)
 }
 
@@ -146,7 +150,7 @@ pub fn for_each(map: impl AsFd, info: &MapInfo, mut each: impl FnMut(&[u8], &[u8
         let mut attributes = BatchAttributes {
             from: if first { 0 } else { position.as_mut_ptr() as u64 },
             to: next.as_mut_ptr() as u64,
-            ..BatchAttributes::new(&map, to_keys, to_values, room)?
+            ..BatchAttributes::new(map.as_fd(), to_keys, to_values, room)?
         };
         let ended = match bpf(command::MAP_LOOKUP_BATCH, &mut attributes) {
             Ok(_) => false,
