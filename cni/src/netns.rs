@@ -16,8 +16,10 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::error::{Failure, code};
 
-/// How long another call for the same container may take before this one gives up.
-const TURN_PATIENCE: Duration = Duration::from_secs(30);
+/// How long another call for the same container may take before an ADD gives up.
+const ADD_PATIENCE: Duration = Duration::from_secs(30);
+/// How long before a DEL goes on without its turn.
+const DEL_PATIENCE: Duration = Duration::from_secs(10);
 /// Between two attempts to lock a namespace.
 const TURN_PAUSE: Duration = Duration::from_millis(2);
 
@@ -64,7 +66,15 @@ impl Namespaces {
     /// Waits until no other call wires or unwires this container: a call that fails may otherwise give back the address that another one
     /// has found leased and uses. The turn lasts as long as this lives.
     pub async fn turn(&self) -> Result<(), Failure> {
-        turn(&self.container).await
+        if turn(&self.container, ADD_PATIENCE).await? {
+            return Ok(());
+        }
+        let seconds = ADD_PATIENCE.as_secs();
+        let msg = format!(
+            "for {seconds} s the container's network namespace was locked: another call for this container has not ended, \
+             or a process in the container holds the lock; end it"
+        );
+        Err(Failure::new(code::TRY_AGAIN, msg))
     }
 
     /// The container's, for the kernel to put an interface into.
@@ -87,30 +97,37 @@ impl Namespaces {
     }
 }
 
-/// The turn of a DEL, which does without the namespace: `None` when that is gone, or never was one.
+/// The turn of a DEL, which does without the namespace: `None` when that is gone, or never was one. Nor does it need the turn: a
+/// process of the container can open its own namespace and lock it for ever, and must not keep its address by that.
 pub async fn turn_if_there(path: &Path) -> Result<Option<File>, Failure> {
     // Without O_NONBLOCK a FIFO would hold us for ever.
     let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
     let Some(container) = opened.ok().filter(is_network_namespace) else {
         return Ok(None);
     };
-    turn(&container).await?;
-    Ok(Some(container))
+    if turn(&container, DEL_PATIENCE).await? {
+        return Ok(Some(container));
+    }
+    eprintln!(
+        "orlop-bridge: {} is locked for {} s, by another call or by a process in it; going on",
+        path.display(),
+        DEL_PATIENCE.as_secs()
+    );
+    Ok(None)
 }
 
-/// The lock is on the namespace itself, so it ends with the process that has it, and there is no file to be left behind.
-async fn turn(container: &File) -> Result<(), Failure> {
-    let deadline = Instant::now() + TURN_PATIENCE;
+/// Whether the namespace could be locked in time. The lock is on the namespace itself, so it ends with the process that has it, and
+/// there is no file to be left behind.
+async fn turn(container: &File, patience: Duration) -> Result<bool, Failure> {
+    let deadline = Instant::now() + patience;
     loop {
         match flock(container, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(()),
+            Ok(()) => return Ok(true),
             Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {}
             Err(error) => return Err(Failure::io("locking the container's network namespace", &error.into())),
         }
         if Instant::now() >= deadline {
-            let seconds = TURN_PATIENCE.as_secs();
-            let msg = format!("another call for this container has not ended within {seconds} s");
-            return Err(Failure::new(code::TRY_AGAIN, msg));
+            return Ok(false);
         }
         tokio::time::sleep(TURN_PAUSE).await;
     }

@@ -10,28 +10,32 @@
 //! Invariant: every session with control gets a generation, greater than all earlier ones; a write of an older generation
 //! than the last accepted one is refused.
 
+mod file;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::{self, File},
-    io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    fs, io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use imbl::OrdMap;
 use orlop_proto::{core::v1::Pod, node::v1 as link};
 use prost::Message;
-use sha2::{Digest, Sha256};
 
+use self::file::{
+    Temporary, frame, list, put_aside, read_or_put_aside, remove_temporary, sync_dir, unframe, write_file,
+};
 use crate::desired::{
     Desired,
     services::{Services, kept},
 };
 
-const MAGIC: &[u8; 8] = b"orlopldg";
-const FORMAT: u32 = 1;
-const HEADER: usize = 8 + 4 + 32;
+/// Pods' files that are written before they are synced: the disk takes them in one go then.
+const SYNCED_TOGETHER: usize = 64;
 
 /// What a session with control is known by: later ones are greater.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -79,6 +83,54 @@ pub struct Ledger {
     node: NodeFile,
     /// The uids of pods whose files may not be as those in force: a call that wrote or removed them failed on the way.
     doubtful: BTreeSet<String>,
+    behind: Arc<Behind>,
+}
+
+/// Says that the maps have services that the ledger's file lacks. Not synced: it matters to an agent that finds the maps of its
+/// former life, and a reboot leaves no maps.
+#[derive(Debug)]
+pub struct Behind {
+    path: PathBuf,
+    /// Changes of the maps that were noted.
+    notes: AtomicU64,
+    /// Held over what is done to the file.
+    file: Mutex<()>,
+}
+
+impl Behind {
+    /// How often it was noted. Does not wait for the disk.
+    pub fn notes(&self) -> u64 {
+        self.notes.load(Ordering::Acquire)
+    }
+
+    /// Notes that the maps are about to get what the file lacks. Waits for the disk.
+    ///
+    /// # Errors
+    /// What the disk refuses.
+    pub fn note(&self) -> Result<(), LedgerError> {
+        self.notes.fetch_add(1, Ordering::AcqRel);
+        let _file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        fs::write(&self.path, []).map_err(|source| self.failed(source))
+    }
+
+    /// The file has what the maps had at so many notes: when there was none since, it is no longer behind.
+    fn caught_up(&self, notes: u64) -> Result<(), LedgerError> {
+        let _file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.notes() != notes {
+            return Ok(());
+        }
+        match fs::remove_file(&self.path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(self.failed(source)),
+            _ => Ok(()),
+        }
+    }
+
+    fn failed(&self, source: io::Error) -> LedgerError {
+        LedgerError::Io {
+            path: self.path.clone(),
+            source,
+        }
+    }
 }
 
 /// The body of the file `node`.
@@ -150,11 +202,17 @@ impl Ledger {
             // A damaged file may hide a pod that still runs here: nothing is swept before control has named all again.
             complete: node.complete && damage.is_empty(),
         };
+        let behind = Arc::new(Behind {
+            path: dir.join("services.behind"),
+            notes: AtomicU64::new(0),
+            file: Mutex::new(()),
+        });
         let mut ledger = Self {
             dir,
             generation: Generation(node.generation),
             node,
             doubtful: BTreeSet::new(),
+            behind,
         };
         if desired.complete != ledger.node.complete {
             let node = NodeFile {
@@ -208,18 +266,31 @@ impl Ledger {
     /// Writes and removes the pods whose files are in doubt. Removals come after the writes.
     fn write_pods(&self, pods: &OrdMap<String, Arc<Pod>>) -> Result<(), LedgerError> {
         let dir = self.dir.join("pods");
-        let mut renames = Vec::new();
-        let written = self.doubtful.iter().filter_map(|uid| Some((uid, pods.get(uid)?)));
-        for (uid, pod) in written {
-            let path = dir.join(file_name(uid)?);
-            let temporary = write_temporary(&path, &pod.encode_to_vec()).inspect_err(|_| {
-                // They would only take space on a disk that may have none.
-                for (temporary, _) in &renames {
-                    let _ = fs::remove_file(temporary);
+        let written: Vec<_> = self
+            .doubtful
+            .iter()
+            .filter_map(|uid| Some((uid, pods.get(uid)?)))
+            .collect();
+        let mut renames = Vec::with_capacity(written.len());
+        let mut write = || {
+            for some in written.chunks(SYNCED_TOGETHER) {
+                let mut files = Vec::with_capacity(some.len());
+                for (uid, pod) in some {
+                    let path = dir.join(file_name(uid)?);
+                    let temporary = Temporary::write(&path, &pod.encode_to_vec())?;
+                    renames.push((temporary.path.clone(), path));
+                    files.push(temporary);
                 }
-            })?;
-            renames.push((temporary, path));
-        }
+                files.into_iter().try_for_each(Temporary::sync)?;
+            }
+            Ok(())
+        };
+        write().inspect_err(|_| {
+            // They would only take space on a disk that may have none.
+            for (temporary, _) in &renames {
+                let _ = fs::remove_file(temporary);
+            }
+        })?;
         for (temporary, path) in renames {
             fs::rename(&temporary, &path).map_err(|source| LedgerError::Io { path, source })?;
         }
@@ -235,27 +306,23 @@ impl Ledger {
         sync_dir(&dir)
     }
 
-    /// Whether the last [`Self::write`] failed, so that there is something to write even if nothing changes.
-    pub fn is_doubtful(&self) -> bool {
-        !self.doubtful.is_empty()
-    }
-
     /// What writes the files that are behind what is in force, to be used on a thread that may block.
     pub fn writer(&self, generation: Generation) -> Result<Writer, LedgerError> {
         self.check(generation)?;
-        Ok(Writer { dir: self.dir.clone() })
+        Ok(Writer {
+            dir: self.dir.clone(),
+            behind: Arc::clone(&self.behind),
+        })
     }
 
-    /// Notes that the maps are about to get what the services' file lacks; the file's next write ends that. Not synced: it
-    /// matters to an agent that finds the maps of its former life, and a reboot leaves no maps.
-    pub fn note_services_behind(&self) -> Result<(), LedgerError> {
-        let path = behind(&self.dir.join("services"));
-        fs::write(&path, []).map_err(|source| LedgerError::Io { path, source })
+    /// Notes that the services' file is behind the maps.
+    pub fn behind(&self) -> Arc<Behind> {
+        Arc::clone(&self.behind)
     }
 
     /// Whether the maps got services that the file lacks.
     pub fn services_are_behind(&self) -> bool {
-        behind(&self.dir.join("services")).exists()
+        self.behind.path.exists()
     }
 
     fn write_node(&mut self, node: NodeFile) -> Result<(), LedgerError> {
@@ -295,18 +362,14 @@ pub fn read_services(data_dir: &Path) -> Result<Vec<Arc<link::Service>>, LedgerE
 #[derive(Debug)]
 pub struct Writer {
     dir: PathBuf,
+    behind: Arc<Behind>,
 }
 
 impl Writer {
-    /// Writes all services; durable when it returns.
-    pub fn services(&self, services: &Services) -> Result<(), LedgerError> {
-        let path = self.dir.join("services");
-        write_all(&path, services.iter())?;
-        let path = behind(&path);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(LedgerError::Io { path, source }),
-            _ => Ok(()),
-        }
+    /// Writes all services; durable when it returns. `notes` is [`Behind::notes`] of when the maps got the last of them.
+    pub fn services(&self, services: &Services, notes: u64) -> Result<(), LedgerError> {
+        write_all(&self.dir.join("services"), services.iter())?;
+        self.behind.caught_up(notes)
     }
 
     /// Writes all routes; durable when it returns.
@@ -324,10 +387,6 @@ fn write_all<'a, M: Message + 'a>(path: &Path, messages: impl Iterator<Item = &'
     write_file(path, &body)
 }
 
-fn behind(services: &Path) -> PathBuf {
-    services.with_extension("behind")
-}
-
 /// Whether a pod with this uid can be kept: it becomes a file's name.
 pub(crate) fn is_usable_uid(uid: &str) -> bool {
     let fine = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
@@ -340,133 +399,6 @@ fn file_name(uid: &str) -> Result<&str, LedgerError> {
     } else {
         Err(LedgerError::BadUid(uid.to_owned()))
     }
-}
-
-fn frame(body: &[u8]) -> [u8; HEADER] {
-    let mut header = [0; HEADER];
-    header[..8].copy_from_slice(MAGIC);
-    header[8..12].copy_from_slice(&FORMAT.to_be_bytes());
-    header[12..].copy_from_slice(&Sha256::digest(body));
-    header
-}
-
-fn unframe(bytes: &[u8]) -> Result<&[u8], String> {
-    let (header, body) = bytes.split_at_checked(HEADER).ok_or("shorter than its header")?;
-    if &header[..8] != MAGIC {
-        return Err("not a ledger file".to_owned());
-    }
-    let format = u32::from_be_bytes(header[8..12].try_into().map_err(|_| "no format")?);
-    if format != FORMAT {
-        return Err(format!("format {format}, and only {FORMAT} is known"));
-    }
-    if header[12..] != Sha256::digest(body)[..] {
-        return Err("the checksum does not match".to_owned());
-    }
-    Ok(body)
-}
-
-fn write_temporary(path: &Path, body: &[u8]) -> Result<PathBuf, LedgerError> {
-    let temporary = path.with_extension("tmp");
-    let write = || -> io::Result<()> {
-        let mut file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&temporary)?;
-        file.write_all(&frame(body))?;
-        file.write_all(body)?;
-        file.sync_all()
-    };
-    write().map_err(|source| {
-        // What is half-written would only take space on a disk that may have none.
-        let _ = fs::remove_file(&temporary);
-        LedgerError::Io {
-            path: temporary.clone(),
-            source,
-        }
-    })?;
-    Ok(temporary)
-}
-
-fn write_file(path: &Path, body: &[u8]) -> Result<(), LedgerError> {
-    let temporary = write_temporary(path, body)?;
-    fs::rename(&temporary, path).map_err(|source| LedgerError::Io {
-        path: path.to_owned(),
-        source,
-    })?;
-    path.parent().map_or(Ok(()), sync_dir)
-}
-
-fn sync_dir(dir: &Path) -> Result<(), LedgerError> {
-    File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(|source| LedgerError::Io {
-            path: dir.to_owned(),
-            source,
-        })
-}
-
-fn list(dir: &Path) -> Result<Vec<PathBuf>, LedgerError> {
-    let entries = || -> io::Result<Vec<PathBuf>> { fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect() };
-    entries().map_err(|source| LedgerError::Io {
-        path: dir.to_owned(),
-        source,
-    })
-}
-
-/// What a crash left half-written was never acted on.
-fn remove_temporary(dir: &Path) -> Result<(), LedgerError> {
-    for path in list(dir)? {
-        if path.extension().is_some_and(|extension| extension == "tmp") {
-            fs::remove_file(&path).map_err(|source| LedgerError::Io { path, source })?;
-        }
-    }
-    Ok(())
-}
-
-fn read_or_put_aside<M: Message + Default>(
-    ledger: &Path,
-    path: &Path,
-    damage: &mut Vec<Damage>,
-) -> Result<Option<M>, LedgerError> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => {
-            return Err(LedgerError::Io {
-                path: path.to_owned(),
-                source,
-            });
-        }
-    };
-    match unframe(&bytes).and_then(|body| M::decode(body).map_err(|error| error.to_string())) {
-        Ok(message) => Ok(Some(message)),
-        Err(reason) => {
-            put_aside(ledger, path, reason, damage)?;
-            Ok(None)
-        }
-    }
-}
-
-fn put_aside(ledger: &Path, path: &Path, reason: String, damage: &mut Vec<Damage>) -> Result<(), LedgerError> {
-    let stamp = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |since| since.as_millis());
-    let name = path
-        .file_name()
-        .map_or_else(|| "unnamed".to_owned(), |name| name.to_string_lossy().into_owned());
-    let aside = ledger.join("damaged").join(format!("{name}.{stamp}"));
-    fs::rename(path, &aside).map_err(|source| LedgerError::Io {
-        path: path.to_owned(),
-        source,
-    })?;
-    tracing::error!(file = %path.display(), aside = %aside.display(), reason, "damaged ledger file put aside");
-    damage.push(Damage {
-        path: path.to_owned(),
-        reason,
-    });
-    Ok(())
 }
 
 /// What is made of a file with these bytes, and of one whose body they are; for who checks it from outside.

@@ -28,6 +28,20 @@ fn both_ends_are_gone_when_del_returns() {
     });
 }
 
+/// Whoever is in the container can open its namespace and lock it.
+#[test]
+fn a_lock_that_the_container_holds_does_not_keep_its_address() {
+    on_node(|node| {
+        let config = node.config("1.1.0", json!({}));
+        let pod = node.pod("a");
+        node.call("ADD", &pod, &config).expect();
+        let netns = fs::File::open(&pod.netns).unwrap();
+        rustix::fs::flock(&netns, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+        node.call("DEL", &pod, &config).expect();
+        assert_eq!((node.veths(), node.leases().len()), (Vec::new(), 0));
+    });
+}
+
 #[test]
 fn a_removal_that_the_kernel_refuses_keeps_the_lease() {
     on_node(|node| {

@@ -64,7 +64,7 @@ fn filled(dir: &Path) -> Desired {
     desired.services.insert(service("web"));
     ledger.write(generation, &desired, uids(&["a", "b"])).unwrap();
     let writer = ledger.writer(generation).unwrap();
-    writer.services(&desired.services).unwrap();
+    writer.services(&desired.services, 0).unwrap();
     writer.routes(&desired.routes).unwrap();
     desired
 }
@@ -194,7 +194,7 @@ fn what_a_failed_write_may_have_left_is_put_right_by_the_next() {
     fs::create_dir(&stuck).unwrap();
     let failed = ledger.write(generation, &holding(&["a", "b"]), uids(&["a", "b", "stuck"]));
     assert!(matches!(failed, Err(LedgerError::Io { .. })), "{failed:?}");
-    assert!(ledger.is_doubtful());
+    assert!(!ledger.doubtful.is_empty());
     fs::remove_dir(&stuck).unwrap();
     // So may a node file that cannot be written, after the pods.
     let node = dir.path().join("ledger/node");
@@ -205,11 +205,11 @@ fn what_a_failed_write_may_have_left_is_put_right_by_the_next() {
         ..holding(&["a", "b"])
     };
     assert!(ledger.write(generation, &complete, uids(&[])).is_err());
-    assert!(ledger.is_doubtful());
+    assert!(!ledger.doubtful.is_empty());
     fs::remove_dir(&node).unwrap();
     // Meanwhile control has taken one of them back; nothing else changes.
     ledger.write(generation, &holding(&["b"]), uids(&[])).unwrap();
-    assert!(!ledger.is_doubtful());
+    assert!(ledger.doubtful.is_empty());
     let (_, read, _) = Ledger::open(dir.path()).unwrap();
     assert_eq!(read.pods, pods(&["b"]));
 }
@@ -218,12 +218,28 @@ fn what_a_failed_write_may_have_left_is_put_right_by_the_next() {
 fn a_crash_before_the_rename_leaves_the_old_state() {
     let dir = tempfile::tempdir().unwrap();
     filled(dir.path());
-    write_temporary(&dir.path().join("ledger/pods/c"), &pod("c").encode_to_vec()).unwrap();
+    let temporary = Temporary::write(&dir.path().join("ledger/pods/c"), &pod("c").encode_to_vec()).unwrap();
+    temporary.sync().unwrap();
     fs::write(dir.path().join("ledger/pods/a.tmp"), b"half").unwrap();
     let (_, read, damage) = Ledger::open(dir.path()).unwrap();
     assert!(damage.is_empty());
     assert_eq!(read.pods.len(), 2);
     assert_eq!(files(dir.path()).len(), 2);
+}
+
+#[test]
+fn services_that_changed_while_the_file_was_written_are_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut ledger, desired, _) = Ledger::open(dir.path()).unwrap();
+    let generation = ledger.begin_session().unwrap();
+    let (writer, behind) = (ledger.writer(generation).unwrap(), ledger.behind());
+    behind.note().unwrap();
+    let notes = behind.notes();
+    behind.note().unwrap();
+    writer.services(&desired.services, notes).unwrap();
+    assert!(ledger.services_are_behind(), "the file has only what was noted first");
+    writer.services(&desired.services, behind.notes()).unwrap();
+    assert!(!ledger.services_are_behind());
 }
 
 #[test]

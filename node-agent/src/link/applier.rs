@@ -2,14 +2,15 @@
 //! routes; then [`Desired`] goes to the reconciler.
 //!
 //! One task takes all Updates that wait, so a burst costs one batch of map writes and one sync. A snapshot is gathered and
-//! takes effect at its end mark, as one change; only then is swept what it did not name.
+//! takes effect at its end mark, as one change; only then is swept what it did not name. The ledger is written beside the task:
+//! while the disk is slow, or hangs, services go on.
 
 mod batch;
+mod disk;
+mod failures;
+mod handle;
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{future, sync::Arc, time::Duration};
 
 use orlop_proto::node::v1 as link;
 use tokio::{
@@ -18,12 +19,18 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::batch::{Batch, Pending};
+pub(crate) use self::failures::Chain;
+use self::handle::Input;
+pub use self::handle::{Applied, ApplierHandle};
+use self::{
+    batch::{Batch, Orders, Pending},
+    disk::{Disk, File, Written},
+    failures::{RETRY_MAX, Retry, Unwritten},
+};
 use crate::{
     dataplane::{Dataplane, ServiceChanges},
     desired::Desired,
-    ledger::{Generation, Ledger, LedgerError},
-    memory,
+    ledger::{Generation, Ledger},
     network::{Network, Stale},
 };
 
@@ -31,55 +38,6 @@ use crate::{
 const WRITE_BEHIND: Duration = Duration::from_secs(3);
 /// Many routes are written more seldom: each write is of all of them, and while a large cluster comes up they change all the time.
 const WRITE_BEHIND_PER_ROUTE: Duration = Duration::from_millis(5);
-/// The first wait after a failure of the dataplane or the ledger; doubles up to [`RETRY_MAX`].
-const RETRY_MIN: Duration = Duration::from_millis(200);
-const RETRY_MAX: Duration = Duration::from_secs(10);
-
-/// A step of a session, in the order in which control sent it.
-#[derive(Debug)]
-enum Input {
-    Welcome(u64, link::Welcome),
-    Update(u64, link::Update),
-}
-
-/// How far a session's Updates are taken in: what they ask for is durable and applied, or waits for the disk or the kernel to take it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Applied {
-    /// The session, as [`ApplierHandle`] counts them.
-    pub session: u64,
-    /// The highest such version.
-    pub version: u64,
-}
-
-/// Feeds the applier. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct ApplierHandle {
-    inputs: mpsc::Sender<Input>,
-    applied: watch::Receiver<Applied>,
-    ledger: watch::Receiver<Option<String>>,
-}
-
-impl ApplierHandle {
-    /// A session begins with control's Welcome; whatever an earlier one still has under way is dropped.
-    pub async fn welcome(&self, session: u64, welcome: link::Welcome) {
-        let _closed = self.inputs.send(Input::Welcome(session, welcome)).await;
-    }
-
-    /// Hands an Update on. Waits when the applier is far behind.
-    pub async fn update(&self, session: u64, update: link::Update) {
-        let _closed = self.inputs.send(Input::Update(session, update)).await;
-    }
-
-    /// Follows how far it is.
-    pub fn applied(&self) -> watch::Receiver<Applied> {
-        self.applied.clone()
-    }
-
-    /// Why the ledger cannot be written; `None` while it can.
-    pub fn ledger(&self) -> watch::Receiver<Option<String>> {
-        self.ledger.clone()
-    }
-}
 
 /// The task's state.
 pub struct Applier {
@@ -87,7 +45,11 @@ pub struct Applier {
     applied: watch::Sender<Applied>,
     desired: Desired,
     publish: watch::Sender<Arc<Desired>>,
-    ledger: Arc<Mutex<Ledger>>,
+    disk: Disk,
+    /// What the ledger is being told.
+    writing: Option<Writing>,
+    /// The last write of the ledger's pods and ranges failed: there is something to write even if nothing changes.
+    doubtful: bool,
     dataplane: Arc<dyn Dataplane>,
     network: Arc<dyn Network>,
     /// The network has not taken the ranges and routes in force.
@@ -98,19 +60,29 @@ pub struct Applier {
     batch: Batch,
     /// The maps are to be made equal to all of `desired.services`.
     resync: bool,
-    /// When the ledger's files of services and of routes, which are behind, are to be written.
-    behind: [Option<Instant>; 2],
+    /// When the ledger's file of services, which is behind, is to be written.
+    services_due: Option<Instant>,
+    /// The same of routes.
+    routes_due: Option<Instant>,
     routes_written: Instant,
-    retry: Option<(Instant, Duration)>,
-    /// Why services, routes, and pods and ranges could not be written the last time.
-    unwritten: [Option<String>; 3],
+    /// When the dataplane and the network are tried again.
+    retry: Retry,
+    /// When the ledger is.
+    rewrite: Retry,
+    unwritten: Unwritten,
     trouble: watch::Sender<Option<String>>,
 }
 
-/// Places in [`Applier::behind`] and [`Applier::unwritten`].
-const SERVICES: usize = 0;
-const ROUTES: usize = 1;
-const STATE: usize = 2;
+/// What becomes of a write of the ledger's pods and ranges when it ends.
+struct Writing {
+    session: u64,
+    orders: Orders,
+    /// What is in force then, but for the services.
+    next: Desired,
+    routes: bool,
+    rewired: bool,
+    changed: bool,
+}
 
 impl Applier {
     /// `desired` is what the ledger held; it is published at once.
@@ -132,26 +104,26 @@ impl Applier {
             resync: desired.complete && !(ledger.services_are_behind() && dataplane.serves()),
             desired,
             publish,
-            ledger: Arc::new(Mutex::new(ledger)),
+            disk: Disk::new(ledger),
+            writing: None,
+            doubtful: false,
             dataplane,
             network,
             unwired: true,
             session: 0,
             generation: None,
             batch: Batch::default(),
-            behind: [None; 2],
+            services_due: None,
+            routes_due: None,
             routes_written: Instant::now(),
-            retry: None,
-            unwritten: [None, None, None],
+            retry: Retry::default(),
+            rewrite: Retry::default(),
+            unwritten: Unwritten::default(),
             trouble,
         };
         (
             applier,
-            ApplierHandle {
-                inputs: sender,
-                applied: applied_receiver,
-                ledger: ledger_trouble,
-            },
+            ApplierHandle::new(sender, applied_receiver, ledger_trouble),
             published,
         )
     }
@@ -160,8 +132,15 @@ impl Applier {
     pub async fn run(mut self, stop: CancellationToken) {
         self.flush().await;
         loop {
-            let retry_at = self.retry.map(|(at, _)| at);
-            let write_at = self.behind.iter().flatten().min().copied();
+            let free = !self.disk.is_busy();
+            let retry = self.retry.at;
+            let rewrite = self.rewrite.at.filter(|_| free);
+            let due = self.due().filter(|_| free);
+            let late = self
+                .disk
+                .out_of_patience()
+                .filter(|_| self.reached() != *self.applied.borrow());
+            let hangs = self.disk.hangs_at().filter(|_| self.unwritten.hangs.is_none());
             tokio::select! {
                 // Cancel-safe: `recv` loses nothing.
                 input = self.inputs.recv() => {
@@ -172,14 +151,47 @@ impl Applier {
                     }
                     self.flush().await;
                 }
+                // Cancel-safe, by its own word.
+                written = self.disk.written() => self.settle(written).await,
                 // Cancel-safe: timers only.
-                () = sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry_at.is_some() => self.flush().await,
-                () = sleep_until(write_at.unwrap_or_else(Instant::now)), if write_at.is_some() => self.write_behind(write_at).await,
+                () = until(retry) => self.flush().await,
+                () = until(rewrite) => self.write_state(),
+                () = until(due) => self.write_behind(due),
+                () = until(late) => self.acknowledge(),
+                () = until(hangs) => {
+                    let error = format!("a write of the ledger has not ended for {} s", disk::HANGS.as_secs());
+                    tracing::error!(error, "the disk hangs; services go on, and orders for pods wait");
+                    self.note(|unwritten| &mut unwritten.hangs, Some(error));
+                }
                 () = stop.cancelled() => break,
             }
         }
-        let latest = self.behind.iter().flatten().max().copied();
-        self.write_behind(latest).await;
+        self.finish().await;
+    }
+
+    /// Writes what is behind, after what is being written.
+    async fn finish(&mut self) {
+        for _file in 0..2 {
+            self.drain().await;
+            let due = self.due();
+            if due.is_none() || self.generation.is_none() {
+                return;
+            }
+            self.write_behind(due);
+        }
+        self.drain().await;
+    }
+
+    async fn drain(&mut self) {
+        while self.disk.is_busy() {
+            let written = self.disk.written().await;
+            self.settle(written).await;
+        }
+    }
+
+    /// When the next of the files that are behind is to be written.
+    fn due(&self) -> Option<Instant> {
+        self.services_due.into_iter().chain(self.routes_due).min()
     }
 
     fn absorb(&mut self, input: Input) {
@@ -189,7 +201,7 @@ impl Applier {
                 self.generation = None;
                 self.batch = Batch::begin(Arc::new(welcome));
             }
-            Input::Update(session, update) if session == self.session => self.batch.absorb(update, &self.desired),
+            Input::Update(session, update) if session == self.session => self.batch.absorb(update),
             // An earlier session's: a later one has replaced it.
             Input::Welcome(..) | Input::Update(..) => {}
         }
@@ -197,27 +209,32 @@ impl Applier {
 
     async fn flush(&mut self) {
         let services = self.flush_services().await;
-        let (pods, publish) = self.flush_ledger().await;
-        // Before the pods, so that their networks can be made at once.
+        self.write_state();
         let wired = self.wire().await;
-        if publish {
-            self.publish.send_replace(Arc::new(self.desired.clone()));
+        self.retry.note(services && wired);
+        self.acknowledge();
+    }
+
+    /// Tells control how far this is. What is being written is waited for, and not for ever: control sends nothing more when too
+    /// much is not acknowledged, and services are to go on. Orders that the ledger does not take wait in the batch.
+    fn acknowledge(&mut self) {
+        let waits = self.disk.out_of_patience().is_some_and(|late| Instant::now() < late);
+        if waits && (self.writing.is_some() || self.batch.has_orders()) {
+            return;
         }
-        if services && pods && wired {
-            self.retry = None;
-        } else {
-            let wait = self.retry.map_or(RETRY_MIN, |(_, wait)| (wait * 2).min(RETRY_MAX));
-            self.retry = Some((Instant::now() + wait, wait));
+        let reached = self.reached();
+        self.applied
+            .send_if_modified(|last| std::mem::replace(last, reached) != reached);
+    }
+
+    /// What could be acknowledged: a snapshot at its end mark.
+    fn reached(&self) -> Applied {
+        if self.session == 0 || !self.batch.in_force() {
+            return *self.applied.borrow();
         }
-        // Also of orders that the ledger did not take, which wait in the batch: control sends nothing more when too much is not
-        // acknowledged, and services are to go on.
-        if self.session > 0 && self.batch.in_force() {
-            let applied = Applied {
-                session: self.session,
-                version: self.batch.version,
-            };
-            self.applied
-                .send_if_modified(|last| std::mem::replace(last, applied) != applied);
+        Applied {
+            session: self.session,
+            version: self.batch.version,
         }
     }
 
@@ -230,12 +247,9 @@ impl Applier {
             self.resync = true;
         }
         if !upserts.is_empty() || !removals.is_empty() || complete {
-            if self.behind[SERVICES].is_none() {
-                self.behind[SERVICES] = Some(Instant::now() + WRITE_BEHIND);
-                let ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Err(error) = ledger.note_services_behind() {
-                    tracing::warn!(error = %Chain(&error), "the ledger's services count as current, and are not");
-                }
+            if self.services_due.is_none() {
+                self.services_due = Some(Instant::now() + WRITE_BEHIND);
+                self.disk.note_services_behind().await;
             }
             self.publish_quietly();
         }
@@ -295,62 +309,118 @@ impl Applier {
         !self.unwired
     }
 
-    /// Makes pods and ranges durable, and routes soon: whether that is done, and whether something is to be handed on.
-    async fn flush_ledger(&mut self) -> (bool, bool) {
-        if self.session == 0 {
-            return (true, false);
+    /// Begins to make pods and ranges durable, when there is something to write and nothing is being written.
+    fn write_state(&mut self) {
+        if self.session == 0 || self.disk.is_busy() {
+            return;
         }
         let mut next = self.desired.clone();
-        let Pending { pods, routes } = self.batch.pending(&mut next);
+        let orders = self.batch.take_orders();
+        let Pending { pods, routes } = orders.apply(&mut next);
         let rewired = routes || next.ranges != self.desired.ranges;
-        let doubtful = self.ledger.lock().unwrap_or_else(PoisonError::into_inner).is_doubtful();
-        let changed = !pods.is_empty() || doubtful || rewired || next.complete != self.desired.complete;
+        let changed = !pods.is_empty() || self.doubtful || rewired || next.complete != self.desired.complete;
         if !changed && self.generation.is_some() {
-            self.batch.written();
-            return (true, false);
+            // They ask for what is in force.
+            return;
         }
-        let (ledger, known, state) = (Arc::clone(&self.ledger), self.generation, next.clone());
-        let written = tokio::task::spawn_blocking(move || {
-            let mut ledger = ledger.lock().unwrap_or_else(PoisonError::into_inner);
-            let generation = known.map_or_else(|| ledger.begin_session(), Ok)?;
-            ledger.write(generation, &state, pods)?;
-            Ok::<_, LedgerError>(generation)
+        self.disk.write_state(self.generation, next.clone(), pods);
+        self.writing = Some(Writing {
+            session: self.session,
+            orders,
+            next,
+            routes,
+            // What the ledger did not know of goes with the first that control says.
+            rewired: rewired || self.generation.is_none(),
+            changed,
         });
-        match written.await {
-            Ok(Ok(generation)) => {
-                self.note(STATE, None);
-                self.generation = Some(generation);
-                self.batch.written();
-                // What the ledger did not know of goes with the first that control says.
-                self.unwired |= rewired || known.is_none();
-                self.desired = next;
-                if routes {
+    }
+
+    /// A write has ended: what it made durable is acted on, and the next one begins.
+    async fn settle(&mut self, written: Written) {
+        self.note(|unwritten| &mut unwritten.hangs, None);
+        match (written, self.writing.take()) {
+            (Written::State(written), Some(writing)) => self.settle_state(written, writing).await,
+            (Written::State(_), None) => {}
+            (Written::File(file, written), writing) => {
+                self.writing = writing;
+                self.settle_file(file, written);
+            }
+        }
+        // What failed is tried again later, or with the next order.
+        if self.rewrite.at.is_none() {
+            self.write_state();
+        }
+        self.acknowledge();
+    }
+
+    async fn settle_state(&mut self, written: Result<Generation, String>, writing: Writing) {
+        let same_session = writing.session == self.session;
+        self.doubtful = written.is_err();
+        self.rewrite.note(written.is_ok());
+        self.note(|unwritten| &mut unwritten.state, written.as_ref().err().cloned());
+        match written {
+            Ok(generation) => {
+                if same_session {
+                    self.generation = Some(generation);
+                }
+                self.unwired |= writing.rewired;
+                // These went on meanwhile.
+                let services = std::mem::take(&mut self.desired.services);
+                self.desired = Desired {
+                    services,
+                    ..writing.next
+                };
+                if writing.routes {
                     // Each write is of all of them: when they come one after the other, they are gathered.
                     let pause = routes_pause(self.desired.routes.len());
-                    self.behind[ROUTES].get_or_insert(self.routes_written + pause);
+                    self.routes_due.get_or_insert(self.routes_written + pause);
                 }
-                (true, changed)
+                // Before the pods, so that their networks can be made at once.
+                if !self.wire().await {
+                    self.retry.note(false);
+                }
+                if writing.changed {
+                    self.publish.send_replace(Arc::new(self.desired.clone()));
+                }
             }
-            Ok(Err(error)) => {
-                let error = Chain(&error).to_string();
+            Err(error) => {
                 tracing::error!(
                     error,
                     "the ledger cannot be written; what it is to hold is not acted on"
                 );
-                self.note(STATE, Some(error));
-                (false, false)
-            }
-            Err(error) => {
-                tracing::error!(%error, "writing the ledger failed");
-                (false, false)
+                // A later session says all of it again.
+                if same_session {
+                    self.batch.put_back(writing.orders);
+                }
             }
         }
     }
 
+    fn settle_file(&mut self, file: File, written: Result<(), String>) {
+        let failed = written.err();
+        if let Some(error) = &failed {
+            tracing::warn!(
+                error,
+                "services or routes could not be written to the ledger; trying again"
+            );
+            let again = Instant::now() + RETRY_MAX;
+            match file {
+                File::Services => self.services_due = Some(again),
+                File::Routes => self.routes_due = Some(again),
+            }
+        } else if file == File::Routes {
+            self.routes_written = Instant::now();
+        }
+        match file {
+            File::Services => self.note(|unwritten| &mut unwritten.services, failed),
+            File::Routes => self.note(|unwritten| &mut unwritten.routes, failed),
+        }
+    }
+
     /// Notes how a write of the ledger went, for the node's condition.
-    fn note(&mut self, part: usize, error: Option<String>) {
-        self.unwritten[part] = error;
-        let trouble = self.unwritten.iter().flatten().next().cloned();
+    fn note(&mut self, part: impl FnOnce(&mut Unwritten) -> &mut Option<String>, error: Option<String>) {
+        *part(&mut self.unwritten) = error;
+        let trouble = self.unwritten.trouble();
         self.trouble
             .send_if_modified(|told| std::mem::replace(told, trouble.clone()) != trouble);
     }
@@ -366,52 +436,29 @@ impl Applier {
         });
     }
 
-    /// Writes the files that are due at a time.
-    async fn write_behind(&mut self, at: Option<Instant>) {
-        for file in [SERVICES, ROUTES] {
-            if self.behind[file].is_some() && self.behind[file] <= at {
-                self.write_file(file).await;
-            }
-        }
-    }
-
-    async fn write_file(&mut self, file: usize) {
-        self.behind[file] = None;
+    /// Begins to write one of the files that are due at a time.
+    fn write_behind(&mut self, at: Option<Instant>) {
         let Some(generation) = self.generation else {
-            self.behind[file] = Some(Instant::now() + RETRY_MAX);
+            let later = Some(Instant::now() + RETRY_MAX);
+            self.services_due = self.services_due.and(later);
+            self.routes_due = self.routes_due.and(later);
             return;
         };
-        let (ledger, desired) = (Arc::clone(&self.ledger), self.desired.clone());
-        let written = tokio::task::spawn_blocking(move || {
-            // The lock is not held while the file is written: it is this task's alone.
-            let writer = ledger
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .writer(generation)?;
-            let written = if file == ROUTES {
-                writer.routes(&desired.routes)
-            } else {
-                writer.services(&desired.services)
-            };
-            // This was the end of a burst, if there was one: the snapshot, and now the file's contents.
-            memory::give_back();
-            written
-        });
-        let failed = match written.await {
-            Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(Chain(&error).to_string()),
-            Err(error) => Some(error.to_string()),
+        let file = if self.services_due.is_some() && self.services_due <= at {
+            self.services_due = None;
+            File::Services
+        } else {
+            self.routes_due = None;
+            File::Routes
         };
-        if let Some(error) = &failed {
-            tracing::warn!(
-                error,
-                "services or routes could not be written to the ledger; trying again"
-            );
-            self.behind[file] = Some(Instant::now() + RETRY_MAX);
-        } else if file == ROUTES {
-            self.routes_written = Instant::now();
-        }
-        self.note(file, failed);
+        self.disk.write_file(file, generation, self.desired.clone());
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => future::pending().await,
     }
 }
 
@@ -426,32 +473,12 @@ fn routes_pause(routes: usize) -> Duration {
 pub fn told(welcome: link::Welcome, updates: impl IntoIterator<Item = link::Update>) -> Desired {
     let (mut batch, mut desired) = (Batch::begin(Arc::new(welcome)), Desired::default());
     for update in updates {
-        batch.absorb(update, &desired);
+        batch.absorb(update);
         batch.take_services(&mut desired);
-        batch.pending(&mut desired);
-        batch.written();
+        batch.take_orders().apply(&mut desired);
     }
     desired
 }
 
 #[cfg(test)]
 mod tests;
-
-/// An error with all that caused it.
-pub(crate) struct Chain<'a>(pub &'a (dyn std::error::Error + 'static));
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut text = self.0.to_string();
-        let mut source = self.0.source();
-        while let Some(error) = source {
-            // Many errors name their source in their own text already.
-            let cause = error.to_string();
-            if !text.contains(&cause) {
-                text = format!("{text}: {cause}");
-            }
-            source = error.source();
-        }
-        formatter.write_str(&text)
-    }
-}

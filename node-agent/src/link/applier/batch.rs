@@ -23,17 +23,24 @@ use crate::{
 pub(super) struct Batch {
     /// The last version that was absorbed.
     pub version: u64,
-    welcome: Option<Arc<link::Welcome>>,
     /// Gathers the snapshot until its end mark.
     snapshot: Option<Snapshot>,
-    /// By uid: the pod, or its removal.
-    pods: BTreeMap<String, Option<Arc<Pod>>>,
+    orders: Orders,
     /// All services that there are, by a snapshot, in order.
     all_services: Option<Vec<Arc<link::Service>>>,
     /// What came after it.
     services: BTreeMap<ServiceId, Option<Arc<link::Service>>>,
-    routes: BTreeMap<String, Option<Arc<link::Route>>>,
+}
+
+/// What is acted on when it is durable.
+#[derive(Debug, Default)]
+pub(super) struct Orders {
+    welcome: Option<Arc<link::Welcome>>,
+    /// Pods and routes are all that there are, by a snapshot: others are to go.
     complete: bool,
+    /// By uid: the pod, or its removal.
+    pods: BTreeMap<String, Option<Arc<Pod>>>,
+    routes: BTreeMap<String, Option<Arc<link::Route>>>,
 }
 
 /// What is to be made durable.
@@ -56,14 +63,17 @@ struct Snapshot {
 impl Batch {
     pub fn begin(welcome: Arc<link::Welcome>) -> Self {
         Self {
-            welcome: Some(welcome),
             snapshot: Some(Snapshot::default()),
+            orders: Orders {
+                welcome: Some(welcome),
+                ..Orders::default()
+            },
             ..Self::default()
         }
     }
 
-    /// Takes an Update in. `desired` is what is in force: what a snapshot does not name of it is to go.
-    pub fn absorb(&mut self, update: link::Update, desired: &Desired) {
+    /// Takes an Update in.
+    pub fn absorb(&mut self, update: link::Update) {
         self.version = update.version;
         for change in update.changes.into_iter().filter_map(|change| change.change) {
             if let Kind::Pod(pod) = &change
@@ -83,7 +93,7 @@ impl Batch {
         if update.snapshot_end
             && let Some(snapshot) = self.snapshot.take()
         {
-            self.snapshot_ends(snapshot, desired);
+            self.snapshot_ends(snapshot);
         }
     }
 
@@ -130,9 +140,79 @@ impl Batch {
         (upserts, removals, complete)
     }
 
+    /// What is to be made durable, to be put back if it could not be.
+    pub fn take_orders(&mut self) -> Orders {
+        std::mem::take(&mut self.orders)
+    }
+
+    /// Whether there is something to be made durable.
+    pub fn has_orders(&self) -> bool {
+        let orders = &self.orders;
+        orders.complete || orders.welcome.is_some() || !orders.pods.is_empty() || !orders.routes.is_empty()
+    }
+
+    /// Puts back what was taken from this batch; what came since counts.
+    pub fn put_back(&mut self, mut earlier: Orders) {
+        let later = std::mem::take(&mut self.orders);
+        if later.complete {
+            earlier.complete = true;
+            earlier.pods = later.pods;
+            earlier.routes = later.routes;
+        } else {
+            earlier.pods.extend(later.pods);
+            earlier.routes.extend(later.routes);
+        }
+        earlier.welcome = later.welcome.or(earlier.welcome);
+        self.orders = earlier;
+    }
+
+    fn delta(&mut self, change: Kind) {
+        match change {
+            Kind::Pod(pod) => {
+                self.orders.pods.insert(uid(&pod), Some(Arc::new(pod)));
+            }
+            Kind::PodRemoved(key) => {
+                self.orders.pods.insert(key.uid, None);
+            }
+            Kind::Service(service) => {
+                self.services.insert(id(&service), Some(kept(service)));
+            }
+            Kind::ServiceRemoved(key) => {
+                self.services.insert((key.namespace, key.name), None);
+            }
+            Kind::Route(route) => {
+                let name = route.node_name.clone();
+                self.orders.routes.insert(name, Some(Arc::new(route)));
+            }
+            Kind::RouteRemoved(node) => {
+                self.orders.routes.insert(node, None);
+            }
+        }
+    }
+
+    fn snapshot_ends(&mut self, snapshot: Snapshot) {
+        self.orders.complete = true;
+        self.orders.pods = named(snapshot.pods);
+        self.orders.routes = named(snapshot.routes);
+        let mut services = snapshot.services;
+        // Of two records of one name the later counts: it is the first of them now, and stays that.
+        services.reverse();
+        services.sort_by(|one, other| Name::of(one).cmp(&Name::of(other)));
+        services.dedup_by(|one, other| Name::of(one) == Name::of(other));
+        self.all_services = Some(services);
+    }
+}
+
+impl Orders {
     /// What is to be written to the ledger. `next` becomes what is in force after that.
-    pub fn pending(&self, next: &mut Desired) -> Pending {
+    pub fn apply(&self, next: &mut Desired) -> Pending {
         let mut pods = BTreeSet::new();
+        if self.complete {
+            pods.extend(next.pods.keys().filter(|uid| !self.pods.contains_key(*uid)).cloned());
+            for uid in &pods {
+                next.pods.remove(uid);
+            }
+        }
         for (uid, pod) in &self.pods {
             match pod {
                 Some(pod) if next.pods.get(uid).is_some_and(|known| same_orders(known, pod)) => {}
@@ -148,12 +228,19 @@ impl Batch {
             }
         }
         let mut routes = false;
-        for (name, route) in &self.routes {
-            if next.routes.get(name) != route.as_ref() {
+        if self.complete {
+            let gone = next.routes.keys().filter(|node| !self.routes.contains_key(*node));
+            for node in gone.cloned().collect::<Vec<_>>() {
+                next.routes.remove(&node);
+                routes = true;
+            }
+        }
+        for (node, route) in &self.routes {
+            if next.routes.get(node) != route.as_ref() {
                 routes = true;
                 match route {
-                    Some(route) => next.routes.insert(name.clone(), Arc::clone(route)),
-                    None => next.routes.remove(name),
+                    Some(route) => next.routes.insert(node.clone(), Arc::clone(route)),
+                    None => next.routes.remove(node),
                 };
             }
         }
@@ -164,68 +251,6 @@ impl Batch {
         }
         next.complete |= self.complete;
         Pending { pods, routes }
-    }
-
-    /// What [`Batch::pending`] returned is durable.
-    pub fn written(&mut self) {
-        self.pods.clear();
-        self.routes.clear();
-        self.welcome = None;
-        self.complete = false;
-    }
-
-    fn delta(&mut self, change: Kind) {
-        match change {
-            Kind::Pod(pod) => {
-                self.pods.insert(uid(&pod), Some(Arc::new(pod)));
-            }
-            Kind::PodRemoved(key) => {
-                self.pods.insert(key.uid, None);
-            }
-            Kind::Service(service) => {
-                self.services.insert(id(&service), Some(kept(service)));
-            }
-            Kind::ServiceRemoved(key) => {
-                self.services.insert((key.namespace, key.name), None);
-            }
-            Kind::Route(route) => {
-                self.routes.insert(route.node_name.clone(), Some(Arc::new(route)));
-            }
-            Kind::RouteRemoved(node) => {
-                self.routes.insert(node, None);
-            }
-        }
-    }
-
-    fn snapshot_ends(&mut self, snapshot: Snapshot, desired: &Desired) {
-        self.complete = true;
-        let gone = |keys: Vec<String>| keys.into_iter().map(|key| (key, None));
-        self.pods = gone(
-            desired
-                .pods
-                .keys()
-                .filter(|uid| !snapshot.pods.contains_key(*uid))
-                .cloned()
-                .collect(),
-        )
-        .collect();
-        self.pods
-            .extend(snapshot.pods.into_iter().map(|(uid, pod)| (uid, Some(pod))));
-        let routes = desired
-            .routes
-            .keys()
-            .filter(|node| !snapshot.routes.contains_key(*node))
-            .cloned()
-            .collect();
-        self.routes = routes_gone(routes);
-        self.routes
-            .extend(snapshot.routes.into_iter().map(|(node, route)| (node, Some(route))));
-        let mut services = snapshot.services;
-        // Of two records of one name the later counts: it is the first of them now, and stays that.
-        services.reverse();
-        services.sort_by(|one, other| Name::of(one).cmp(&Name::of(other)));
-        services.dedup_by(|one, other| Name::of(one) == Name::of(other));
-        self.all_services = Some(services);
     }
 }
 
@@ -255,8 +280,8 @@ impl Snapshot {
     }
 }
 
-fn routes_gone(nodes: Vec<String>) -> BTreeMap<String, Option<Arc<link::Route>>> {
-    nodes.into_iter().map(|node| (node, None)).collect()
+fn named<T>(items: BTreeMap<String, T>) -> BTreeMap<String, Option<T>> {
+    items.into_iter().map(|(name, item)| (name, Some(item))).collect()
 }
 
 fn uid(pod: &Pod) -> String {

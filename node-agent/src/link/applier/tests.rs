@@ -197,6 +197,123 @@ async fn services_go_on_while_the_ledger_takes_no_pods() {
     life.kill().await;
 }
 
+#[tokio::test]
+async fn services_go_on_while_the_disk_hangs() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Host::default();
+    let mut life = Life::begin(dir.path(), &host);
+    life.session().await;
+    life.update(1, web("old")).await;
+    // Who opens a FIFO to write waits until somebody reads.
+    let hang = dir.path().join("ledger/pods/a.tmp");
+    nix::unistd::mkfifo(&hang, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut pod = orlop_proto::core::v1::Pod::default();
+    pod.metadata.get_or_insert_default().uid = "a".to_owned();
+    life.change(2, link::change::Change::Pod(pod.clone())).await;
+    // A route and a pod wait behind it; services do not.
+    life.change(3, route("n1")).await;
+    life.update(4, web("new")).await;
+    assert_eq!(in_force(&host), ["new"]);
+    pod.metadata.get_or_insert_default().uid = "b".to_owned();
+    life.change(5, link::change::Change::Pod(pod)).await;
+    life.update(6, web("newest")).await;
+    assert_eq!(in_force(&host), ["newest"]);
+    assert!(
+        life.desired.borrow().pods.is_empty(),
+        "what is not durable is not acted on"
+    );
+    assert!(host.network.routes().is_empty());
+
+    // What is read is thrown away: the write fails, and is made again in the file's right place.
+    std::io::copy(&mut std::fs::File::open(&hang).unwrap(), &mut std::io::sink()).unwrap();
+    let acted_on = life
+        .desired
+        .wait_for(|desired| desired.pods.contains_key("a") && desired.pods.contains_key("b"));
+    let in_time = tokio::time::timeout(Duration::from_secs(60), acted_on).await;
+    in_time.expect("the orders are acted on").unwrap();
+    assert_eq!(host.network.routes().keys().collect::<Vec<_>>(), ["n1"]);
+    let names = crate::ledger::files(dir.path()).into_keys().collect::<Vec<_>>();
+    assert_eq!(names, ["a", "b"]);
+    life.kill().await;
+}
+
+#[tokio::test]
+async fn a_session_that_begins_while_the_disk_hangs_sweeps_what_it_does_not_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Host::default();
+    let mut life = Life::begin(dir.path(), &host);
+    life.session().await;
+    life.update(1, web("old")).await;
+    let hang = dir.path().join("ledger/pods/a.tmp");
+    nix::unistd::mkfifo(&hang, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut pod = orlop_proto::core::v1::Pod::default();
+    pod.metadata.get_or_insert_default().uid = "a".to_owned();
+    life.change(2, link::change::Change::Pod(pod.clone())).await;
+    // The next session knows of another pod only.
+    pod.metadata.get_or_insert_default().uid = "b".to_owned();
+    let welcome = link::Welcome {
+        pod_cidrs: vec!["10.244.0.0/24".to_owned()],
+        ..Default::default()
+    };
+    life.handle.welcome(2, welcome).await;
+    let update = link::Update {
+        version: 1,
+        changes: vec![link::Change {
+            change: Some(link::change::Change::Pod(pod)),
+        }],
+        snapshot_end: true,
+    };
+    life.handle.update(2, update).await;
+    let mut applied = life.handle.applied();
+    let acknowledged = applied.wait_for(|applied| applied.session == 2 && applied.version == 1);
+    let in_time = tokio::time::timeout(Duration::from_secs(60), acknowledged).await;
+    in_time.expect("it is acknowledged").unwrap();
+    assert!(life.desired.borrow().pods.is_empty());
+    std::io::copy(&mut std::fs::File::open(&hang).unwrap(), &mut std::io::sink()).unwrap();
+    let only_b = |desired: &Arc<Desired>| desired.pods.keys().eq(["b"]);
+    let in_time = tokio::time::timeout(Duration::from_secs(60), life.desired.wait_for(only_b)).await;
+    in_time.expect("the orders are acted on").unwrap();
+    assert!(crate::ledger::files(dir.path()).into_keys().eq(["b"]));
+    life.kill().await;
+}
+
+#[test]
+fn orders_that_were_not_written_yield_to_later_ones() {
+    let pod = |uid: &str| {
+        let mut pod = orlop_proto::core::v1::Pod::default();
+        pod.metadata.get_or_insert_default().uid = uid.to_owned();
+        link::change::Change::Pod(pod)
+    };
+    let update = |changes: Vec<link::change::Change>, snapshot_end| link::Update {
+        version: 1,
+        changes: changes
+            .into_iter()
+            .map(|change| link::Change { change: Some(change) })
+            .collect(),
+        snapshot_end,
+    };
+    let gone = |uid: &str| {
+        link::change::Change::PodRemoved(link::PodKey {
+            uid: uid.to_owned(),
+            ..Default::default()
+        })
+    };
+    let mut batch = Batch::begin(Arc::default());
+    batch.absorb(update(vec![pod("a"), pod("b")], true));
+    // Taken while the snapshot arrived; what was being written then came into force after it.
+    let mut in_force = Desired::default();
+    let mut earlier = Batch::begin(Arc::default());
+    earlier.absorb(update(vec![pod("c")], true));
+    earlier.take_orders().apply(&mut in_force);
+    let orders = batch.take_orders();
+    batch.absorb(update(vec![gone("a"), pod("d")], false));
+    batch.put_back(orders);
+    let pending = batch.take_orders().apply(&mut in_force);
+    assert!(in_force.pods.keys().eq(["b", "d"]));
+    assert!(pending.pods.iter().eq(["b", "c", "d"]));
+    assert!(!batch.has_orders());
+}
+
 #[test]
 fn a_small_clusters_routes_are_written_soon_and_a_large_ones_seldom() {
     assert_eq!(routes_pause(0), WRITE_BEHIND);

@@ -1,0 +1,165 @@
+//! The ledger's files: framed, written beside their place and put there when they are synced, and put aside when they are damaged.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use prost::Message;
+use sha2::{Digest, Sha256};
+
+use super::{Damage, LedgerError};
+
+const MAGIC: &[u8; 8] = b"orlopldg";
+const FORMAT: u32 = 1;
+const HEADER: usize = 8 + 4 + 32;
+
+pub(super) fn frame(body: &[u8]) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[..8].copy_from_slice(MAGIC);
+    header[8..12].copy_from_slice(&FORMAT.to_be_bytes());
+    header[12..].copy_from_slice(&Sha256::digest(body));
+    header
+}
+
+pub(super) fn unframe(bytes: &[u8]) -> Result<&[u8], String> {
+    let (header, body) = bytes.split_at_checked(HEADER).ok_or("shorter than its header")?;
+    if &header[..8] != MAGIC {
+        return Err("not a ledger file".to_owned());
+    }
+    let format = u32::from_be_bytes(header[8..12].try_into().map_err(|_| "no format")?);
+    if format != FORMAT {
+        return Err(format!("format {format}, and only {FORMAT} is known"));
+    }
+    if header[12..] != Sha256::digest(body)[..] {
+        return Err("the checksum does not match".to_owned());
+    }
+    Ok(body)
+}
+
+/// A file that is not in its place yet.
+pub(super) struct Temporary {
+    pub path: PathBuf,
+    file: File,
+}
+
+impl Temporary {
+    /// Writes, and does not sync.
+    pub fn write(place: &Path, body: &[u8]) -> Result<Self, LedgerError> {
+        let path = place.with_extension("tmp");
+        let write = || -> io::Result<File> {
+            let mut file = File::options()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&path)?;
+            file.write_all(&frame(body))?;
+            file.write_all(body)?;
+            Ok(file)
+        };
+        match write() {
+            Ok(file) => Ok(Self { path, file }),
+            Err(source) => Err(Self::failed(path, source)),
+        }
+    }
+
+    pub fn sync(self) -> Result<(), LedgerError> {
+        self.file.sync_all().map_err(|source| Self::failed(self.path, source))
+    }
+
+    /// What is half-written would only take space on a disk that may have none.
+    fn failed(path: PathBuf, source: io::Error) -> LedgerError {
+        let _ = fs::remove_file(&path);
+        LedgerError::Io { path, source }
+    }
+}
+
+pub(super) fn write_file(path: &Path, body: &[u8]) -> Result<(), LedgerError> {
+    let temporary = Temporary::write(path, body)?;
+    let written = temporary.path.clone();
+    temporary.sync()?;
+    fs::rename(&written, path).map_err(|source| LedgerError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    path.parent().map_or(Ok(()), sync_dir)
+}
+
+pub(super) fn sync_dir(dir: &Path) -> Result<(), LedgerError> {
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(|source| LedgerError::Io {
+            path: dir.to_owned(),
+            source,
+        })
+}
+
+pub(super) fn list(dir: &Path) -> Result<Vec<PathBuf>, LedgerError> {
+    let entries = || -> io::Result<Vec<PathBuf>> { fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect() };
+    entries().map_err(|source| LedgerError::Io {
+        path: dir.to_owned(),
+        source,
+    })
+}
+
+/// What a crash left half-written was never acted on.
+pub(super) fn remove_temporary(dir: &Path) -> Result<(), LedgerError> {
+    for path in list(dir)? {
+        if path.extension().is_some_and(|extension| extension == "tmp") {
+            fs::remove_file(&path).map_err(|source| LedgerError::Io { path, source })?;
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn read_or_put_aside<M: Message + Default>(
+    ledger: &Path,
+    path: &Path,
+    damage: &mut Vec<Damage>,
+) -> Result<Option<M>, LedgerError> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => {
+            return Err(LedgerError::Io {
+                path: path.to_owned(),
+                source,
+            });
+        }
+    };
+    match unframe(&bytes).and_then(|body| M::decode(body).map_err(|error| error.to_string())) {
+        Ok(message) => Ok(Some(message)),
+        Err(reason) => {
+            put_aside(ledger, path, reason, damage)?;
+            Ok(None)
+        }
+    }
+}
+
+pub(super) fn put_aside(
+    ledger: &Path,
+    path: &Path,
+    reason: String,
+    damage: &mut Vec<Damage>,
+) -> Result<(), LedgerError> {
+    let stamp = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis());
+    let name = path
+        .file_name()
+        .map_or_else(|| "unnamed".to_owned(), |name| name.to_string_lossy().into_owned());
+    let aside = ledger.join("damaged").join(format!("{name}.{stamp}"));
+    fs::rename(path, &aside).map_err(|source| LedgerError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    tracing::error!(file = %path.display(), aside = %aside.display(), reason, "damaged ledger file put aside");
+    damage.push(Damage {
+        path: path.to_owned(),
+        reason,
+    });
+    Ok(())
+}
