@@ -9,6 +9,10 @@ use orlop_proto::{core::v1::Pod, node::v1 as link};
 
 pub use services::Services;
 
+/// Other nodes' ranges, by node name. A change copies the keys beside it, thousands of times while a large cluster comes up: they
+/// are shared.
+pub type Routes = OrdMap<Arc<str>, Arc<link::Route>>;
+
 /// All that concerns this node, as control last said it. A clone costs a few pointers, and a change copies only the path
 /// to what changed: the maps are persistent. Handed on through a `tokio::sync::watch`.
 ///
@@ -20,8 +24,8 @@ pub struct Desired {
     pub pods: OrdMap<String, Arc<Pod>>,
     /// Services.
     pub services: Services,
-    /// Other nodes' ranges, by node name.
-    pub routes: OrdMap<String, Arc<link::Route>>,
+    /// Other nodes' ranges.
+    pub routes: Routes,
     /// The node's own and the cluster's ranges; `None` until control has said it for the first time.
     pub ranges: Option<Arc<link::Welcome>>,
     /// A whole snapshot has arrived (now, or in an earlier life and the ledger has it). Until then nothing that is

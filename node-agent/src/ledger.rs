@@ -30,7 +30,7 @@ use self::file::{
     Temporary, frame, list, put_aside, read_or_put_aside, remove_temporary, sync_dir, unframe, write_file,
 };
 use crate::desired::{
-    Desired,
+    Desired, Routes,
     services::{Services, kept},
 };
 
@@ -196,7 +196,7 @@ impl Ledger {
             services: services.services.into_iter().map(kept).collect(),
             routes: routes
                 .into_iter()
-                .map(|route| (route.node_name.clone(), Arc::new(route)))
+                .map(|route| (Arc::from(&*route.node_name), Arc::new(route)))
                 .collect(),
             ranges: node.ranges.clone().map(Arc::new),
             // A damaged file may hide a pod that still runs here: nothing is swept before control has named all again.
@@ -373,7 +373,7 @@ impl Writer {
     }
 
     /// Writes all routes; durable when it returns.
-    pub fn routes(&self, routes: &OrdMap<String, Arc<link::Route>>) -> Result<(), LedgerError> {
+    pub fn routes(&self, routes: &Routes) -> Result<(), LedgerError> {
         write_all(&self.dir.join("routes"), routes.values())
     }
 }

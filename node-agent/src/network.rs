@@ -5,11 +5,12 @@
 //! [`Network::add`], and taken down in the other: [`Network::del`], [`Network::delete_namespace`]. Every call is idempotent:
 //! what was cut off half-way is done again by calling the same again.
 
-use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, path::PathBuf};
 
 use async_trait::async_trait;
-use imbl::OrdMap;
 use orlop_proto::node::v1 as link;
+
+use crate::desired::Routes;
 
 pub use node_network::CniNetwork;
 pub use settings::Settings;
@@ -74,12 +75,7 @@ pub trait Network: Send + Sync + 'static {
     /// Takes the node's ranges and the other nodes' routes: writes the agent's conflist when the ranges are new, switches
     /// forwarding on, and sets `routes` in the kernel, where `stale` says what becomes of our other routes. To be called at
     /// every change; cheap when nothing changed.
-    async fn configure(
-        &self,
-        ranges: &link::Welcome,
-        routes: &OrdMap<String, Arc<link::Route>>,
-        stale: Stale,
-    ) -> Result<(), NetworkError>;
+    async fn configure(&self, ranges: &link::Welcome, routes: &Routes, stale: Stale) -> Result<(), NetworkError>;
 
     /// Whether pods can be wired now; otherwise why not, for the node's condition.
     async fn ready(&self) -> Result<(), String>;

@@ -15,7 +15,6 @@ use std::{
 };
 
 use async_trait::async_trait;
-use imbl::OrdMap;
 use ipnet::Ipv4Net;
 use jiff::Timestamp;
 use orlop_proto::node::v1 as link;
@@ -24,6 +23,7 @@ use tokio::sync::Notify;
 use crate::{
     agent::Parts,
     config::Config,
+    desired::Routes,
     link::Dial,
     metrics,
     network::{Attachment, Network, NetworkError, NetworkStatus, PodNetwork, Stale},
@@ -256,13 +256,13 @@ pub struct SimulatedNetwork {
 #[derive(Debug, Default)]
 struct Wiring {
     range: Option<Ipv4Net>,
-    routes: OrdMap<String, Arc<link::Route>>,
+    routes: Routes,
     attachments: BTreeMap<String, Attachment>,
 }
 
 impl SimulatedNetwork {
     /// The routes that were configured last.
-    pub fn routes(&self) -> OrdMap<String, Arc<link::Route>> {
+    pub fn routes(&self) -> Routes {
         lock(&self.state).routes.clone()
     }
 
@@ -377,22 +377,16 @@ impl Network for SimulatedNetwork {
         Ok(())
     }
 
-    async fn configure(
-        &self,
-        ranges: &link::Welcome,
-        routes: &OrdMap<String, Arc<link::Route>>,
-        stale: Stale,
-    ) -> Result<(), NetworkError> {
+    async fn configure(&self, ranges: &link::Welcome, routes: &Routes, stale: Stale) -> Result<(), NetworkError> {
         let range = ranges.pod_cidrs.iter().find_map(|range| range.parse().ok());
         let range = range.ok_or_else(|| NetworkError::Invalid("no IPv4 range".to_owned()))?;
         let mut state = lock(&self.state);
         state.range = Some(range);
-        if stale == Stale::Removed {
-            state.routes.clear();
-        }
-        state
-            .routes
-            .extend(routes.iter().map(|(node, route)| (node.clone(), Arc::clone(route))));
+        // The later ones count. The first is of one step: thousands of simulated nodes have thousands of routes each.
+        state.routes = match stale {
+            Stale::Removed => routes.clone(),
+            Stale::Kept => routes.clone().union(state.routes.clone()),
+        };
         Ok(())
     }
 

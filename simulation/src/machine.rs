@@ -8,10 +8,10 @@ use std::{
 };
 
 use async_trait::async_trait;
-use imbl::OrdMap;
 use orlop_node::{
     agent::{self, Parts},
     dataplane::{Counters, Dataplane, DataplaneError, PodInterface, ServiceChanges},
+    desired::Routes,
     link::Dial,
     network::{Attachment, Network, NetworkError, NetworkStatus, PodNetwork, Stale},
     runtime::{ContainerSpec, Image, ImageRequest, Observed, PodId, Runtime, RuntimeError, SandboxSpec},
@@ -233,12 +233,7 @@ impl Network for Held<SimulatedNetwork> {
     async fn gc(&self, valid: &BTreeSet<String>) -> Result<(), NetworkError> {
         self.1.call(self.0.gc(valid)).await
     }
-    async fn configure(
-        &self,
-        ranges: &link::Welcome,
-        routes: &OrdMap<String, Arc<link::Route>>,
-        stale: Stale,
-    ) -> Result<(), NetworkError> {
+    async fn configure(&self, ranges: &link::Welcome, routes: &Routes, stale: Stale) -> Result<(), NetworkError> {
         self.1.call(self.0.configure(ranges, routes, stale)).await
     }
     async fn ready(&self) -> Result<(), String> {

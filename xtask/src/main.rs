@@ -77,7 +77,7 @@ enum Task {
     },
     /// Measures; the last line is one JSON object.
     Bench {
-        /// connect, program, cni, start, schedule, control, store
+        /// connect, program, cni, start, schedule, control, store, or all.
         name: String,
         /// Options of the benchmark.
         #[arg(last = true)]
@@ -214,7 +214,7 @@ fn options(tests: &[String]) -> Vec<&str> {
 }
 
 /// Benchmarks that run the real Kubernetes or etcd 3.6 beside ours. Without them ours is measured alone.
-const NEED_PEERS: &[&str] = &["connect", "program", "schedule", "control", "store"];
+const NEED_PEERS: &[&str] = &["all", "connect", "program", "schedule", "control", "store"];
 
 fn soak(seed: u64, rounds: u64, store: Option<String>, only: Option<String>) -> Result<ExitCode> {
     setup::setup()?;

@@ -106,12 +106,12 @@ fn routes_that_an_older_agent_kept_in_another_file_stay_until_there_are_others()
     };
     ledger.write_node(older).unwrap();
     let (mut ledger, read, _) = Ledger::open(dir.path()).unwrap();
-    assert_eq!(read.routes.keys().collect::<Vec<_>>(), ["n2"]);
+    assert_eq!(read.routes.keys().map(|node| &**node).collect::<Vec<_>>(), ["n2"]);
     let generation = ledger.begin_session().unwrap();
     ledger.write(generation, &read, uids(&[])).unwrap();
     let (ledger, read, _) = Ledger::open(dir.path()).unwrap();
-    assert_eq!(read.routes.keys().collect::<Vec<_>>(), ["n2"]);
-    let routes = OrdMap::unit("n3".to_owned(), Arc::new(route("n3")));
+    assert_eq!(read.routes.keys().map(|node| &**node).collect::<Vec<_>>(), ["n2"]);
+    let routes = OrdMap::unit("n3".into(), Arc::new(route("n3")));
     ledger.writer(generation).unwrap().routes(&routes).unwrap();
     let (_, read, _) = Ledger::open(dir.path()).unwrap();
     assert_eq!(read.routes, routes);

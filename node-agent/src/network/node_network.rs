@@ -8,7 +8,6 @@ use std::{
 };
 
 use async_trait::async_trait;
-use imbl::OrdMap;
 use orlop_proto::node::v1 as link;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, RwLock};
 
@@ -23,6 +22,7 @@ use super::{
     routes::{parse_ranges, wanted_routes},
     settings::Settings,
 };
+use crate::desired::Routes;
 
 mod calls;
 
@@ -251,12 +251,7 @@ impl Network for CniNetwork {
         }
     }
 
-    async fn configure(
-        &self,
-        ranges: &link::Welcome,
-        routes: &OrdMap<String, Arc<link::Route>>,
-        stale: Stale,
-    ) -> Result<(), NetworkError> {
+    async fn configure(&self, ranges: &link::Welcome, routes: &Routes, stale: Stale) -> Result<(), NetworkError> {
         let own = parse_ranges(&ranges.pod_cidrs)?;
         if own.is_empty() {
             return Err(NetworkError::Invalid("the node has no pod range".into()));

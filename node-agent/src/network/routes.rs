@@ -1,19 +1,14 @@
 //! Which routes the node should have: pure.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr};
 
-use imbl::OrdMap;
 use ipnet::IpNet;
-use orlop_proto::node::v1 as link;
 
 use super::{NetworkError, kernel::Target};
+use crate::desired::Routes;
 
 /// The routes that the node should have; what is unusable is an error of its own and stops no other.
-pub fn wanted_routes(
-    own: &[IpNet],
-    cluster: &str,
-    routes: &OrdMap<String, Arc<link::Route>>,
-) -> (BTreeMap<IpNet, Target>, Vec<NetworkError>) {
+pub fn wanted_routes(own: &[IpNet], cluster: &str, routes: &Routes) -> (BTreeMap<IpNet, Target>, Vec<NetworkError>) {
     let mut errors = Vec::new();
     let mut wanted = BTreeMap::new();
     let cluster = match cluster.parse::<IpNet>() {
@@ -74,6 +69,10 @@ pub fn parse_ranges(texts: &[String]) -> Result<Vec<IpNet>, NetworkError> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use orlop_proto::node::v1 as link;
+
     use super::*;
 
     fn route(address: &str, ranges: &[&str]) -> Arc<link::Route> {
@@ -87,7 +86,7 @@ mod tests {
     #[test]
     fn routes_that_would_harm_are_refused_alone() {
         let own = parse_ranges(&["10.244.1.0/24".into()]).unwrap();
-        let routes: OrdMap<String, Arc<link::Route>> = [
+        let routes: Routes = [
             ("good", route("192.0.2.2", &["10.244.2.0/24"])),
             ("mine", route("192.0.2.3", &["10.244.1.0/25"])),
             ("outside", route("192.0.2.4", &["8.8.8.0/24"])),
@@ -96,7 +95,7 @@ mod tests {
             ("other family", route("2001:db8::1", &["10.244.4.0/24"])),
         ]
         .into_iter()
-        .map(|(name, route)| (name.to_owned(), route))
+        .map(|(name, route)| (Arc::from(name), route))
         .collect();
         let (wanted, errors) = wanted_routes(&own, "10.244.0.0/16", &routes);
         assert_eq!(errors.len(), 5, "{errors:?}");

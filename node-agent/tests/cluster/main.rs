@@ -52,7 +52,10 @@ async fn pods_services_and_statuses_travel_and_survive_restarts() {
             && [&one, &two].iter().all(|node| node.backends("web") == Some(4))
     })
     .await;
-    assert_eq!(one.network.routes().keys().collect::<Vec<_>>(), ["n2"]);
+    assert_eq!(
+        one.network.routes().keys().map(|node| &**node).collect::<Vec<_>>(),
+        ["n2"]
+    );
     assert_eq!(two.network.routes()["n1"].node_address, "192.0.2.11");
     assert_eq!(one.runtime.containers() + two.runtime.containers(), 4);
 

@@ -2,7 +2,7 @@
 
 use std::{fs, net::UdpSocket, sync::Arc};
 
-use imbl::OrdMap;
+use orlop_node::desired::Routes;
 use orlop_node::network::{CniNetwork, Network, NetworkError, Settings, Stale};
 use orlop_proto::node::v1::Route;
 use serde_json::Value;
@@ -12,14 +12,14 @@ use crate::{
     node::{Node, inside, ip, on_node, welcome},
 };
 
-fn routes(list: &[(&str, &str)]) -> OrdMap<String, Arc<Route>> {
+fn routes(list: &[(&str, &str)]) -> Routes {
     let route = |(range, address): &(&str, &str)| {
         let route = Route {
             node_name: range.to_string(),
             node_address: address.to_string(),
             pod_cidrs: vec![range.to_string()],
         };
-        (route.node_name.clone(), Arc::new(route))
+        (Arc::from(&*route.node_name), Arc::new(route))
     };
     list.iter().map(route).collect()
 }

@@ -9,10 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use imbl::OrdMap;
 use node::{Node, inside, ip, on_node, reaches, welcome};
+use orlop_node::desired::Routes;
 use orlop_node::network::{CniNetwork, Network, NetworkError, Settings, Stale};
-use orlop_proto::node::v1::Route;
 use serde_json::{Value, json};
 
 mod interop;
@@ -24,8 +23,8 @@ const RESULT: &str = r#"echo '{"cniVersion":"1.0.0","interfaces":[{"name":"v0"},
 /// As a plugin of a chain: what came before goes on, and stands in a file.
 const PASS: &str = r#"[ "$CNI_COMMAND" = ADD ] && echo "$IN" | jq -c .prevResult; exit 0"#;
 
-fn no_routes() -> OrdMap<String, Arc<Route>> {
-    OrdMap::new()
+fn no_routes() -> Routes {
+    Routes::new()
 }
 
 fn chain(node: &Node, version: &str, plugins: &[Value]) {

@@ -40,7 +40,7 @@ pub(super) struct Orders {
     complete: bool,
     /// By uid: the pod, or its removal.
     pods: BTreeMap<String, Option<Arc<Pod>>>,
-    routes: BTreeMap<String, Option<Arc<link::Route>>>,
+    routes: BTreeMap<Arc<str>, Option<Arc<link::Route>>>,
 }
 
 /// What is to be made durable.
@@ -57,7 +57,7 @@ struct Snapshot {
     pods: BTreeMap<String, Arc<Pod>>,
     /// As they came.
     services: Vec<Arc<link::Service>>,
-    routes: BTreeMap<String, Arc<link::Route>>,
+    routes: BTreeMap<Arc<str>, Arc<link::Route>>,
 }
 
 impl Batch {
@@ -181,11 +181,11 @@ impl Batch {
                 self.services.insert((key.namespace, key.name), None);
             }
             Kind::Route(route) => {
-                let name = route.node_name.clone();
+                let name = route.node_name.as_str().into();
                 self.orders.routes.insert(name, Some(Arc::new(route)));
             }
             Kind::RouteRemoved(node) => {
-                self.orders.routes.insert(node, None);
+                self.orders.routes.insert(node.into(), None);
             }
         }
     }
@@ -239,7 +239,7 @@ impl Orders {
             if next.routes.get(node) != route.as_ref() {
                 routes = true;
                 match route {
-                    Some(route) => next.routes.insert(node.clone(), Arc::clone(route)),
+                    Some(route) => next.routes.insert(Arc::clone(node), Arc::clone(route)),
                     None => next.routes.remove(node),
                 };
             }
@@ -264,7 +264,7 @@ impl Snapshot {
                 self.services.push(kept(service));
             }
             Kind::Route(route) => {
-                self.routes.insert(route.node_name.clone(), Arc::new(route));
+                self.routes.insert(route.node_name.as_str().into(), Arc::new(route));
             }
             Kind::PodRemoved(key) => {
                 self.pods.remove(&key.uid);
@@ -274,13 +274,13 @@ impl Snapshot {
                     .retain(|service| service.namespace != key.namespace || service.name != key.name);
             }
             Kind::RouteRemoved(node) => {
-                self.routes.remove(&node);
+                self.routes.remove(node.as_str());
             }
         }
     }
 }
 
-fn named<T>(items: BTreeMap<String, T>) -> BTreeMap<String, Option<T>> {
+fn named<K: Ord, T>(items: BTreeMap<K, T>) -> BTreeMap<K, Option<T>> {
     items.into_iter().map(|(name, item)| (name, Some(item))).collect()
 }
 

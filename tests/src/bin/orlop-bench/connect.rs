@@ -25,6 +25,8 @@ use super::{
 const PORT: &str = "9000";
 /// For one ratio.
 const LIMIT: Duration = Duration::from_secs(20);
+/// A lookup that costs the same however many there are may still find its entry in a farther cache.
+const FLAT: f64 = 1.25;
 /// Direct against direct may differ from one by this.
 const TOLERANCE: f64 = 0.01;
 const PROGRAM_CONNECTS: &str = "20000";
@@ -62,9 +64,13 @@ pub fn run(options: &[String]) -> Result<()> {
     let mut report = Report::new("connect");
     let ours = Stage::start().and_then(|stage| {
         stage.check_method(&mut report)?;
+        let mut times = Vec::new();
         for size in &sizes {
-            stage.measure(*size, &mut report)?;
+            times.push(stage.measure(*size, &mut report)?);
+            // What comes later takes minutes, and may fail.
+            report.save()?;
         }
+        is_flat(&sizes, &times, &mut report);
         stage.measure_counters(&mut report)?;
         stage.lab.finish()
     });
@@ -78,6 +84,16 @@ pub fn run(options: &[String]) -> Result<()> {
     report.finish()?;
     ensure!(held, "our own part failed");
     Ok(())
+}
+
+/// How the program's time grows from the fewest services to the most.
+fn is_flat(sizes: &[u32], times: &[f64], report: &mut Report) {
+    let mut measured: Vec<_> = sizes.iter().zip(times).collect();
+    measured.sort_by_key(|(size, _)| **size);
+    if let [(few, at_few), .., (many, at_many)] = measured[..] {
+        let name = format!("{many} services / {few}");
+        report.add(Figure::new("program time in connect(2), flat", name, at_many / at_few, "ratio").below(FLAT));
+    }
 }
 
 impl Stage {
@@ -131,7 +147,8 @@ impl Stage {
         Ok(compared)
     }
 
-    fn measure(&self, size: u32, report: &mut Report) -> Result<()> {
+    /// With so many services; the time of the program in connect(2).
+    fn measure(&self, size: u32, report: &mut Report) -> Result<f64> {
         let filled = inside::run(
             &self.lab,
             &["fill", &size.to_string(), &self.service, &self.direct, PORT],
@@ -155,7 +172,7 @@ impl Stage {
         let [connect, close] = self.program_time()?;
         report.add(Figure::new("program time in connect(2)", name.clone(), connect, "ns").below(500.0));
         report.add(Figure::new("program time in close(2)", name, close, "ns"));
-        Ok(())
+        Ok(connect)
     }
 
     fn slices(&self, programs: bool, kind: &str, address: &str) -> Result<Command> {

@@ -1,4 +1,5 @@
-//! `cargo xtask bench NAME`: benchmarks in a lab of their own. The last line is one JSON object.
+//! `cargo xtask bench NAME`: benchmarks in a lab of their own. The last line is one JSON object. `all` runs them all, one after
+//! the other.
 
 mod affinity;
 mod cni;
@@ -14,9 +15,11 @@ mod scale;
 mod start;
 mod statistics;
 
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+
+const NAMES: [&str; 7] = ["store", "schedule", "control", "program", "cni", "start", "connect"];
 
 fn main() -> ExitCode {
     let mut words = std::env::args().skip(1);
@@ -42,6 +45,22 @@ fn run(name: &str, options: &[String]) -> Result<()> {
         "schedule" | "control" | "store" => scale::run(name, options),
         "simulated-nodes" => scale::run_nodes(options),
         scale::limit::NAME => scale::run_rpc_alone(options),
-        other => bail!("no benchmark {other:?}: connect, program, cni, start, schedule, control, store"),
+        "all" => all(options),
+        other => bail!("no benchmark {other:?}: {}, or all", NAMES.join(", ")),
     }
+}
+
+/// Each in a process of its own, so that none finds what another left.
+fn all(options: &[String]) -> Result<()> {
+    ensure!(options.is_empty(), "all takes no options: {options:?}");
+    let program = std::env::current_exe().context("finding this program")?;
+    let mut failed = Vec::new();
+    for name in NAMES {
+        println!("==== {name}");
+        if !Command::new(&program).arg(name).status()?.success() {
+            failed.push(name);
+        }
+    }
+    ensure!(failed.is_empty(), "these failed: {}", failed.join(", "));
+    Ok(())
 }

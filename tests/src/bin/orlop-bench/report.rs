@@ -1,7 +1,7 @@
 //! What a benchmark tells: lines for people as it goes, then `docs/benchmarks/NAME.svg` and `.json`, and the same JSON as the last
 //! line.
 
-use std::fs;
+use std::{fs, process::Command};
 
 use anyhow::{Context, Result};
 use orlop_tests::lab::repository;
@@ -164,7 +164,11 @@ pub struct Report {
     bench: &'static str,
     machine: String,
     build: &'static str,
+    /// Of the tree that was measured; with a `+` when something was changed and not committed.
+    commit: String,
     date: String,
+    /// What else the machine did: processes that ran or waited for the disk, over the minute before the first figure.
+    load: f64,
     /// In the order in which they were measured.
     pub figures: Vec<Figure>,
     /// Parts that could not be measured, and why.
@@ -184,13 +188,23 @@ impl Report {
         let kernel = read("/proc/sys/kernel/osrelease");
         Self {
             bench,
-            machine: format!("{cpus} x {model}, Linux {}", kernel.trim()),
+            machine: format!(
+                "{cpus} x {model}, {:.0} GB, Linux {}",
+                gigabytes(&read("/proc/meminfo")),
+                kernel.trim()
+            ),
             build: if cfg!(debug_assertions) {
                 "development"
             } else {
                 "release"
             },
+            commit: commit(),
             date: jiff::Timestamp::now().strftime("%Y-%m-%d").to_string(),
+            load: read("/proc/loadavg")
+                .split(' ')
+                .next()
+                .and_then(|load| load.parse().ok())
+                .unwrap_or(f64::NAN),
             figures: Vec::new(),
             failures: Vec::new(),
         }
@@ -212,16 +226,51 @@ impl Report {
 
     /// Writes plot and JSON, and prints the last line.
     pub fn finish(&self) -> Result<()> {
+        self.save()?;
+        println!("{}", serde_json::to_string(self)?);
+        Ok(())
+    }
+
+    /// Writes plot and JSON of what there is so far.
+    pub fn save(&self) -> Result<()> {
         let folder = repository().join("docs").join("benchmarks");
         fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-        let caption = format!("{}; {} build, {}", self.machine, self.build, self.date);
+        let caption = format!(
+            "{}; {} build of {}, {}",
+            self.machine, self.build, self.commit, self.date
+        );
         let picture = plot::svg(self.bench, &caption, &self.figures);
         for (ending, text) in [("svg", picture), ("json", serde_json::to_string_pretty(self)? + "\n")] {
             let path = folder.join(format!("{}.{ending}", self.bench));
             fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
         }
-        println!("{}", serde_json::to_string(self)?);
         Ok(())
+    }
+}
+
+/// Of the whole machine, by `/proc/meminfo`.
+fn gigabytes(meminfo: &str) -> f64 {
+    let total = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kibibytes = total.and_then(|total| total.trim().strip_suffix(" kB")?.parse().ok());
+    kibibytes.unwrap_or(f64::NAN) * 1024.0 / 1e9
+}
+
+fn commit() -> String {
+    let git = |words: &[&str]| {
+        let output = Command::new("git")
+            .current_dir(repository())
+            .args(words)
+            .output()
+            .ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| text.trim().to_owned())
+    };
+    // What benchmarks write themselves does not count.
+    let changed = git(&["status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"]);
+    match git(&["rev-parse", "--short=10", "HEAD"]) {
+        Some(commit) if changed.as_deref() == Some("") => commit,
+        Some(commit) => commit + "+",
+        None => "unknown".to_owned(),
     }
 }
 
