@@ -290,6 +290,9 @@ impl fmt::Display for DiskEffect {
 }
 
 /// A durable, ordered, watchable map.
+///
+/// `get`, `list` and `revision` know every write that was acknowledged before they were called. What is written while their answer is on its
+/// way they may lack.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
     /// The record at a key.

@@ -1,5 +1,6 @@
-//! A store that does everything that a store may do to who reads it: late watches, watches that end, gaps that can only be closed by
-//! reading anew, changes that are told twice, writes that fail, and writes that fail though they happened.
+//! A store that does everything that a store may do to who reads it: reads whose answers are old when they come, late watches, watches that
+//! end, gaps that can only be closed by reading anew, changes that are told twice, writes that fail, and writes that fail though they
+//! happened.
 
 use std::{
     collections::VecDeque,
@@ -22,11 +23,11 @@ const REMEMBERED: usize = 4;
 /// How hard it is.
 #[derive(Debug, Clone)]
 pub struct Hardness {
-    /// The longest time that a watch is behind, nearly always.
+    /// The longest time that a watch, or the answer of a read, is behind, nearly always.
     pub lag: Duration,
     /// The longest time that it is behind once in a while.
     pub stall: Duration,
-    /// One of so many changes ends the watch, is told twice, or comes after a stall.
+    /// One of so many changes ends the watch, is told twice, or comes after a stall; one of so many answers does that.
     pub trouble: u32,
     /// One of so many calls fails, some after they happened.
     pub failures: u32,
@@ -93,6 +94,19 @@ impl Adversary {
         sleep(time).await;
         fails
     }
+
+    /// The answer of a read is on its way: what is written meanwhile is not in it.
+    async fn travel(&self) {
+        let time = self.choose(|chance| {
+            let longest = if chance.once_in(self.hardness.trouble) {
+                self.hardness.stall
+            } else {
+                self.hardness.lag
+            };
+            chance.up_to(longest)
+        });
+        sleep(time).await;
+    }
 }
 
 #[async_trait]
@@ -101,14 +115,18 @@ impl Store for Adversary {
         if self.hinder().await {
             return Err(unavailable());
         }
-        self.inner.get(key).await
+        let found = self.inner.get(key).await;
+        self.travel().await;
+        found
     }
 
     async fn list(&self, prefix: &str) -> Result<Listing, StoreError> {
         if self.hinder().await {
             return Err(unavailable());
         }
-        self.inner.list(prefix).await
+        let found = self.inner.list(prefix).await;
+        self.travel().await;
+        found
     }
 
     async fn commit(&self, transaction: Transaction) -> Result<Revision, StoreError> {
@@ -148,7 +166,9 @@ impl Store for Adversary {
         if self.hinder().await {
             return Err(unavailable());
         }
-        self.inner.revision().await
+        let revision = self.inner.revision().await;
+        self.travel().await;
+        revision
     }
 }
 

@@ -39,6 +39,8 @@ pub struct Fate {
     pub crash: Option<CrashPoint>,
     /// The store's adversary, with its seed.
     pub adversary: Option<(Hardness, u64)>,
+    /// Each process is a replica of its own, which has to be elected before it acts.
+    pub elects: bool,
 }
 
 /// See the module.
@@ -67,13 +69,15 @@ impl Cluster {
         let process = Rc::new(RefCell::new(Arc::clone(&first)));
         let (open, ports) = watch::channel(None);
         let present = Rc::clone(&process);
+        let elects = fate.elects;
         tokio::task::spawn_local(async move {
-            loop {
+            for number in 1.. {
+                let replica = elects.then(|| format!("replica{number}"));
                 let process = present.borrow().clone();
                 let died = process.died().clone();
                 // Dropped with its process, so that nothing of it is left.
                 let life = async {
-                    let control = Control::start(process).await;
+                    let control = Control::start(process, replica).await;
                     tell.send_replace(Some(control.registry.clone()));
                     open.send_replace(Some(Port::open(&control.link, died.clone())));
                     std::future::pending::<()>().await;

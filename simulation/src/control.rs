@@ -1,20 +1,24 @@
-//! Control as one process: everything that the real one starts, but for its sockets, over a store that may be taken from it.
+//! Control as one process: everything that the real one starts, but for its sockets, over a store that may be taken from it. Alone, as
+//! over the embedded store, or as one of several replicas.
 
 use std::{net::SocketAddrV4, sync::Arc, time::Duration};
 
 use orlop_control::{
     cache::Cache,
+    config::LeaderConfig,
     controllers::{
         self, ControllerConfig, GarbageConfig, LifecycleConfig,
         api_endpoints::{self, ApiEndpointTimes},
     },
     events::Recorder,
+    leader::Election,
     link::{Link, LinkConfig},
     metrics::NodeMetricsStore,
     registry::{Registry, RegistryConfig},
     scheduler,
     store::Store,
 };
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 /// Where pods are told that control is.
@@ -30,17 +34,21 @@ pub struct Control {
 }
 
 impl Control {
-    /// Starts one, as `orlop_control::run` does. It runs until it is dropped.
-    pub async fn start(store: Arc<dyn Store>) -> Self {
+    /// Starts one, as `orlop_control::run` does; a replica, which has a name, acts when it leads. It runs until it is dropped.
+    pub async fn start(store: Arc<dyn Store>, replica: Option<String>) -> Self {
         let cache = Cache::start(store.clone()).await;
         let registry = Registry::new(store, cache, RegistryConfig::default());
         while registry.ensure_bootstrap().await.is_err() {
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
         let stop = CancellationToken::new();
-        let recorder = Recorder::start(registry.clone(), stop.clone());
-        controllers::spawn(&registry, &recorder, &config(), &stop);
-        scheduler::spawn(registry.clone(), recorder, stop.clone());
+        match replica {
+            Some(replica) => {
+                let election = Election::new(registry.clone(), replica, LeaderConfig::default(), stop.clone());
+                tokio::spawn(election.run(act));
+            }
+            None => drop(act(&registry, &stop)),
+        }
         let link = Link::start(
             registry.clone(),
             NodeMetricsStore::default(),
@@ -61,6 +69,14 @@ impl Drop for Control {
     fn drop(&mut self) {
         self.stop.cancel();
     }
+}
+
+/// Starts those who act on the cache.
+fn act(registry: &Registry, over: &CancellationToken) -> Vec<JoinHandle<()>> {
+    let recorder = Recorder::start(registry.clone(), over.clone());
+    let mut tasks = controllers::spawn(registry, &recorder, &config(), over);
+    tasks.push(scheduler::spawn(registry.clone(), recorder, over.clone()));
+    tasks
 }
 
 fn config() -> ControllerConfig {

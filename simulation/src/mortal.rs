@@ -7,7 +7,7 @@ use std::sync::{
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
-use orlop_control::store::{Key, Listing, Record, Revision, Store, StoreError, Transaction, Watch};
+use orlop_control::store::{Key, Listing, Operation, Record, Revision, Store, StoreError, Transaction, Watch, Write};
 use tokio_util::sync::CancellationToken;
 
 /// Whether the write at which the process dies has taken effect.
@@ -72,10 +72,15 @@ impl Mortal {
     }
 }
 
-/// Signs of life and news come with time, not with what is done: a crash between two of them is one between two other writes.
+/// Signs of life and news come with time, not with what is done: a crash between two of them is one between two other writes. That they
+/// are a leader's changes nothing; that a replica becomes the leader does count.
 fn counts(transaction: &Transaction) -> bool {
-    let told = |key: &Key| key.as_str().starts_with("leases/") || key.as_str().starts_with("events/");
-    !transaction.operations.iter().all(|operation| told(&operation.key))
+    let told = |operation: &Operation| {
+        let key = operation.key.as_str();
+        let is_fence = key.starts_with("leaders/") && matches!(operation.write, Write::Check);
+        is_fence || key.starts_with("leases/") || key.starts_with("events/")
+    };
+    !transaction.operations.iter().all(told)
 }
 
 #[async_trait]

@@ -8,6 +8,7 @@ use std::{
     time::Instant,
 };
 
+use orlop_control::store::memory::MemoryStore;
 use tokio::task::LocalSet;
 
 use crate::{
@@ -18,12 +19,13 @@ use crate::{
 };
 
 /// What a run came to.
-#[derive(Debug)]
 pub struct Run {
     normal: Vec<String>,
     faults: Vec<String>,
     /// How many writes there were; `None` when control was killed at one.
     pub writes: Option<u64>,
+    /// What was written.
+    pub data: MemoryStore,
 }
 
 /// Runs a scenario to its end.
@@ -42,6 +44,7 @@ pub fn run(scenario: Scenario, seed: u64, fate: Fate) -> Result<Run, String> {
                 normal: state.normal(),
                 faults,
                 writes: cluster.writes(),
+                data: cluster.data.clone(),
             }
         };
         LocalSet::new().run_until(tell).await
@@ -68,12 +71,9 @@ pub fn what_differs(expected: &Run, found: &Result<Run, String>) -> Vec<String> 
     let mut wrong = found.faults.clone();
     wrong.extend(only(found, expected, "+"));
     wrong.extend(only(expected, found, "-"));
-    if wrong.is_empty() && found.normal.len() != expected.normal.len() {
-        wrong.push(format!(
-            "{} things and not {}",
-            found.normal.len(),
-            expected.normal.len()
-        ));
+    // Both are in order: the same things, but not as often.
+    if wrong.is_empty() && found.normal != expected.normal {
+        wrong.push(format!("{:?} and not {:?}", found.normal, expected.normal));
     }
     wrong
 }

@@ -1,6 +1,9 @@
 //! What is in the store: as text in which everything that chance decides is left out, and what must hold of it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+};
 
 use orlop_control::store::{Change, Store as _, memory::MemoryStore};
 use orlop_proto::{
@@ -226,6 +229,22 @@ pub fn past_faults(data: &MemoryStore) -> Vec<String> {
         }
     }
     past.faults
+}
+
+/// Of everything that was ever written, in its order.
+pub fn trace(data: &MemoryStore) -> u64 {
+    let mut trace = DefaultHasher::new();
+    for set in data.history() {
+        set.revision.hash(&mut trace);
+        for change in set.changes {
+            match change {
+                Change::Put { record, .. } => (record.key, Some(record.value)),
+                Change::Delete { key, .. } => (key, None),
+            }
+            .hash(&mut trace);
+        }
+    }
+    trace.finish()
 }
 
 #[derive(Default)]

@@ -4,7 +4,6 @@
 use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},
-    hash::{DefaultHasher, Hash as _, Hasher as _},
     rc::Rc,
     time::Duration,
 };
@@ -32,7 +31,7 @@ use crate::{
     environment::Chance,
     machine::{Machine, start_all},
     scenarios::{replica_set, service},
-    state::{State, condition, node_name, past_faults, phase},
+    state::{State, condition, node_name, past_faults, phase, trace},
     wire::Weather,
 };
 
@@ -87,8 +86,8 @@ pub async fn storm(seed: u64, shape: &Shape) -> Outcome {
         ..Hardness::default()
     };
     let cluster = Cluster::start(&Fate {
-        crash: None,
         adversary: Some((hardness, chance.seed())),
+        ..Fate::default()
     });
     let (machines, weather) = start_all(shape.nodes, &cluster, Duration::from_millis(200), &mut chance);
     let storm = Rc::new(Storm {
@@ -147,13 +146,10 @@ impl Storm {
         watching.abort();
         faults.extend(self.faults.borrow().iter().cloned());
         faults.extend(past_faults(&self.cluster.data));
-        let history = self.cluster.data.history();
-        let mut trace = DefaultHasher::new();
-        format!("{history:?}").hash(&mut trace);
         Outcome {
             faults,
-            trace: trace.finish(),
-            writes: history.len(),
+            trace: trace(&self.cluster.data),
+            writes: self.cluster.data.history().len(),
             log: self.log.take(),
         }
     }

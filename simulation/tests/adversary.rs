@@ -21,7 +21,17 @@ fn whatever_the_store_does_the_end_is_the_same() {
         let expected = run(scenario, 1, Fate::default()).expect("it ends over a good store");
         let runs = seeds.clone().map(|seed| {
             let adversary = Some((Hardness::default(), seed));
-            (seed, run(scenario, seed, Fate { crash: None, adversary }))
+            (
+                seed,
+                run(
+                    scenario,
+                    seed,
+                    Fate {
+                        adversary,
+                        ..Fate::default()
+                    },
+                ),
+            )
         });
         let wrong = runs.map(|(seed, found)| (seed, what_differs(&expected, &found)));
         wrong
@@ -40,7 +50,14 @@ fn a_binding_whose_answer_was_lost_keeps_its_room() {
     let expected = run(scenario, 1, Fate::default()).expect("it ends over a good store");
     for seed in 1..=10 {
         let adversary = Some((Hardness::default(), seed));
-        let found = run(scenario, seed, Fate { crash: None, adversary });
+        let found = run(
+            scenario,
+            seed,
+            Fate {
+                adversary,
+                ..Fate::default()
+            },
+        );
         let wrong = what_differs(&expected, &found);
         assert!(wrong.is_empty(), "seed {seed}:\n{}", wrong.join("\n"));
     }

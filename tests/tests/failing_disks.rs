@@ -134,6 +134,17 @@ fn control_loses_no_write_on_a_failing_disk() -> Result<()> {
     ended
 }
 
+/// A service whose only endpoint is this pod.
+fn moved_to(pod: &Pod) -> Result<String> {
+    let address = &pod.status.as_ref().context("a pod that runs")?.pod_ip;
+    Ok(format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: moves, namespace: default}}\nspec: {{ports: [{{port: 80, targetPort: 8080}}]}}\n\
+         ---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\n\
+         metadata: {{name: moves-1, namespace: default, labels: {{kubernetes.io/service-name: moves}}}}\n\
+         endpoints: [{{addresses: [{address}], conditions: {{ready: true}}}}]\nports: [{{port: 8080}}]\n"
+    ))
+}
+
 fn processes(lab: &Lab, pods: &[Pod]) -> Result<BTreeMap<String, i32>> {
     pods.iter()
         .map(|pod| Ok((pod.name().to_owned(), lab.pod_process("node1", pod.uid())?)))
@@ -178,11 +189,24 @@ fn an_agent_on_a_failing_disk_disturbs_nothing_and_recovers() -> Result<()> {
             Ok((lab.condition("node1", "DiskPressure")?.reason != "LedgerNotWritten").then_some(()))
         })?;
     }
+    lab.client.apply(&moved_to(&pods[0])?)?;
+    let moves = lab.cluster_ip("moves")?;
+    let ask = ["get", &moves, "80", "5"];
+    lab.wait_for_answers(&asks, &ask, &pods[..1])?;
     disk.suffer(Troubles {
-        sync_delay_ms: 700,
+        sync_delay_ms: 5000,
         ..NOTHING
     })?;
     lab.client.apply(&pod("late-slow", "node1", &["sleep"]))?;
+    let waits = lab.wait("the pod has its node", PATIENCE, || {
+        let pod: Option<Pod> = lab.client.get("default", "late-slow")?;
+        Ok(pod.filter(|pod| pod.spec.as_ref().is_some_and(|spec| !spec.node_name.is_empty())))
+    })?;
+    // Services wait for no disk: the other endpoint answers while the pod is not durable yet.
+    lab.client.apply(&moved_to(&pods[1])?)?;
+    lab.wait_for_answers(&asks, &ask, &pods[1..2])?;
+    let runs = lab.pod_process("node1", waits.uid());
+    ensure!(runs.is_err(), "the ledger was written before the endpoint answered");
     lab.wait_for_pod("late-slow")?;
     ensure!(
         lab.condition("node1", "Ready")?.status == "True",

@@ -14,6 +14,7 @@ mod identity;
 mod join;
 mod objects;
 mod patch;
+mod propagation;
 mod requests;
 mod watch;
 mod wire;

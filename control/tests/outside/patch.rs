@@ -1,6 +1,6 @@
-//! Patch, and the propagation policies of Delete.
+//! Patch.
 
-use orlop_proto::api::v1::{DeleteRequest, GetRequest, Object, PatchRequest, object::Body, patch_request};
+use orlop_proto::api::v1::{GetRequest, Object, PatchRequest, object::Body, patch_request};
 use tonic::{Code, Status};
 
 use crate::{
@@ -156,36 +156,4 @@ async fn patches_at_the_same_time_all_happen() {
     let object = client.get(request).await.expect("gets").into_inner();
     assert_eq!(object.meta().expect("metadata").labels.len(), 33);
     control.stop().await;
-}
-
-#[tokio::test]
-async fn a_deletion_has_a_propagation_policy() {
-    let control = Control::start().await;
-    let mut client = ObjectsClient::new(control.admin().await);
-    let made = create(&mut client, lease("l", "x")).await;
-    let mut delete = DeleteRequest {
-        resource: "leases".to_owned(),
-        name: "l".to_owned(),
-        propagation_policy: "foreground".to_owned(),
-        ..DeleteRequest::default()
-    };
-    let status = client.delete(delete.clone()).await.expect_err("no such policy");
-    assert_eq!(fields(&status), ["propagationPolicy"]);
-    delete.propagation_policy = "Foreground".to_owned();
-    let going = client.delete(delete).await.expect("deletes").into_inner();
-    let meta = going.meta().expect("metadata");
-    assert!(meta.deletion_timestamp.is_some() && meta.finalizers == ["foregroundDeletion"]);
-    let request = GetRequest {
-        resource: "leases".to_owned(),
-        name: "l".to_owned(),
-        ..GetRequest::default()
-    };
-    for _ in 0..1000 {
-        match client.get(request.clone()).await {
-            Err(status) if status.code() == Code::NotFound => return drop(control.stop().await),
-            other => drop(other.expect("gets")),
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
-    panic!("{made:?} is still there");
 }

@@ -1,12 +1,13 @@
 //! What was written and what was seen of it, and whether the two fit a store that loses nothing. Pure.
 //!
-//! A [`History`] has every write with what became of it, as far as its writer knows, everything that each watcher was told, and
-//! the end as a list shows it. [`check`] finds every way in which they contradict a single ordered sequence of revisions:
+//! A [`History`] has every write with what became of it, as far as its writer knows, what Gets returned, everything that each watcher was
+//! told, and the end as a list shows it. [`check`] finds every way in which they contradict a single ordered sequence of revisions:
 //! acknowledged writes are in it, refused ones are not, unknown ones (no answer came) are for everybody or for nobody.
 
 mod check;
 #[cfg(test)]
 mod tests;
+mod versions;
 
 use std::{collections::BTreeMap, fmt};
 
@@ -42,12 +43,27 @@ pub struct Write {
     pub key: String,
     /// What.
     pub change: Change,
+    /// What it was to replace and nothing else: the key as this revision left it; 0: a key that is not there.
+    pub base: Option<Revision>,
     /// Before it was sent.
     pub begun: u64,
     /// After its answer, or after it was given up.
     pub ended: u64,
     /// What became of it.
     pub outcome: Outcome,
+}
+
+/// A Get that was answered, with readings of the same counter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Read {
+    /// Of what.
+    pub key: String,
+    /// Before it was sent.
+    pub begun: u64,
+    /// After its answer.
+    pub ended: u64,
+    /// The value, and the revision of its last write; `None`: it is not there.
+    pub found: Option<(String, Revision)>,
 }
 
 /// Everything that is there at a revision: key -> (value, revision of its last write).
@@ -97,6 +113,8 @@ pub enum Seen {
 pub struct History {
     /// Every write.
     pub writes: Vec<Write>,
+    /// Every Get that was answered.
+    pub reads: Vec<Read>,
     /// Every watcher's own story.
     pub watchers: Vec<Vec<Seen>>,
     /// What is there in the end.
@@ -113,7 +131,7 @@ pub enum Violation {
         change: Change,
         revision: Revision,
     },
-    /// A refused write was seen, or a value that nobody wrote.
+    /// A refused write was seen, or a value that nobody wrote (at that revision).
     Ghost {
         key: String,
         change: Change,
@@ -154,6 +172,22 @@ pub enum Violation {
         key: String,
         listed: Option<String>,
         expected: Option<String>,
+    },
+    /// A write that was to replace one revision of a key, or a key that is not there (0), replaced another: two have won, or a write was
+    /// undone unseen.
+    Overwrote {
+        key: String,
+        base: Revision,
+        revision: Revision,
+        replaced: Revision,
+    },
+    /// A write was refused though what it was to replace was never replaced.
+    NoWinner { key: String, base: Revision },
+    /// A Get returned what is older than what was acknowledged or read before it began; `None`: nothing.
+    StaleRead {
+        key: String,
+        returned: Option<Revision>,
+        known: Revision,
     },
     /// Nobody followed what came after this revision, so nothing can be said of it.
     Uncovered { after: Revision },
@@ -229,6 +263,23 @@ impl fmt::Display for Violation {
                     "a list at revision {revision} has {listed:?} at {key}, the changes before it {expected:?}"
                 )
             }
+            Self::Overwrote {
+                key,
+                base,
+                revision,
+                replaced,
+            } => write!(
+                formatter,
+                "the write of {key} at revision {revision} was to replace revision {base} and replaced {replaced}"
+            ),
+            Self::NoWinner { key, base } => write!(
+                formatter,
+                "a write was refused that was to replace revision {base} of {key}, which nothing replaced"
+            ),
+            Self::StaleRead { key, returned, known } => write!(
+                formatter,
+                "a Get of {key} returned revision {returned:?} when {known} was known"
+            ),
             Self::Uncovered { after } => write!(formatter, "no watcher followed what came after revision {after}"),
         }
     }

@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use orlop_proto::{
     Resource,
-    api::v1::{ListRequest, objects_client::ObjectsClient},
+    api::v1::{GetRequest, ListRequest, objects_client::ObjectsClient},
     coordination::v1::Lease,
 };
 use tokio::{
@@ -23,15 +23,18 @@ use tokio::{
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Channel, Endpoint};
+use tonic::{
+    Code,
+    transport::{Channel, Endpoint},
+};
 
-use super::history::{Change, History, Outcome, Seen, Snapshot, Write};
+use super::history::{Change, History, Outcome, Read, Seen, Snapshot, Write};
 use crate::layout::Members;
 pub use watcher::Watcher;
 
 /// No call takes longer; what has no answer by then is unknown.
 const CALL: Duration = Duration::from_secs(4);
-/// How many write at the same time, each its own keys.
+/// How many write at the same time, each its own keys, and one that all of them change.
 const WRITERS: usize = 4;
 /// After a fault everything goes on within this time.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -42,6 +45,7 @@ struct Shared {
     namespace: String,
     clock: AtomicU64,
     writes: Mutex<Vec<Write>>,
+    reads: Mutex<Vec<Read>>,
 }
 
 impl Shared {
@@ -51,6 +55,33 @@ impl Shared {
 
     fn now(&self) -> u64 {
         self.clock.fetch_add(1, Ordering::SeqCst)
+    }
+
+    /// Gets once and records what was returned; `None`: there was no answer.
+    async fn get(&self, key: &str) -> Option<Read> {
+        let request = GetRequest {
+            resource: Lease::KIND.resource.to_owned(),
+            namespace: self.namespace.clone(),
+            name: key.to_owned(),
+        };
+        let begun = self.now();
+        let answer = tokio::time::timeout(CALL, self.objects().get(request)).await.ok()?;
+        let found = match answer {
+            Ok(object) => {
+                let lease = Lease::from_object(object.into_inner())?;
+                Some((value(&lease), revision(&lease.meta().resource_version).ok()?))
+            }
+            Err(status) if status.code() == Code::NotFound => None,
+            Err(_) => return None,
+        };
+        let read = Read {
+            key: key.to_owned(),
+            begun,
+            ended: self.now(),
+            found,
+        };
+        lock(&self.reads).push(read.clone());
+        Some(read)
     }
 
     /// Everything that is there, at one revision.
@@ -116,6 +147,7 @@ impl Recorder {
             namespace: namespace.to_owned(),
             clock: AtomicU64::new(0),
             writes: Mutex::default(),
+            reads: Mutex::default(),
         });
         let base = runtime.block_on(shared.list()).context("the recorder's first list")?;
         let stop = CancellationToken::new();
@@ -185,11 +217,18 @@ impl Recorder {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        Ok(History {
+        let history = History {
             writes: lock(&self.shared.writes).clone(),
+            reads: lock(&self.shared.reads).clone(),
             watchers: self.watchers.iter().map(Watcher::story).collect(),
             end,
-        })
+        };
+        let lost = |write: &&Write| write.base.is_some_and(|base| base > 0) && write.outcome == Outcome::Refused;
+        ensure!(
+            history.writes.iter().any(|write| lost(&write)),
+            "no writer came too late: nothing is known of contention"
+        );
+        Ok(history)
     }
 
     /// One more write, tried under new names until it is acknowledged; its revision.
@@ -198,7 +237,7 @@ impl Recorder {
         for attempt in 0.. {
             let key = format!("{name}-{attempt}");
             let change = Change::Put(key.clone());
-            let made = self.runtime.block_on(writer::write(&self.shared, key, change, true));
+            let made = self.runtime.block_on(writer::write(&self.shared, key, change, Some(0)));
             if let Outcome::Acknowledged(revision) = made {
                 return Ok(revision);
             }
@@ -216,10 +255,11 @@ pub fn summary(history: &History) -> String {
     let count = |wanted: fn(&Outcome) -> bool| history.writes.iter().filter(|write| wanted(&write.outcome)).count();
     let seen = |wanted: fn(&Seen) -> bool| history.watchers.iter().flatten().filter(|seen| wanted(seen)).count();
     format!(
-        "{} writes acknowledged, {} refused, {} unknown; {} events, {} watches resumed, {} begun with a list",
+        "{} writes acknowledged, {} refused, {} unknown; {} Gets; {} events, {} watches resumed, {} begun with a list",
         count(|outcome| matches!(outcome, Outcome::Acknowledged(_))),
         count(|outcome| matches!(outcome, Outcome::Refused)),
         count(|outcome| matches!(outcome, Outcome::Unknown)),
+        history.reads.len(),
         seen(|seen| matches!(seen, Seen::Event { .. })),
         seen(|seen| matches!(seen, Seen::Resumed(_))),
         seen(|seen| matches!(seen, Seen::Listed(_))),

@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Change, History, Kind, Outcome, Revision, Seen, Snapshot, Violation, Write};
+use super::{Change, History, Kind, Outcome, Revision, Seen, Snapshot, Violation, Write, versions};
 
 /// What every revision changed, as far as anybody was told.
-type Timeline = BTreeMap<Revision, (String, Change)>;
+pub(super) type Timeline = BTreeMap<Revision, (String, Change)>;
 
 /// Everything that contradicts one ordered, unique, complete sequence of revisions.
 pub fn check(history: &History) -> Vec<Violation> {
@@ -28,6 +28,7 @@ pub fn check(history: &History) -> Vec<Violation> {
     order_is_kept(history, &timeline, &mut found);
     everybody_was_told(&stories, &timeline, &mut found);
     lists_fit(history, &base, &timeline, &mut found);
+    versions::check(history, &base, &timeline, &mut found);
     found
 }
 

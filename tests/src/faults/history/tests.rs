@@ -12,9 +12,16 @@ fn lawful(seed: u64) -> History {
     let (mut revision, mut clock) = (random.random_range(1..50), 0);
     let mut history = History::default();
     let first = revision;
+    // What the key that all change was, from one write to the next.
+    let mut bases = vec![0];
     for number in 0..random.random_range(20..60) {
-        let key = format!("key{}", random.random_range(0..4));
-        let removes = random.random_bool(0.25) && objects.contains_key(&key);
+        let contends = random.random_bool(0.3);
+        let key = if contends {
+            CONTENDED.to_owned()
+        } else {
+            format!("key{}", random.random_range(0..4))
+        };
+        let removes = !contends && random.random_bool(0.25) && objects.contains_key(&key);
         let change = if removes {
             Change::Delete
         } else {
@@ -24,7 +31,9 @@ fn lawful(seed: u64) -> History {
         clock += 2;
         // Other parts of the store are written too.
         revision += random.random_range(1..3);
-        let happens = random.random_bool(0.85);
+        let base = contends.then(|| bases[random.random_range(bases.len().saturating_sub(3)..bases.len())]);
+        let wins = base.is_none() || base == bases.last().copied();
+        let happens = wins && (contends || random.random_bool(0.85));
         let outcome = match (happens, random.random_bool(0.2)) {
             (_, true) => Outcome::Unknown,
             (true, false) => Outcome::Acknowledged(revision),
@@ -36,6 +45,9 @@ fn lawful(seed: u64) -> History {
                 (Change::Put(_), true) => Kind::Modified,
                 (Change::Put(_), false) => Kind::Added,
             };
+            if contends {
+                bases.push(revision);
+            }
             match &change {
                 Change::Put(value) => drop(objects.insert(key.clone(), (value.clone(), revision))),
                 Change::Delete => drop(objects.remove(&key)),
@@ -46,10 +58,12 @@ fn lawful(seed: u64) -> History {
         history.writes.push(Write {
             key,
             change,
+            base,
             begun,
             ended,
             outcome,
         });
+        history.reads.extend(read(&mut random, &mut clock, &objects));
     }
     history.end = Snapshot { revision, objects };
     for watcher in 0..3 {
@@ -58,6 +72,30 @@ fn lawful(seed: u64) -> History {
             .push(story(&mut random, first, revision, &log, watcher == 2));
     }
     history
+}
+
+/// The key whose writers all depend on what they read.
+const CONTENDED: &str = "contended";
+
+/// Now and then somebody reads a key, which may be one that is not there.
+fn read(random: &mut StdRng, clock: &mut u64, objects: &BTreeMap<String, (String, Revision)>) -> Option<Read> {
+    if random.random_bool(0.6) {
+        return None;
+    }
+    let key = match random.random_range(0..5) {
+        4 => CONTENDED.to_owned(),
+        number => format!("key{number}"),
+    };
+    let begun = *clock;
+    *clock += 2;
+    let found = objects.get(&key).cloned();
+    let ended = begun + 1;
+    Some(Read {
+        key,
+        begun,
+        ended,
+        found,
+    })
 }
 
 type Log = [(Revision, String, Kind, Change, BTreeMap<String, (String, Revision)>)];
@@ -181,11 +219,100 @@ proptest! {
     }
 }
 
+/// Acknowledged puts of a key, in order, with their revisions.
+fn puts<'a>(history: &'a History, key: &str) -> Vec<(&'a Write, Revision)> {
+    let own = history
+        .writes
+        .iter()
+        .filter(|write| write.key == *key && matches!(write.change, Change::Put(_)));
+    own.filter_map(|write| match write.outcome {
+        Outcome::Acknowledged(revision) => Some((write, revision)),
+        _ => None,
+    })
+    .collect()
+}
+
+fn read_at_the_end(history: &History, key: &str, found: Option<(String, Revision)>) -> Read {
+    let last = history
+        .writes
+        .iter()
+        .map(|write| write.ended)
+        .chain(history.reads.iter().map(|read| read.ended));
+    let begun = last.max().unwrap_or_default() + 1;
+    let (key, ended) = (key.to_owned(), begun + 1);
+    Read {
+        key,
+        begun,
+        ended,
+        found,
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_write_that_replaces_what_it_did_not_see_is_found(seed in any::<u64>(), choice in any::<prop::sample::Index>()) {
+        let mut history = lawful(seed);
+        let winners: Vec<usize> = (0..history.writes.len()).filter(|place| {
+            let write = &history.writes[*place];
+            write.base.is_some_and(|base| base > 0) && matches!(write.outcome, Outcome::Acknowledged(_))
+        }).collect();
+        prop_assume!(!winners.is_empty());
+        // It wins with the base of one before it.
+        let write = &mut history.writes[winners[choice.index(winners.len())]];
+        let replaced = write.base.replace(0).unwrap_or_default();
+        let Outcome::Acknowledged(revision) = write.outcome else { unreachable!() };
+        let overwrote = Violation::Overwrote { key: CONTENDED.to_owned(), base: 0, revision, replaced };
+        prop_assert_eq!(check(&history), vec![overwrote]);
+    }
+
+    #[test]
+    fn a_write_that_is_refused_without_a_winner_is_found(seed in any::<u64>()) {
+        let mut history = lawful(seed);
+        let base = history.end.objects.get(CONTENDED).map_or(0, |(_, revision)| *revision);
+        let last = history.writes.iter().map(|write| write.ended).max().unwrap_or_default();
+        history.writes.push(Write {
+            key: CONTENDED.to_owned(),
+            change: Change::Put("late".to_owned()),
+            base: Some(base),
+            begun: last + 1,
+            ended: last + 2,
+            outcome: Outcome::Refused,
+        });
+        prop_assert_eq!(check(&history), vec![Violation::NoWinner { key: CONTENDED.to_owned(), base }]);
+    }
+
+    #[test]
+    fn a_get_of_what_was_replaced_is_stale(seed in any::<u64>(), choice in any::<prop::sample::Index>()) {
+        let mut history = lawful(seed);
+        let known = puts(&history, CONTENDED);
+        prop_assume!(known.len() > 1);
+        let (old, returned) = known[choice.index(known.len() - 1)];
+        let Change::Put(value) = old.change.clone() else { unreachable!() };
+        let read = read_at_the_end(&history, CONTENDED, Some((value, returned)));
+        history.reads.push(read);
+        let found = check(&history);
+        let told = matches!(&found[..], [Violation::StaleRead { returned: Some(old), .. }] if *old == returned);
+        prop_assert!(told, "{:?}", found);
+    }
+
+    #[test]
+    fn a_get_that_does_not_find_what_is_there_is_stale(seed in any::<u64>()) {
+        let mut history = lawful(seed);
+        prop_assume!(!puts(&history, CONTENDED).is_empty());
+        let read = read_at_the_end(&history, CONTENDED, None);
+        history.reads.push(read);
+        let found = check(&history);
+        let told = matches!(&found[..], [Violation::StaleRead { returned: None, .. }]);
+        prop_assert!(told, "{:?}", found);
+    }
+}
+
 /// Two writes of one key, seen by one watcher.
 fn short() -> History {
     let write = |value: &str, begun, outcome| Write {
         key: "a".to_owned(),
         change: Change::Put(value.to_owned()),
+        base: None,
         begun,
         ended: begun + 1,
         outcome,
@@ -201,6 +328,7 @@ fn short() -> History {
             write("one", 0, Outcome::Acknowledged(5)),
             write("two", 2, Outcome::Acknowledged(7)),
         ],
+        reads: Vec::new(),
         watchers: vec![vec![
             Seen::Listed(Snapshot {
                 revision: 3,
@@ -264,6 +392,39 @@ fn each_violation_is_told_by_its_name() {
         check(&twice)[..],
         [Violation::Twice { revisions: (7, 8), .. }]
     ));
+
+    let mut invented = short();
+    let nobodys = Some(("three".to_owned(), 7));
+    invented.reads.push(read_at_the_end(&invented, "a", nobodys));
+    assert!(matches!(check(&invented)[..], [Violation::Ghost { revision: 7, .. }]));
+
+    // Who reads after another's Get returned something knows that, too, though its write had no answer yet.
+    let mut backwards = short();
+    backwards.writes[1].outcome = Outcome::Unknown;
+    backwards
+        .reads
+        .push(read_at_the_end(&backwards, "a", Some(("two".to_owned(), 7))));
+    assert_eq!(check(&backwards), Vec::new());
+    backwards
+        .reads
+        .push(read_at_the_end(&backwards, "a", Some(("one".to_owned(), 5))));
+    let stale = Violation::StaleRead {
+        key: "a".to_owned(),
+        returned: Some(5),
+        known: 7,
+    };
+    assert_eq!(check(&backwards), vec![stale]);
+
+    let mut created = short();
+    created.writes[1].base = Some(0);
+    let (key, base) = ("a".to_owned(), 0);
+    let overwrote = Violation::Overwrote {
+        key,
+        base,
+        revision: 7,
+        replaced: 5,
+    };
+    assert_eq!(check(&created), vec![overwrote], "what is there cannot be created");
 
     let mut removed = short();
     removed.watchers[0].push(Seen::Event {

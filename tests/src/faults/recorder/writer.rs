@@ -1,4 +1,4 @@
-//! Writers: each has its own keys, and writes a value of its own each time.
+//! Writers: each has its own keys, and all have one that they replace as they read it. Each value is written once.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,11 +12,13 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Response, Status};
 
 use super::{CALL, Shared, lock, revision};
-use crate::faults::history::{Change, Outcome, Write};
+use crate::faults::history::{Change, Outcome, Revision, Write};
 
 /// Keys of each writer.
 const KEYS: usize = 3;
-/// Between two writes of one writer.
+/// The key that all writers change.
+const CONTENDED: &str = "contended";
+/// Between two writes of one writer, and between what it reads and what it makes of it.
 const PAUSE: Duration = Duration::from_millis(40);
 
 /// Writes until it is stopped.
@@ -27,6 +29,10 @@ pub async fn run(shared: Arc<Shared>, stop: CancellationToken, index: usize, see
         if stop.is_cancelled() {
             return;
         }
+        if random.random_bool(0.3) {
+            contend(&shared, format!("writer{index}-{number}")).await;
+            continue;
+        }
         let which = random.random_range(0..KEYS);
         let removes = present[which] && random.random_bool(0.2);
         let change = if removes {
@@ -34,7 +40,12 @@ pub async fn run(shared: Arc<Shared>, stop: CancellationToken, index: usize, see
         } else {
             Change::Put(format!("writer{index}-{number}"))
         };
-        let outcome = write(&shared, format!("writer{index}-key{which}"), change, !present[which]).await;
+        let key = format!("writer{index}-key{which}");
+        let base = (!present[which]).then_some(0);
+        let outcome = write(&shared, key.clone(), change, base).await;
+        if random.random_bool(0.2) {
+            shared.get(&key).await;
+        }
         present[which] = match outcome {
             Outcome::Acknowledged(_) => !removes,
             // It is the other way round.
@@ -46,10 +57,20 @@ pub async fn run(shared: Arc<Shared>, stop: CancellationToken, index: usize, see
     }
 }
 
-/// Writes once and records it. A put creates, or updates what is there.
-pub async fn write(shared: &Shared, key: String, change: Change, creates: bool) -> Outcome {
+/// Reads the key that all change, and a while later replaces what it was.
+async fn contend(shared: &Shared, value: String) {
+    let read = shared.get(CONTENDED).await;
+    tokio::time::sleep(PAUSE).await;
+    if let Some(read) = read {
+        let base = read.found.map_or(0, |(_, revision)| revision);
+        write(shared, CONTENDED.to_owned(), Change::Put(value), Some(base)).await;
+    }
+}
+
+/// Writes once and records it. A put replaces the revision that is its base, creates (0), or updates whatever is there (`None`).
+pub async fn write(shared: &Shared, key: String, change: Change, base: Option<Revision>) -> Outcome {
     let begun = shared.now();
-    let outcome = match tokio::time::timeout(CALL, send(shared, &key, &change, creates)).await {
+    let outcome = match tokio::time::timeout(CALL, send(shared, &key, &change, base)).await {
         Ok(Ok(answer)) => match answer.into_inner().meta().map(|meta| revision(&meta.resource_version)) {
             Some(Ok(revision)) => Outcome::Acknowledged(revision),
             _ => Outcome::Unknown,
@@ -62,6 +83,7 @@ pub async fn write(shared: &Shared, key: String, change: Change, creates: bool) 
     lock(&shared.writes).push(Write {
         key,
         change,
+        base,
         begun,
         ended,
         outcome,
@@ -79,7 +101,7 @@ fn judge(status: &Status) -> Outcome {
     }
 }
 
-async fn send(shared: &Shared, key: &str, change: &Change, creates: bool) -> Result<Response<Object>, Status> {
+async fn send(shared: &Shared, key: &str, change: &Change, base: Option<Revision>) -> Result<Response<Object>, Status> {
     let mut objects = shared.objects();
     match change {
         Change::Delete => {
@@ -101,12 +123,13 @@ async fn send(shared: &Shared, key: &str, change: &Change, creates: bool) -> Res
             };
             key.clone_into(&mut lease.meta_mut().name);
             shared.namespace.clone_into(&mut lease.meta_mut().namespace);
-            let object = Some(lease.into_object());
-            if creates {
-                objects.create(CreateRequest { object }).await
-            } else {
-                objects.update(UpdateRequest { object }).await
+            if base == Some(0) {
+                let object = Some(lease.into_object());
+                return objects.create(CreateRequest { object }).await;
             }
+            lease.meta_mut().resource_version = base.map(|base| base.to_string()).unwrap_or_default();
+            let object = Some(lease.into_object());
+            objects.update(UpdateRequest { object }).await
         }
     }
 }
