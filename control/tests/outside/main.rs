@@ -12,6 +12,7 @@ mod hostile_manifests;
 mod identities;
 mod identity;
 mod join;
+mod log;
 mod objects;
 mod patch;
 mod requests;
