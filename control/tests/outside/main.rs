@@ -4,6 +4,7 @@ mod apply;
 mod bounds;
 mod compacted;
 mod continue_tokens;
+mod damaged;
 mod etcd;
 mod etcd_server;
 mod harness;
