@@ -14,7 +14,8 @@ use orlop_proto::node::v1 as link;
 pub use node_network::CniNetwork;
 pub use settings::Settings;
 
-mod addresses;
+#[doc(hidden)]
+pub mod addresses;
 #[doc(hidden)]
 pub mod attachments;
 #[doc(hidden)]
