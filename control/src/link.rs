@@ -34,7 +34,11 @@ use tokio_util::sync::CancellationToken;
 use crate::{events::Recorder, metrics::NodeMetricsStore, registry::Registry};
 
 pub use codec::NodeLinkService;
+#[doc(hidden)]
+pub use events::taken_over;
 pub use services::{ServiceIndex, build_record};
+#[doc(hidden)]
+pub use session::own_labels;
 
 /// The protocol version that this control speaks.
 pub const PROTOCOL: u32 = 1;

@@ -24,7 +24,7 @@ mod workload;
 
 use std::borrow::Cow;
 
-pub use endpoint_slice::endpoint_address;
+pub use endpoint_slice::{endpoint_address, unicast_address};
 pub use error::FieldError;
 use orlop_proto::{Resource, api::v1::Object, with_body};
 

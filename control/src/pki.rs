@@ -16,7 +16,11 @@ use std::path::PathBuf;
 pub use authority::{Authority, Issued, ServerIdentity};
 pub use cluster::{claim_authority, cluster_authority};
 pub use join::JoinService;
+#[doc(hidden)]
+pub use node_keys::is_binding_of;
 pub use node_keys::{KeyHash, NodeKeys};
+#[doc(hidden)]
+pub use token::TokenRecord;
 pub use token::{Token, TokenError};
 
 use crate::store::StoreError;

@@ -6,6 +6,7 @@
 //! Invariant: an object and the claims that it makes (a service's address, a node's pod range) are written and removed in one
 //! transaction, so that no address can be held twice or leak.
 
+mod addresses;
 mod bootstrap;
 mod claims;
 #[doc(hidden)]
@@ -81,7 +82,7 @@ pub struct Registry {
     fence: Option<Fence>,
     /// Writes that a fence refused.
     refused: Arc<AtomicU64>,
-    ranges: ranges::GivenRanges,
+    holdings: ranges::Holdings,
     giving: claims::BeingGiven,
 }
 
@@ -94,7 +95,7 @@ impl Registry {
             config: Arc::new(config),
             fence: None,
             refused: Arc::default(),
-            ranges: ranges::GivenRanges::default(),
+            holdings: ranges::Holdings::default(),
             giving: Arc::default(),
         }
     }

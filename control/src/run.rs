@@ -24,7 +24,7 @@ use crate::{
     scheduler,
     server::{Front, Listener, MetricsSource, Readiness, Server, ServerTls, bind},
     store::{
-        Store,
+        self, Store,
         embedded::{EmbeddedConfig, EmbeddedStore},
         etcd::{EtcdOptions, EtcdStore},
     },
@@ -306,6 +306,7 @@ async fn services(
         .add_service(describe().build_v1()?.max_decoding_message_size(OPEN_MESSAGE))
         .add_service(describe().build_v1alpha()?.max_decoding_message_size(OPEN_MESSAGE));
     let sources: Vec<MetricsSource> = vec![
+        Arc::new(store::prometheus),
         Arc::new(move || metrics.prometheus()),
         Arc::new(move || link.prometheus()),
     ];

@@ -15,7 +15,13 @@ mod frame;
 #[doc(hidden)]
 pub use frame::{framed, unframed};
 
-use std::{collections::HashSet, fmt, path::PathBuf, pin::Pin};
+use std::{
+    collections::HashSet,
+    fmt,
+    path::PathBuf,
+    pin::Pin,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -266,6 +272,28 @@ pub enum StoreError {
     /// The engine failed, or cannot be reached. Whether the write happened is unknown when `commit` returns this.
     #[error("store unavailable: {0}")]
     Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// Values that were found damaged in this process.
+static DAMAGED: AtomicU64 = AtomicU64::new(0);
+
+impl StoreError {
+    /// A damaged value, which is counted.
+    pub fn damaged(key: &Key, reason: impl Into<String>) -> Self {
+        DAMAGED.fetch_add(1, Ordering::Relaxed);
+        Self::Damaged {
+            key: key.clone(),
+            reason: reason.into(),
+        }
+    }
+}
+
+/// The number of damaged values as Prometheus text.
+pub fn prometheus() -> String {
+    let name = "orlop_store_damaged_values_total";
+    let help = "Stored values that were found damaged, each time that one was read.";
+    let value = DAMAGED.load(Ordering::Relaxed);
+    format!("# HELP {name} {help}\n# TYPE {name} counter\n{name} {value}\n")
 }
 
 /// What a failing disk did to an operation.

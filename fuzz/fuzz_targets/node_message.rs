@@ -1,10 +1,15 @@
-//! What a node says: its status and its pods', validated as control does; its measurements, shown as Prometheus reads them.
+//! What a node says: its greeting; its status and its pods', validated as control does; events, of which little is taken over; its
+//! measurements, shown as Prometheus reads them.
 #![no_main]
 
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use orlop_control::{metrics::NodeMetricsStore, model::validate_status_update};
+use orlop_control::{
+    link::{own_labels, taken_over},
+    metrics::NodeMetricsStore,
+    model::{validate_create, validate_status_update},
+};
 use orlop_proto::{
     Resource,
     api::v1::Object,
@@ -52,7 +57,27 @@ fuzz_target!(|bytes: &[u8]| {
                 assert!(series.ends_with('}') && value.parse::<f64>().is_ok(), "{line:?}");
             }
         }
-        _ => {}
+        Kind::Hello(hello) => {
+            let labels = own_labels("n1", &hello.labels);
+            assert!(
+                labels.len() <= 3 && labels["kubernetes.io/hostname"] == "n1",
+                "{labels:?}"
+            );
+            let mut node = typed::<Node>();
+            node.meta_mut().labels = labels;
+            // A value may be none that a label can have: that is refused, whatever it is.
+            validate_create(&node.into_object());
+        }
+        Kind::Event(report) => {
+            let event = report.event.unwrap_or_default();
+            let about = event.involved_object.clone().unwrap_or_default();
+            let taken = taken_over("n1", event, about);
+            assert!(taken.message.len() <= 1024 && taken.reason.len() <= 128);
+            assert!(taken.involved_object.expect("it is about something").field_path.len() <= 256);
+            assert!(taken.metadata.is_none(), "a node names no event");
+        }
+        // Numbers alone.
+        Kind::Ack(_) | Kind::Heartbeat(_) | Kind::SnapshotEnd(_) => {}
     }
 });
 

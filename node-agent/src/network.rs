@@ -15,7 +15,8 @@ use crate::desired::Routes;
 pub use node_network::CniNetwork;
 pub use settings::Settings;
 
-mod addresses;
+#[doc(hidden)]
+pub mod addresses;
 #[doc(hidden)]
 pub mod attachments;
 #[doc(hidden)]

@@ -13,7 +13,8 @@ use tokio::sync::Notify;
 pub mod archives;
 pub mod cgroup;
 pub mod containerd;
-mod files;
+#[doc(hidden)]
+pub mod files;
 pub mod garbage;
 pub mod image_source;
 mod pause_image;

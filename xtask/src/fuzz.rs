@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
     sync::Mutex,
     thread::{available_parallelism, scope},
@@ -23,7 +23,7 @@ const MEMORY: u32 = 1024;
 /// Runs that are shorter, in seconds, are of targets that are built quickly rather than fast ones, and repeatable on a clean clone: they try the same
 /// inputs in the same order every time, at most [`REPEATABLE`]. What is found belongs to a change then, not to chance.
 const LONG: u32 = 30;
-const REPEATABLE: u32 = 5000;
+const REPEATABLE: usize = 5000;
 
 /// What the targets exercise has no unsafe code of its own; without a sanitizer they build and run in a fraction of the time.
 const SANITIZER: [&str; 2] = ["--sanitizer", "none"];
@@ -72,7 +72,7 @@ pub fn fuzz(wanted: &[String], seconds: u32) -> Result<()> {
     let findings = findings.into_inner().unwrap_or_default();
     if !findings.is_empty() {
         bail!(
-            "fuzz targets that found an input: {}; see fuzz/artifacts",
+            "fuzz targets that failed: {}; the inputs that were found are in fuzz/artifacts",
             findings.join(", ")
         );
     }
@@ -84,6 +84,8 @@ fn one(build: Build, target: &str, seconds: u32) -> Result<()> {
     for needed in [&seeds, &corpus, &artifacts] {
         fs::create_dir_all(needed).with_context(|| format!("making {}", needed.display()))?;
     }
+    // libFuzzer begins with what is given, and with an empty input.
+    let given = files(&seeds)? + files(&corpus)? + 1;
     let mut command = Command::new(build.folder().join(target));
     // What is new goes into the first.
     command.args([&corpus, &seeds]);
@@ -110,7 +112,19 @@ fn one(build: Build, target: &str, seconds: u32) -> Result<()> {
     };
     let (inputs, memory) = (figure("stat::number_of_executed_units"), figure("stat::peak_rss_mb"));
     println!("{target}: {inputs} inputs, {memory} MiB");
-    Ok(())
+    // A corpus of long runs may be all that a short one has the time for.
+    if given >= REPEATABLE || inputs.parse().is_ok_and(|inputs: usize| inputs > given) {
+        Ok(())
+    } else {
+        bail!(
+            "fuzz target {target} tried {inputs} inputs, no more than it was given ({given}): it is too slow, or tries nothing"
+        )
+    }
+}
+
+fn files(folder: &Path) -> Result<usize> {
+    let entries = fs::read_dir(folder).with_context(|| format!("listing {}", folder.display()))?;
+    Ok(entries.count())
 }
 
 impl Build {

@@ -270,14 +270,11 @@ fn build(kind: &ResourceKind, given: &Value, live: Option<&Object>) -> Result<Ob
 fn valid(registry: &Registry, object: &Object, live: Option<&Object>) -> Result<(), Vec<FieldError>> {
     let mut object = object.clone();
     model::default_object(&mut object);
-    let found = match live {
-        None => {
-            let mut found = model::validate_create(&object);
-            found.extend(registry.check_given_address(&object));
-            found
-        }
+    let mut found = match live {
+        None => model::validate_create(&object),
         Some(live) => model::validate_update(&object, live),
     };
+    found.extend(registry.check_given(&object, live));
     if found.is_empty() {
         return Ok(());
     }

@@ -156,6 +156,10 @@ impl tower::Service<http::Request<Body>> for NodeLinkService {
             if request.uri().path() != "/orlop.node.v1.NodeLink/Session" {
                 return Ok(Status::unimplemented("the link has one method: Session").into_http());
             }
+            let encoding = request.headers().get("grpc-encoding");
+            if encoding.is_some_and(|encoding| encoding != "identity") {
+                return Ok(Status::unimplemented("messages of the link are not compressed").into_http());
+            }
             let request = request.map(|body| Streaming::new_request(decoder(), body, None, Some(MESSAGE_LIMIT)));
             let frames = match session::begin(inner, Request::from_http(request)) {
                 Ok(frames) => frames,

@@ -54,23 +54,10 @@ impl EventWriter {
             tracing::debug!(node = &*self.node, "too many events; dropped");
             return;
         }
-        let Some(about) = self.own(event.involved_object.unwrap_or_default()) else {
+        let Some(about) = self.own(event.involved_object.clone().unwrap_or_default()) else {
             return;
         };
-        self.inner.recorder.event(Event {
-            reason: cut(&event.reason, REASON),
-            message: cut(&event.message, MESSAGE),
-            source: Some(EventSource {
-                component: String::new(),
-                host: self.node.to_string(),
-            }),
-            involved_object: Some(about),
-            r#type: event.r#type,
-            count: event.count,
-            first_timestamp: past(event.first_timestamp),
-            last_timestamp: past(event.last_timestamp),
-            ..Event::default()
-        });
+        self.inner.recorder.event(taken_over(&self.node, event, about));
     }
 
     /// The object that it is about, in our words, if it is the node itself or a pod that is bound to it.
@@ -100,7 +87,7 @@ impl EventWriter {
             namespace: about.namespace,
             name: about.name,
             uid,
-            field_path: cut(&about.field_path, FIELD_PATH),
+            field_path: about.field_path,
             resource_version: String::new(),
         })
     }
@@ -126,6 +113,27 @@ impl EventWriter {
         let allowed = self.allowance > 0;
         self.allowance = self.allowance.saturating_sub(1);
         allowed
+    }
+}
+
+/// What is kept of a node's event about an object of its own.
+pub fn taken_over(node: &str, event: Event, about: ObjectReference) -> Event {
+    Event {
+        reason: cut(&event.reason, REASON),
+        message: cut(&event.message, MESSAGE),
+        source: Some(EventSource {
+            component: String::new(),
+            host: node.to_owned(),
+        }),
+        involved_object: Some(ObjectReference {
+            field_path: cut(&about.field_path, FIELD_PATH),
+            ..about
+        }),
+        r#type: event.r#type,
+        count: event.count,
+        first_timestamp: past(event.first_timestamp),
+        last_timestamp: past(event.last_timestamp),
+        ..Event::default()
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -24,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Inner, hub::node_of, session::ensure_node};
 use crate::{
     cache::{ObjectKey, Reader},
+    controllers::api_endpoints::replicas,
     registry::{Registry, RegistryError},
     store::StoreError,
 };
@@ -43,6 +45,7 @@ pub(super) struct ReportWriter {
     labels: Arc<BTreeMap<String, String>>,
     nodes: Reader<Node>,
     pods: Reader<Pod>,
+    leases: Reader<Lease>,
     /// Ends the session.
     closed: CancellationToken,
 }
@@ -61,6 +64,7 @@ impl ReportWriter {
             labels: Arc::new(labels),
             nodes: cache.reader(),
             pods: cache.reader(),
+            leases: cache.reader(),
             registry: Arc::new(registry),
             inner,
             closed,
@@ -122,10 +126,46 @@ impl ReportWriter {
                 writer.confirm_gone(&pod).await;
             } else {
                 let mut retry = Retry::new(&writer, "pod status");
-                let status = report.status.unwrap_or_default();
+                let mut status = report.status.unwrap_or_default();
+                writer.keep_own_addresses(&pod, &mut status);
                 while !retry.settled(writer.write_pod(&pod, &status).await).await {}
             }
         })
+    }
+
+    /// Takes out the addresses that a pod of this node cannot have: it would get the traffic of whoever has them.
+    fn keep_own_addresses(&self, pod: &Pod, status: &mut PodStatus) {
+        let refused = |text: &str| {
+            // What is no address at all is found by the validation.
+            let checked = text.parse().map_or(Ok(()), |address| self.check_address(address));
+            let Err(reason) = checked else { return false };
+            self.inner.counters.refused.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(
+                node = &*self.node,
+                namespace = pod.namespace(),
+                pod = pod.name(),
+                address = text,
+                reason,
+                "address of a pod refused"
+            );
+            true
+        };
+        let given = status.pod_ips.len();
+        status.pod_ips.retain(|ip| !refused(&ip.ip));
+        if status.pod_ips.len() < given {
+            // The first of them says the same as `podIP`.
+            status.pod_ip = status.pod_ips.first().map(|ip| ip.ip.clone()).unwrap_or_default();
+        } else if given == 0 && refused(&status.pod_ip) {
+            status.pod_ip.clear();
+        }
+    }
+
+    fn check_address(&self, address: IpAddr) -> Result<(), String> {
+        self.registry.check_pod_address(&self.node, address)?;
+        if replicas(&self.leases).iter().any(|replica| *replica.ip() == address) {
+            return Err("is that of control".to_owned());
+        }
+        Ok(())
     }
 
     async fn confirm_gone(&self, pod: &Pod) {

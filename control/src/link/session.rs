@@ -182,6 +182,18 @@ fn report_labels(inner: &Inner, node: &str, labels: &BTreeMap<String, String>) {
     );
 }
 
+/// The labels of a new node that greets with these.
+pub fn own_labels(name: &str, said: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let mut labels: BTreeMap<String, String> = said
+        .iter()
+        .filter(|(label, _)| is_well_known(label))
+        .map(|(label, value)| (label.clone(), value.clone()))
+        .collect();
+    // Pods are placed by this one: the name is the certificate's word, not the node's.
+    labels.insert("kubernetes.io/hostname".to_owned(), name.to_owned());
+    labels
+}
+
 /// The node's object, with a pod range.
 pub(super) async fn ensure_node(
     inner: &Inner,
@@ -192,16 +204,9 @@ pub(super) async fn ensure_node(
         Err(error) if error.is_not_found() => {}
         done => return done,
     }
-    let mut node_labels: BTreeMap<String, String> = labels
-        .iter()
-        .filter(|(label, _)| is_well_known(label))
-        .map(|(label, value)| (label.clone(), value.clone()))
-        .collect();
-    // Pods are placed by this one: the name is the certificate's word, not the node's.
-    node_labels.insert("kubernetes.io/hostname".to_owned(), name.to_owned());
     let metadata = ObjectMeta {
         name: name.to_owned(),
-        labels: node_labels,
+        labels: own_labels(name, labels),
         ..ObjectMeta::default()
     };
     let node = Node {

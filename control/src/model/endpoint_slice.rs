@@ -1,6 +1,9 @@
 //! Endpoint slices.
 
-use std::{borrow::Cow, net::Ipv4Addr};
+use std::{
+    borrow::Cow,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use orlop_proto::discovery::v1::{Endpoint, EndpointPort, EndpointSlice};
 
@@ -13,6 +16,8 @@ use super::{
 
 const ENDPOINTS_MAX: usize = 1000;
 const PORTS_MAX: usize = 100;
+const LOOPBACK: &str = "may not be in the loopback range (127.0.0.0/8, ::1/128)";
+const LINK_LOCAL: &str = "may not be in the link-local range (169.254.0.0/16, fe80::/10)";
 
 impl Model for EndpointSlice {
     fn set_defaults(&mut self) {
@@ -79,6 +84,22 @@ fn endpoint(errors: &mut Errors, path: &Path<'_>, endpoint: &Endpoint) {
     }
 }
 
+/// Whether an address is one machine's on the network: none that means the sender's own machine or its wire, and none of many.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn unicast_address(address: IpAddr) -> Result<(), &'static str> {
+    match address {
+        IpAddr::V4(address) => unicast4(address),
+        IpAddr::V6(address) if address.is_unspecified() => Err("may not be unspecified (::)"),
+        IpAddr::V6(address) if address.is_loopback() => Err(LOOPBACK),
+        IpAddr::V6(address) if address.is_unicast_link_local() => Err(LINK_LOCAL),
+        IpAddr::V6(address) if address.is_multicast() => Err("may not be in the multicast range (ff00::/8)"),
+        IpAddr::V6(address) if address.to_ipv4_mapped().is_some() => Err("may not be an IPv4 address in IPv6"),
+        IpAddr::V6(_) => Ok(()),
+    }
+}
+
 /// Whether traffic for a service may be sent to an address: to none that means the sender's own machine or its wire.
 ///
 /// # Errors
@@ -87,18 +108,22 @@ pub fn endpoint_address(text: &str) -> Result<Ipv4Addr, &'static str> {
     let Ok(address) = text.parse::<Ipv4Addr>() else {
         return Err("must be a valid IPv4 address");
     };
+    unicast4(address).map(|()| address)
+}
+
+fn unicast4(address: Ipv4Addr) -> Result<(), &'static str> {
     if address.is_unspecified() {
         Err("may not be unspecified (0.0.0.0)")
     } else if address.is_loopback() {
-        Err("may not be in the loopback range (127.0.0.0/8, ::1/128)")
+        Err(LOOPBACK)
     } else if address.is_link_local() {
-        Err("may not be in the link-local range (169.254.0.0/16, fe80::/10)")
+        Err(LINK_LOCAL)
     } else if address.is_multicast() {
         Err("may not be in the multicast range (224.0.0.0/4)")
     } else if address.octets()[0] == 0 || address.octets()[0] >= 240 {
         Err("may not be in a reserved range (0.0.0.0/8, 240.0.0.0/4)")
     } else {
-        Ok(address)
+        Ok(())
     }
 }
 

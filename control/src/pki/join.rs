@@ -47,10 +47,14 @@ impl JoinService {
         let Ok(token) = Token::parse(text) else {
             return Ok(Err("not written like a token"));
         };
-        let Some(record) = self.store.get(&token.key()).await? else {
-            return Ok(Err("unknown"));
+        let record = match self.store.get(&token.key()).await {
+            Ok(Some(record)) => record,
+            Ok(None) => return Ok(Err("unknown")),
+            Err(StoreError::Damaged { .. }) => return Ok(Err("damaged")),
+            Err(error) => return Err(error),
         };
         let Ok(stored) = serde_json::from_slice::<TokenRecord>(&record.value) else {
+            StoreError::damaged(&record.key, "no token's record");
             return Ok(Err("damaged"));
         };
         if !token.matches(&stored) {
@@ -260,6 +264,7 @@ fn refuse_token(node: &str, reason: &'static str) -> Status {
 fn unavailable(error: StoreError) -> Status {
     match error {
         StoreError::Conflict { .. } => Status::aborted("somebody else wrote at the same time; try again"),
+        error @ StoreError::Damaged { .. } => Status::data_loss(error.to_string()),
         error => {
             tracing::error!(%error, "store failed");
             Status::unavailable("the store cannot be reached")

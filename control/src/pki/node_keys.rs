@@ -181,6 +181,12 @@ impl NodeKeys {
     }
 }
 
+/// Whether a stored value binds a name to this key, for who checks it from outside.
+#[doc(hidden)]
+pub fn is_binding_of(value: &[u8], key: KeyHash) -> bool {
+    serde_json::from_slice(value).is_ok_and(|binding: Binding| binding.has(key))
+}
+
 fn key_of(name: &str) -> Key {
     Key::internal("nodekeys", name)
 }

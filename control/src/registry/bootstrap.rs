@@ -8,7 +8,7 @@ use orlop_proto::{
 };
 
 use super::{Registered, Registry, RegistryError};
-use crate::cache::ObjectKey;
+use crate::{cache::ObjectKey, store::StoreError};
 
 const NAMESPACES: [&str; 4] = ["default", "kube-system", "kube-node-lease", "kube-public"];
 /// The API's port, behind the service's 443.
@@ -44,6 +44,7 @@ impl Registry {
     async fn ensure<T: Registered>(&self, object: T) -> Result<(), RegistryError> {
         match self.read::<T>(&ObjectKey::of(&object)).await {
             Err(error) if error.is_not_found() => {}
+            Err(RegistryError::Store(StoreError::Damaged { .. })) => self.clear_damaged(&object).await?,
             other => return other.map(|_| ()),
         }
         match self.create(object).await {
@@ -68,6 +69,7 @@ impl Registry {
         let spec = ServiceSpec {
             ports: vec![port],
             cluster_ip: self.kubernetes_address().to_string(),
+            cluster_ips: vec![self.kubernetes_address().to_string()],
             r#type: "ClusterIP".to_owned(),
             ..ServiceSpec::default()
         };

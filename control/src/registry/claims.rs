@@ -15,10 +15,9 @@ use std::{
     time::Duration,
 };
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use orlop_proto::{
     Resource as _,
-    api::v1::{Object, object},
     core::v1::{Node, Service},
 };
 use rand::Rng as _;
@@ -60,18 +59,27 @@ pub(super) fn cluster_ip_key(address: &str) -> Key {
 }
 
 pub(super) fn pod_cidr_key(range: &str) -> Key {
+    // One range of IPv6 has many spellings, and one claim.
+    let range = range
+        .parse()
+        .map_or_else(|_| range.to_owned(), |range: IpNet| range.to_string());
     // A slash would be another level of the key.
     Key::internal(POD_CIDRS, &range.replace('/', "-"))
 }
 
-/// The range of a claim; `None` of what is none, or of IPv6.
-fn range_of(claim: &Key) -> Option<Ipv4Net> {
+/// The range of a claim; `None` of what is none.
+fn range_of(claim: &Key) -> Option<IpNet> {
     let range = claim.as_str().strip_prefix(POD_CIDRS)?.strip_prefix('/')?;
     range.replace('-', "/").parse().ok()
 }
 
-fn lengths_key() -> Key {
-    Key::internal(POD_CIDR_LENGTHS, "ipv4")
+/// The record for ranges of the same family.
+fn lengths_key(range: &IpNet) -> Key {
+    let family = match range {
+        IpNet::V4(_) => "ipv4",
+        IpNet::V6(_) => "ipv6",
+    };
+    Key::internal(POD_CIDR_LENGTHS, family)
 }
 
 fn lengths_text(lengths: &BTreeSet<u8>) -> String {
@@ -93,6 +101,10 @@ pub(super) fn taken(claim: &Key) -> Vec<FieldError> {
     } else {
         vec![field("spec.podCIDRs", "the range is already given to another node")]
     }
+}
+
+pub(super) fn overlaps(range: &IpNet, other: &IpNet, holder: &str) -> String {
+    format!("{range} overlaps {other} of nodes/{holder}")
 }
 
 fn give(node: &mut Node, range: Ipv4Net) {
@@ -181,7 +193,13 @@ impl Registry {
     }
 
     async fn free_pod_cidr(&self, refused: &[Ipv4Net]) -> Result<Giving, RegistryError> {
-        let mut taken: Vec<Ipv4Net> = self.given_ranges().await?.into_iter().map(|(range, _)| range).collect();
+        let given = self.given_ranges().await?.into_iter();
+        let mut taken: Vec<Ipv4Net> = given
+            .filter_map(|(range, _)| match range {
+                IpNet::V4(range) => Some(range),
+                IpNet::V6(_) => None,
+            })
+            .collect();
         taken.extend(refused);
         taken.sort_unstable();
         let prefix = self.config.pod_cidr_prefix;
@@ -213,9 +231,9 @@ impl Registry {
 
     /// All nodes' ranges and who has them, at least as fresh as the store at the call. The cache has them; when it is behind, the
     /// claims are read.
-    async fn given_ranges(&self) -> Result<Vec<(Ipv4Net, Arc<str>)>, RegistryError> {
+    async fn given_ranges(&self) -> Result<Vec<(IpNet, Arc<str>)>, RegistryError> {
         if matches!(self.cache.catch_up(CATCH_UP).await, Ok(true)) {
-            return Ok(self.ranges.all(&self.cache.reader::<Node>()));
+            return Ok(self.holdings.all(&self.cache.reader::<Node>()));
         }
         let listing = self.store.list(&format!("{POD_CIDRS}/")).await?;
         let claims = listing.records.iter().filter_map(|record| {
@@ -254,20 +272,6 @@ impl Registry {
         Ok(Chosen::Given)
     }
 
-    /// What is wrong with the address that a new service asks for, as far as it can be told without asking who has it. Of other
-    /// kinds nothing.
-    pub fn check_given_address(&self, object: &Object) -> Vec<FieldError> {
-        let Some(object::Body::Service(service)) = &object.body else {
-            return Vec::new();
-        };
-        let address = service.spec.as_ref().map_or("", |spec| spec.cluster_ip.as_str());
-        let is_kubernetes = service.namespace() == "default" && service.name() == "kubernetes";
-        match self.check_cluster_ip(address, is_kubernetes) {
-            Ok(()) => Vec::new(),
-            Err(message) => vec![field("spec.clusterIP", message)],
-        }
-    }
-
     /// What a transaction that makes these claims has to depend on, so that no range among them overlaps another node's. Of other
     /// claims nothing.
     ///
@@ -278,50 +282,46 @@ impl Registry {
         object: &T,
         claims: &[Key],
     ) -> Result<Option<Operation>, RegistryError> {
-        let wanted: Vec<Ipv4Net> = claims.iter().filter_map(range_of).collect();
-        if wanted.is_empty() {
+        // A node has one range at most: validation sees to it.
+        let Some(wanted) = claims.iter().find_map(range_of) else {
             return Ok(None);
-        }
-        let (lengths, revision) = self.announce_lengths(&wanted).await?;
+        };
+        let refused = |message: String| invalid::<T>(&ObjectKey::of(object), vec![field("spec.podCIDRs", message)]);
+        self.check_pod_cidr(&wanted).map_err(refused)?;
+        let (lengths, revision) = self.announce_length(&wanted).await?;
         let write = if lengths.len() == 1 {
             Write::Check
         } else {
             // After the record was read: who claims a range later than this look finds it changed.
-            let fields = self.overlaps(&wanted, object.name()).await?;
-            if !fields.is_empty() {
-                return Err(invalid::<T>(&ObjectKey::of(object), fields));
+            if let Some(message) = self.overlap(&wanted, object.name()).await? {
+                return Err(refused(message));
             }
             Write::Put(lengths_text(&lengths).into())
         };
         Ok(Some(Operation {
-            key: lengths_key(),
+            key: lengths_key(&wanted),
             expected: Expected::Revision(revision),
             write,
         }))
     }
 
-    /// Which of the ranges lie within another node's, or around it.
-    async fn overlaps(&self, wanted: &[Ipv4Net], node: &str) -> Result<Vec<FieldError>, RegistryError> {
-        let overlaps = |one: &Ipv4Net, other: &Ipv4Net| one != other && (one.contains(other) || other.contains(one));
+    /// Whether the range lies within another node's, or around it.
+    async fn overlap(&self, wanted: &IpNet, node: &str) -> Result<Option<String>, RegistryError> {
         let others = self.given_ranges().await?;
-        let mut found = others.iter().filter(|(_, holder)| **holder != *node);
-        let found = found.find_map(|(other, holder)| {
-            let own = wanted.iter().find(|own| overlaps(own, other))?;
-            let message = format!("{own} overlaps {other} of nodes/{holder}");
-            Some(field("spec.podCIDRs", message))
-        });
-        Ok(found.into_iter().collect())
+        let mut others = others.iter().filter(|(_, holder)| **holder != *node);
+        let found = others.find(|(other, _)| wanted != other && (wanted.contains(other) || other.contains(wanted)));
+        Ok(found.map(|(other, holder)| overlaps(wanted, other, holder)))
     }
 
-    /// The lengths in use, those of `wanted` among them, and the revision of their record.
-    async fn announce_lengths(&self, wanted: &[Ipv4Net]) -> Result<(BTreeSet<u8>, Revision), RegistryError> {
-        let key = lengths_key();
+    /// The lengths in use, that of `wanted` among them, and the revision of their record.
+    async fn announce_length(&self, wanted: &IpNet) -> Result<(BTreeSet<u8>, Revision), RegistryError> {
+        let key = lengths_key(wanted);
         for attempt in 0..ATTEMPTS {
             step_aside(attempt).await;
             let (known, expected) = match self.store.get(&key).await {
                 Ok(Some(record)) => {
                     let known = lengths_of(&record.value);
-                    if wanted.iter().all(|range| known.contains(&range.prefix_len())) {
+                    if known.contains(&wanted.prefix_len()) {
                         return Ok((known, record.revision));
                     }
                     (known, Expected::Revision(record.revision))
@@ -332,8 +332,9 @@ impl Registry {
             };
             // Ranges that were given before there was such a record count, too.
             let given = self.given_ranges().await?;
-            let given = given.iter().map(|(range, _)| range).chain(wanted);
-            let lengths: BTreeSet<u8> = given.map(Ipv4Net::prefix_len).chain(known).collect();
+            let given = given.iter().map(|(range, _)| range).chain([wanted]);
+            let of_family = given.filter(|range| lengths_key(range) == key);
+            let lengths: BTreeSet<u8> = of_family.map(IpNet::prefix_len).chain(known).collect();
             let announce = Operation {
                 key: key.clone(),
                 expected,
@@ -349,7 +350,7 @@ impl Registry {
         ))
     }
 
-    fn check_cluster_ip(&self, text: &str, is_kubernetes: bool) -> Result<(), String> {
+    pub(super) fn check_cluster_ip(&self, text: &str, is_kubernetes: bool) -> Result<(), String> {
         let range = self.config.service_cidr;
         // What is no address was found by the validation of the fields.
         let Ok(address) = text.parse::<Ipv4Addr>() else {

@@ -16,16 +16,10 @@ pub(super) fn encode<T: Resource>(object: &mut T) -> Bytes {
 
 /// A stored object with its resourceVersion.
 pub fn decode<T: Resource>(key: &Key, value: &Bytes, revision: Revision) -> Result<T, StoreError> {
-    let mut object = T::decode(value.clone()).map_err(|error| StoreError::Damaged {
-        key: key.clone(),
-        reason: error.to_string(),
-    })?;
+    let mut object = T::decode(value.clone()).map_err(|error| StoreError::damaged(key, error.to_string()))?;
     if Key::object(&T::KIND, object.namespace(), object.name()) != *key {
         let reason = format!("it holds {}/{}", object.namespace(), object.name());
-        return Err(StoreError::Damaged {
-            key: key.clone(),
-            reason,
-        });
+        return Err(StoreError::damaged(key, reason));
     }
     object.meta_mut().resource_version = revision.to_string();
     Ok(object)

@@ -82,6 +82,9 @@ impl Registry {
 
     async fn with_object(&self, object: Object, verb: Verb) -> Result<Object, RegistryError> {
         let kind = object_kind(&object).ok_or_else(|| unknown(""))?;
+        if !matches!(verb, Verb::UpdateStatus) {
+            self.check_written(&object)?;
+        }
         let visitor = Run {
             registry: self,
             object,

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     cache::ObjectKey,
-    store::{Expected, Key, Operation, Write},
+    store::{Expected, Key, Operation, StoreError, Write},
 };
 
 /// Where the Lease is.
@@ -51,10 +51,7 @@ fn lease_key() -> ObjectKey {
 impl Registry {
     /// The Lease of the leadership as the store has it; made, without a holder, where there is none.
     pub async fn leadership(&self) -> Result<Lease, RegistryError> {
-        match self.read(&lease_key()).await {
-            Err(error) if error.is_not_found() => {}
-            other => return other,
-        }
+        let found = self.read(&lease_key()).await;
         let metadata = ObjectMeta {
             name: NAME.to_owned(),
             namespace: NAMESPACE.to_owned(),
@@ -64,6 +61,12 @@ impl Registry {
             metadata: Some(metadata),
             ..Lease::default()
         };
+        match found {
+            Err(error) if error.is_not_found() => {}
+            // Otherwise nobody could lead again. Who leads now is fenced by whoever takes it.
+            Err(RegistryError::Store(StoreError::Damaged { .. })) => self.clear_damaged(&lease).await?,
+            other => return other,
+        }
         match self.create(lease).await {
             Err(error) if error.is_already_exists() => self.read(&lease_key()).await,
             other => other,

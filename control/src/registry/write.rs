@@ -338,6 +338,14 @@ impl Registry {
         }
     }
 
+    /// Removes what cannot be read in the place of an object, with the claims that the object makes: it is to be written anew.
+    pub(super) async fn clear_damaged<T: Registered>(&self, object: &T) -> Result<(), RegistryError> {
+        let key = store_key::<T>(&ObjectKey::of(object));
+        tracing::error!(%key, "a stored object is damaged and is written anew");
+        let keys = std::iter::once(key).chain(object.claims());
+        self.commit(keys.map(removed).collect()).await.map(drop)
+    }
+
     /// Removes an object with its claims. `None`: somebody else wrote in between.
     pub(super) async fn remove<T: Registered>(&self, old: &T) -> Result<Option<T>, RegistryError> {
         let key = ObjectKey::of(old);

@@ -223,6 +223,13 @@ fn full(key: &Key) -> String {
 }
 
 /// The key without the engine's prefix.
+/// What a row of the log says, for who checks it from outside.
+#[doc(hidden)]
+pub fn logged(row: &[u8], revision: Revision) -> Option<ChangeSet> {
+    use prost::Message as _;
+    Some(log::LogEntry::decode(row).ok()?.into_set(revision))
+}
+
 fn short(full: &str) -> Key {
     Key::from_text(full.strip_prefix(frame::PREFIX).unwrap_or(full))
 }

@@ -24,10 +24,7 @@ pub(super) fn frame(value: &[u8]) -> Vec<u8> {
 
 /// The value inside.
 pub(super) fn unframe(key: &Key, framed: &[u8]) -> Result<Bytes, StoreError> {
-    let damaged = |reason: String| StoreError::Damaged {
-        key: key.clone(),
-        reason,
-    };
+    let damaged = |reason: String| StoreError::damaged(key, reason);
     let Some((header, value)) = framed.split_at_checked(HEADER) else {
         return Err(damaged(format!("{} bytes, a header has {HEADER}", framed.len())));
     };

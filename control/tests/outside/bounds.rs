@@ -14,8 +14,12 @@ use crate::{
 };
 
 const MIB: u64 = 1 << 20;
-/// What anything may cost that is small itself. Measured: 80 MiB for the bomb of aliases, 40 MiB for 20 watchers that do not read.
+/// What anything may cost that is small itself. Measured: 80 MiB for the bomb of aliases, 40 MiB for watchers that do not read.
 const LITTLE: u64 = 256 * MIB;
+/// What a flood of frames may cost: less than is sent, so what is kept for every frame would be seen.
+const FLOOD: u64 = 32 * MIB;
+/// Connections that flood at one time.
+const FLOODING: usize = 3;
 /// What a manifest may cost beyond that for each of its bytes. Measured: 86 for the most objects that are read.
 const FACTOR: u64 = 192;
 /// And whatever it holds.
@@ -105,34 +109,38 @@ async fn hostile_clients_take_bounded_memory() {
             }
             stalled.push(wire);
         }
+        // What was set aside and not yet used is no resident memory: it shows in the size alone.
+        memory(control.pid(), "VmSize")
     };
-    let floods = async {
-        let resets: Vec<u8> = (0..20_000)
-            .map(|index| 2 * index + 1)
-            .flat_map(|stream| {
-                let headers = frame(HEADERS, END_HEADERS, stream, &grpc_headers(LIST));
-                [headers, frame(RST_STREAM, 0, stream, &[0, 0, 0, 8])].concat()
-            })
-            .collect();
-        let mut block = Vec::new();
-        field(&mut block, "x-filler", &"x".repeat(100));
-        let mut endless = frame(HEADERS, 0, 1, &grpc_headers(LIST));
-        for _ in 0..2_000 {
-            endless.extend(frame(CONTINUATION, 0, 1, &block.repeat(100)));
+    let resets: Vec<u8> = (0..100_000)
+        .map(|index| 2 * index + 1)
+        .flat_map(|stream| {
+            let headers = frame(HEADERS, END_HEADERS, stream, &grpc_headers(LIST));
+            [headers, frame(RST_STREAM, 0, stream, &[0, 0, 0, 8])].concat()
+        })
+        .collect();
+    let mut block = Vec::new();
+    field(&mut block, "x-filler", &"x".repeat(100));
+    let mut endless = frame(HEADERS, 0, 1, &grpc_headers(LIST));
+    for _ in 0..2_000 {
+        endless.extend(frame(CONTINUATION, 0, 1, &block.repeat(100)));
+    }
+    let pings = frame(PING, 0, 0, &[7; 8]).repeat(1_000_000);
+    let settings = frame(SETTINGS, 0, 0, &[0, 4, 0, 1, 0, 0]).repeat(1_000_000);
+    // All of them are open until the last has had its say.
+    let flood = async |frames: Vec<u8>| {
+        assert!((frames.len() * FLOODING) as u64 > FLOOD, "as much as the bound");
+        let mut wires = Vec::new();
+        for _ in 0..FLOODING {
+            wires.push(Wire::open(&control, Some(&admin)).await);
         }
-        let pings = frame(PING, 0, 0, &[7; 8]).repeat(1_000_000);
-        let settings = frame(SETTINGS, 0, 0, &[0, 4, 0, 1, 0, 0]).repeat(1_000_000);
-        for frames in [resets, endless, pings, settings] {
-            for pair in [Some(&admin), None] {
-                let mut wire = Wire::open(&control, pair).await;
-                // It closes, or stops to read.
-                wire.send(&frames).await.ok();
-            }
-        }
+        // It closes, or stops to read.
+        let floods = wires.iter_mut().map(|wire| wire.send(&frames));
+        futures::future::join_all(floods).await;
     };
     let deaf_watchers = async {
         let mut watchers = Vec::new();
-        for _ in 0..20 {
+        for _ in 0..40 {
             let mut wire = Wire::open(&control, Some(&admin)).await;
             let request = WatchRequest {
                 resource: "events".to_owned(),
@@ -152,8 +160,9 @@ async fn hostile_clients_take_bounded_memory() {
             watchers.push(wire);
         }
         let mut client = ObjectsClient::new(control.unix().await);
-        for round in 0..20 {
-            let manifest: String = (0..200).map(|index| event(round, index)).collect();
+        // A copy for each of them would be 40 times 16 MiB.
+        for round in 0..8 {
+            let manifest: String = (0..100).map(|index| event(round, index, 20 << 10)).collect();
             apply(&mut client, &manifest).await.expect("applies");
         }
     };
@@ -161,7 +170,7 @@ async fn hostile_clients_take_bounded_memory() {
         let mut appliers = Vec::new();
         for number in 0..10 {
             // Within the window that each connection begins with.
-            let manifest: String = (0..50).map(|index| event(100 + number, index)).collect();
+            let manifest: String = (0..50).map(|index| event(100 + number, index, 800)).collect();
             let request = ApplyRequest {
                 input: Some(Input::Manifest(manifest)),
                 ..ApplyRequest::default()
@@ -180,8 +189,24 @@ async fn hostile_clients_take_bounded_memory() {
     };
     let mut found = Vec::new();
     found.push(("lengths that lie", growth(&control, lies).await));
+    let size = memory(control.pid(), "VmSize");
+    let mut announcing = size;
+    let announced = async { announcing = announced.await };
     found.push(("announced and not sent", growth(&control, announced).await));
-    found.push(("floods of frames", growth(&control, floods).await));
+    let announcing = announcing.saturating_sub(size);
+    println!("announced: {} KiB of addresses", announcing / 1024);
+    // All that was announced are 25 GiB.
+    assert!(announcing < 4 << 30, "{announcing} bytes of addresses");
+    for (what, frames) in [
+        ("resets", resets),
+        ("endless headers", endless),
+        ("pings", pings),
+        ("settings", settings),
+    ] {
+        let grown = growth(&control, flood(frames)).await;
+        println!("flood of {what}: {} KiB", grown / 1024);
+        assert!(grown < FLOOD, "{what}: {grown} bytes");
+    }
     found.push(("watchers that do not read", growth(&control, deaf_watchers).await));
     found.push(("appliers that do not read", growth(&control, deaf_appliers).await));
     for (what, grown) in found {
@@ -191,11 +216,12 @@ async fn hostile_clients_take_bounded_memory() {
     control.stop().await;
 }
 
-/// Of a kilobyte.
-fn event(round: usize, index: usize) -> String {
-    let padding = "x".repeat(800);
+/// With a message of some bytes more; beyond 1 kB they are an annotation's.
+fn event(round: usize, index: usize, padding: usize) -> String {
+    let (message, note) = (padding.min(800), padding.saturating_sub(800));
+    let (message, note) = ("x".repeat(message), "x".repeat(note));
     format!(
-        "---\napiVersion: v1\nkind: Event\nmetadata: {{name: e{round}-{index}}}\n\
-         involvedObject: {{kind: Pod, name: p, namespace: default}}\nreason: Test\ntype: Normal\nmessage: {padding}\n"
+        "---\napiVersion: v1\nkind: Event\nmetadata: {{name: e{round}-{index}, annotations: {{note: \"{note}\"}}}}\n\
+         involvedObject: {{kind: Pod, name: p, namespace: default}}\nreason: Test\ntype: Normal\nmessage: {message}\n"
     )
 }

@@ -51,6 +51,15 @@ impl Etcd {
         Control::start_in(directory, &extra).await
     }
 
+    /// Puts bytes that nobody wrote at a key of control's.
+    pub async fn damage(&self, key: &str, value: &[u8]) {
+        let mut client = Client::connect([self.server.endpoint()], None).await.expect("connects");
+        let key = format!("/orlop/v1/{key}");
+        let there = client.get(key.clone(), None).await.expect("answers");
+        assert_eq!(there.count(), 1, "{key}");
+        client.put(key, value, None).await.expect("writes");
+    }
+
     /// Forgets all that was before the present revision.
     pub async fn compact(&self) {
         let mut client = Client::connect([self.server.endpoint()], None).await.expect("connects");

@@ -20,6 +20,7 @@ use rustls::{ClientConfig, RootCertStore, SignatureScheme, client::ResolvesClien
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, pem::PemObject};
 use tempfile::TempDir;
 use tokio::{
+    io::AsyncReadExt,
     net::{TcpListener, TcpStream, UnixStream},
     task::JoinHandle,
 };
@@ -88,7 +89,11 @@ impl Control {
 
     /// The program, as a process of its own: what it takes can be measured.
     pub async fn program(extra: &str) -> Self {
-        let directory = Arc::new(tempfile::tempdir().expect("directory"));
+        Self::program_in(Arc::new(tempfile::tempdir().expect("directory")), extra).await
+    }
+
+    /// The same in a directory that may have been used before.
+    pub async fn program_in(directory: Arc<TempDir>, extra: &str) -> Self {
         let file = directory.path().join("control.toml");
         std::fs::write(&file, configuration(&directory, extra)).expect("writes");
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("binds");
@@ -186,6 +191,20 @@ impl Control {
         connect(self.address, self.ca(), pair, alpn).await
     }
 
+    /// A handshake with this certificate that control ends, by the first read at the latest: our address, and what we saw of it. `None`
+    /// when control goes on.
+    pub async fn refused_handshake(&self, pair: &Pair) -> Option<(SocketAddr, std::io::Error)> {
+        let stream = TcpStream::connect(self.address).await.expect("control is there");
+        let own = stream.local_addr().expect("an address");
+        let handshake = async {
+            let mut stream = handshake(stream, self.ca(), Some(pair), &[b"h2"]).await?;
+            // In HTTP/2 the server speaks unasked.
+            stream.read_u8().await
+        };
+        let ended = tokio::time::timeout(Duration::from_secs(20), handshake).await;
+        ended.expect("an end, or an answer").err().map(|error| (own, error))
+    }
+
     /// A channel over TLS.
     pub async fn channel(&self, pair: Option<&Pair>) -> Result<Channel, tonic::transport::Error> {
         let (address, ca, pair) = (self.address, self.ca(), pair.cloned());
@@ -263,6 +282,15 @@ async fn connect(
     pair: Option<&Pair>,
     alpn: &[&[u8]],
 ) -> std::io::Result<TlsStream<TcpStream>> {
+    handshake(TcpStream::connect(address).await?, ca, pair, alpn).await
+}
+
+async fn handshake(
+    stream: TcpStream,
+    ca: CertificateDer<'static>,
+    pair: Option<&Pair>,
+    alpn: &[&[u8]],
+) -> std::io::Result<TlsStream<TcpStream>> {
     let mut roots = RootCertStore::empty();
     roots.add(ca).map_err(std::io::Error::other)?;
     let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
@@ -282,7 +310,6 @@ async fn connect(
         }
     };
     config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
-    let stream = TcpStream::connect(address).await?;
     let name = ServerName::try_from("control.test").map_err(std::io::Error::other)?;
     TlsConnector::from(Arc::new(config)).connect(name, stream).await
 }

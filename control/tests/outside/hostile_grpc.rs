@@ -18,6 +18,7 @@ use tower::{Service, ServiceExt};
 
 use crate::{
     harness::Control,
+    join::{join, pair, token},
     requests::{apply, create, lease, name, remove, version},
     wire::{
         CONTINUATION, DATA, END_HEADERS, END_STREAM, HEADERS, PING, RST_STREAM, SETTINGS, WINDOW_UPDATE, Wire, field,
@@ -27,6 +28,7 @@ use crate::{
 
 pub const LIST: &str = "/orlop.api.v1.Objects/List";
 pub const APPLY: &str = "/orlop.api.v1.Objects/Apply";
+const SESSION: &str = "/orlop.node.v1.NodeLink/Session";
 const JOIN: &str = "/orlop.cluster.v1.Join/Join";
 
 /// What a call gets whose body is these bytes.
@@ -114,6 +116,38 @@ async fn lengths_and_encodings_that_lie() {
         }
         let status = raw(&admin, path, None, prefixed(0, 100, b"less")).await;
         assert_ne!(status.code(), Code::Ok, "{path}: cut off");
+    }
+    // A node's session, whose service is none of the generated ones.
+    let key = rcgen::KeyPair::generate().expect("key");
+    let joined = join(&control, &token(&control, 1, 60).await, "hostile", &key)
+        .await
+        .expect("joins");
+    let node = control.channel(Some(&pair(&joined, &key))).await.expect("connects");
+    for (what, encoding, body, expected) in [
+        ("4 GiB", None, prefixed(0, u32::MAX, b""), Code::OutOfRange),
+        (
+            "a limit and a byte",
+            None,
+            prefixed(0, (4 << 20) + 1, b""),
+            Code::OutOfRange,
+        ),
+        ("another flag", None, whole(2, b"x"), Code::Internal),
+        ("compressed by nothing", None, whole(1, bomb), Code::Internal),
+        ("a bomb", Some("gzip"), whole(1, bomb), Code::Unimplemented),
+        ("an unknown encoding", Some("x"), whole(1, bomb), Code::Unimplemented),
+        ("garbage", None, whole(0, &[0xff; 64]), Code::Internal),
+        (
+            "bytes that are no text",
+            None,
+            whole(0, b"\x0a\x04\x0a\x02\xff\xfe"),
+            Code::Internal,
+        ),
+        ("nothing", None, Vec::new(), Code::InvalidArgument),
+        ("no greeting", None, whole(0, b""), Code::InvalidArgument),
+        ("cut off", None, prefixed(0, 100, b"less"), Code::Internal),
+    ] {
+        let status = raw(&node, SESSION, encoding, body).await;
+        assert_eq!(status.code(), expected, "{SESSION}: {what}: {status:?}");
     }
     // Only a manifest may be large; who is not known sends little.
     let large = prefixed(0, (4 << 20) + 1, b"");

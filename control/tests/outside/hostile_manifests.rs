@@ -1,6 +1,8 @@
 //! Manifests that are wrong, broken or meant to harm: each is refused as a whole, with words for it.
 
-use orlop_proto::api::v1::{ListRequest, objects_client::ObjectsClient};
+use orlop_proto::api::v1::{
+    CreateRequest, GetRequest, ListRequest, UpdateRequest, object::Body, objects_client::ObjectsClient,
+};
 use tonic::{Code, Status};
 
 use crate::{
@@ -101,6 +103,33 @@ async fn names_that_are_none() {
     control.stop().await;
 }
 
+/// Numbers that JSON has no room for, or that cannot be kept to the last digit: they are refused as the text is read, by their line, before
+/// anybody knows the field.
+const BEYOND_JSON: [&str; 6] = [
+    "1e1000",
+    "1e30",
+    "99999999999999999999",
+    "-9223372036854775809",
+    ".nan",
+    ".inf",
+];
+
+fn is_refused_at(status: &Status, number: &str, field: &str) {
+    let found = fields(status);
+    if BEYOND_JSON.contains(&number) {
+        assert_eq!(found, ["manifest"], "{number}: {status:?}");
+        assert!(status.message().contains("line "), "{number}: {status:?}");
+    } else {
+        // What is given for a port is the default of `targetPort`.
+        let (first, rest) = found.split_first().expect("a field");
+        assert_eq!(first, field, "{number}: {status:?}");
+        assert!(
+            rest.iter().all(|other| other.ends_with(".targetPort")),
+            "{number}: {status:?}"
+        );
+    }
+}
+
 #[tokio::test]
 async fn numbers_that_are_none() {
     let control = Control::start().await;
@@ -136,12 +165,7 @@ async fn numbers_that_are_none() {
             ),
         ] {
             let status = refused(&mut client, number, &format!("{FIRST}---\n{text}")).await;
-            // A number that cannot be kept is refused before anybody knows its place.
-            let found = fields(&status);
-            assert!(
-                found[0] == field || found == ["manifest"],
-                "{number}: {found:?}, not {field}"
-            );
+            is_refused_at(&status, number, field);
         }
     }
     for number in [
@@ -155,11 +179,7 @@ async fn numbers_that_are_none() {
             "{FIRST}---\napiVersion: apps/v1\nkind: ReplicaSet\nmetadata: {{name: r}}\nspec: {{replicas: {number}, selector: {{matchLabels: {{a: b}}}}, \
              template: {{metadata: {{labels: {{a: b}}}}, spec: {{containers: [{{name: c, image: i}}]}}}}}}\n"
         );
-        let found = fields(&refused(&mut client, number, &text).await);
-        assert!(
-            found == ["spec.replicas"] || found == ["manifest"],
-            "{number}: {found:?}"
-        );
+        is_refused_at(&refused(&mut client, number, &text).await, number, "spec.replicas");
     }
     for quantity in [
         "-1",
@@ -175,13 +195,10 @@ async fn numbers_that_are_none() {
         let text = pod(&format!(
             "{{containers: [{{name: c, image: i, resources: {{limits: {{memory: {quantity}}}}}}}]}}"
         ));
-        let found = fields(&refused(&mut client, quantity, &format!("{FIRST}---\n{text}")).await);
-        assert!(
-            found
-                .iter()
-                .all(|field| field.contains(".resources.") || field == "manifest"),
-            "{quantity}: {found:?}"
-        );
+        let status = refused(&mut client, quantity, &format!("{FIRST}---\n{text}")).await;
+        let found = fields(&status);
+        let known = found.iter().all(|field| field.contains(".resources."));
+        assert_eq!(known, !BEYOND_JSON.contains(&quantity), "{quantity}: {found:?}");
     }
     nothing_is_written(&mut client).await;
     control.stop().await;
@@ -209,6 +226,115 @@ async fn endpoints_that_mean_the_sender() {
         );
         let status = refused(&mut client, address, &text).await;
         assert_eq!(fields(&status), ["endpoints[0].addresses[0]"], "{address}");
+    }
+    nothing_is_written(&mut client).await;
+    control.stop().await;
+}
+
+#[tokio::test]
+async fn endpoints_at_nodes() {
+    let control = Control::start().await;
+    let mut client = ObjectsClient::new(control.admin().await);
+    let node = |name: &str, address: &str| {
+        format!(
+            "apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\nstatus: {{addresses: [{{type: InternalIP, address: {address}}}]}}\n"
+        )
+    };
+    let slice = |name: &str, address: &str| {
+        format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: {name}}}\naddressType: IPv4\n\
+             endpoints: [{{addresses: [\"192.0.2.9\"]}}, {{addresses: [\"{address}\"]}}]\nports: [{{port: 80}}]\n"
+        )
+    };
+    for text in [
+        // An address of the cluster's own ranges is no node's, whatever the node says.
+        node("liar", "10.244.200.7"),
+        node("n1", "192.0.2.1"),
+        slice("pods", "10.244.200.7"),
+        slice("others", "192.0.2.2"),
+    ] {
+        apply(&mut client, &text).await.expect("applies");
+    }
+    let status = refused(
+        &mut client,
+        "a node",
+        &format!("{FIRST}---\n{}", slice("e", "192.0.2.1")),
+    )
+    .await;
+    assert_eq!(fields(&status), ["endpoints[1].addresses[0]"]);
+    assert!(status.message().contains("nodes/n1"), "{status:?}");
+    let text = slice("others", "192.0.2.1");
+    assert_eq!(
+        fields(&refused(&mut client, "an update", &text).await),
+        ["endpoints[1].addresses[0]"]
+    );
+
+    // By the other verbs, too.
+    let request = GetRequest {
+        resource: "endpointslices".to_owned(),
+        namespace: "default".to_owned(),
+        name: "others".to_owned(),
+    };
+    let mut object = client.get(request).await.expect("gets").into_inner();
+    if let Some(Body::EndpointSlice(slice)) = &mut object.body {
+        slice.endpoints[1].addresses[0] = "192.0.2.1".to_owned();
+    }
+    let update = UpdateRequest {
+        object: Some(object.clone()),
+    };
+    let status = client.update(update).await.expect_err("an update");
+    assert_eq!(fields(&status), ["endpoints[1].addresses[0]"]);
+    if let Some(meta) = object.meta_mut() {
+        meta.name = "new".to_owned();
+        meta.resource_version = String::new();
+    }
+    let create = CreateRequest { object: Some(object) };
+    let status = client.create(create).await.expect_err("a creation");
+    assert_eq!(fields(&status), ["endpoints[1].addresses[0]"]);
+
+    // What is there when a node comes to that address may stay, and the rest of it may change.
+    apply(&mut client, &node("n2", "192.0.2.2")).await.expect("a node");
+    let text = slice("others", "192.0.2.2").replace("port: 80", "port: 81");
+    let results = apply(&mut client, &text).await.expect("applies");
+    assert_eq!(results[0].action, "configured", "{results:?}");
+    nothing_is_written(&mut client).await;
+    control.stop().await;
+}
+
+#[tokio::test]
+async fn ranges_that_cannot_be() {
+    let control = Control::start().await;
+    let mut client = ObjectsClient::new(control.admin().await);
+    let node = |name: &str, range: &str| {
+        format!("apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\nspec: {{podCIDR: \"{range}\"}}\n")
+    };
+    for (name, range) in [("wide", "10.244.64.0/18"), ("six", "fd44:0:0:100::/56")] {
+        let results = apply(&mut client, &node(name, range)).await.expect("applies");
+        assert_eq!(results[0].action, "created", "{results:?}");
+    }
+    for (range, word) in [
+        ("10.96.0.0/12", "service_cidr"),
+        ("10.97.3.0/24", "service_cidr"),
+        ("0.0.0.0/0", "service_cidr"),
+        ("10.0.0.0/8", "service_cidr"),
+        ("10.245.0.0/24", "pod_cidr"),
+        ("192.168.0.0/24", "pod_cidr"),
+        ("127.0.0.0/8", "pod_cidr"),
+        ("10.244.64.0/18", "nodes/wide"),
+        ("10.244.65.0/24", "nodes/wide"),
+        ("10.244.0.0/16", "nodes/wide"),
+        ("fd44:0:0:100::/56", "nodes/six"),
+        ("FD44::100:0:0:0:0/56", "nodes/six"),
+        ("fd44:0:0:1ff::/64", "nodes/six"),
+        ("fd44::/16", "nodes/six"),
+        ("::/0", "fc00::/7"),
+        ("fe80::/64", "fc00::/7"),
+        ("ff00::/8", "fc00::/7"),
+        ("::ffff:10.244.0.0/112", "fc00::/7"),
+    ] {
+        let status = refused(&mut client, range, &format!("{FIRST}---\n{}", node("new", range))).await;
+        assert_eq!(fields(&status), ["spec.podCIDRs"], "{range}");
+        assert!(status.message().contains(word), "{range}: {status:?}");
     }
     nothing_is_written(&mut client).await;
     control.stop().await;

@@ -1,15 +1,11 @@
 //! Certificates and nodes that claim more than they are.
 
-use std::{
-    io::Write,
-    sync::{Arc, Mutex, OnceLock},
-    time::Duration,
-};
+use std::{io::ErrorKind, time::Duration};
 
 use orlop_control::server::identity::{Identity, NODES};
 use orlop_proto::{
     api::v1::{CreateRequest, GetRequest, ListRequest, Object, object::Body, objects_client::ObjectsClient},
-    core::v1::{Event, Node, ObjectReference, PodStatus},
+    core::v1::{Event, Node, NodeAddress, NodeStatus, ObjectReference, PodIp, PodStatus},
     metrics::v1::{
         ListNodesRequest, ListPodsRequest, NodeMetrics, NodeReport, PodMetrics, metrics_client::MetricsClient,
     },
@@ -22,74 +18,38 @@ use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
-use tracing_subscriber::{filter::LevelFilter, fmt::MakeWriter};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use crate::{
     harness::{Control, Pair, sign, subject},
-    join::{join, pair, renew, token},
+    join::{join, pair, renew_by, token},
+    log::Log,
     requests::{Client, pod, remove},
 };
 
-/// What was logged in this process, from the first call on.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Log {
-    fn start() -> Self {
-        static LOG: OnceLock<Log> = OnceLock::new();
-        LOG.get_or_init(|| {
-            let log = Log::default();
-            let subscriber = tracing_subscriber::fmt()
-                .with_max_level(LevelFilter::WARN)
-                .with_ansi(false)
-                .with_writer(log.clone());
-            subscriber.init();
-            log
-        })
-        .clone()
-    }
-
-    /// Whether a line has all of these.
-    fn has(&self, parts: &[&str]) -> bool {
-        let bytes = self.0.lock().expect("no panic").clone();
-        let text = String::from_utf8_lossy(&bytes);
-        text.lines().any(|line| parts.iter().all(|part| line.contains(part)))
-    }
-}
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().expect("no panic").extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-impl MakeWriter<'_> for Log {
-    type Writer = Self;
-    fn make_writer(&self) -> Self {
-        self.clone()
-    }
-}
-
-async fn list(control: &Control, pair: &Pair) -> Result<(), Option<Code>> {
-    let Ok(channel) = control.channel(Some(pair)).await else {
-        return Err(None);
-    };
+/// The status of a call with this certificate.
+async fn list(control: &Control, pair: &Pair) -> Code {
+    let channel = control.channel(Some(pair)).await.expect("a handshake");
     let request = ListRequest {
         resource: "nodes".to_owned(),
         ..ListRequest::default()
     };
-    match ObjectsClient::new(channel).list(request).await {
-        Ok(_) => Ok(()),
-        Err(status) if matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated) => {
-            Err(Some(status.code()))
-        }
-        Err(_) => Err(None),
-    }
+    let answer = ObjectsClient::new(channel).list(request).await;
+    answer.map_or_else(|status| status.code(), |_| Code::Ok)
+}
+
+/// Shows a certificate, and has control end the handshake for it: with an alert, or by closing. The refusal is logged with the address
+/// of this very connection.
+async fn refused_in_tls(control: &Control, log: &Log, what: &str, pair: &Pair) {
+    let before = log.length();
+    let refused = control.refused_handshake(pair).await;
+    let (address, error) = refused.unwrap_or_else(|| panic!("{what}: let in"));
+    let alert = error.get_ref().and_then(|inner| inner.downcast_ref());
+    let by_alert = matches!(alert, Some(rustls::Error::AlertReceived(_)));
+    let closed = matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset);
+    assert!(by_alert || closed, "{what}: {error:?}");
+    log.comes(before, &["TLS handshake refused", &format!("peer={address} ")])
+        .await;
 }
 
 #[tokio::test]
@@ -151,35 +111,42 @@ async fn certificates_that_are_no_proof() {
         ("signed by a node", of_a_leaf),
         ("of another authority of the same name, with it", with_its_authority),
     ] {
-        assert_eq!(list(&control, &pair).await, Err(None), "{what}");
+        refused_in_tls(&control, &log, what, &pair).await;
     }
-    assert!(log.has(&["TLS handshake refused"]), "refusals are logged");
 
+    // Names that no other test has: the log is that of them all.
     for (name, group) in [
-        ("orlop-admin", "System:Masters"),
-        ("orlop-admin", "system:masters\0"),
-        ("orlop-admin", "system:masters,system:nodes"),
-        ("orlop-admin", ""),
+        ("crossed-admin", "System:Masters"),
+        ("crossed-admin", "system:masters\0"),
+        ("crossed-admin", "system:masters,system:nodes"),
+        ("crossed-admin", ""),
         ("system:node:", NODES),
         ("system:node:never-joined", NODES),
         ("system:node:leaf/../other", NODES),
         ("SYSTEM:NODE:leaf", NODES),
     ] {
         let pair = control.forge(|params| params.distinguished_name = subject(name, group));
-        assert_eq!(
-            list(&control, &pair).await,
-            Err(Some(Code::PermissionDenied)),
-            "{name} {group}"
-        );
+        let caller = match Identity::from_certificate(&pair.certificate) {
+            Identity::Node { name, .. } => format!("node {name}"),
+            _ => format!("stranger {name}"),
+        };
+        let refusals = |method: &'static str| ["call refused".to_owned(), format!("\"{caller}\""), method.to_owned()];
+        let before = log.length();
+        assert_eq!(list(&control, &pair).await, Code::PermissionDenied, "{name} {group}");
+        assert_eq!(log.since(before, &refusals("Objects/List")), 1, "{name} {group}");
         let outcome = session(&control, &pair, hello("leaf")).await;
         let code = outcome.err().map(|status| status.code());
         assert!(
             matches!(code, Some(Code::PermissionDenied | Code::Unauthenticated)),
             "{name} {group}: {code:?}"
         );
+        // A name that no key is bound to is refused by what stands in the greeting.
+        let node = name.strip_prefix("system:node:").unwrap_or(name);
+        let logged = log.since(before, &refusals("NodeLink/Session"))
+            + log.since(before, &["a node gave another's name", &format!("node={node:?}")]);
+        assert_eq!(logged, 1, "{name} {group}");
     }
-    assert!(log.has(&["call refused", "never-joined"]), "refusals are logged");
-    assert_eq!(list(&control, &admin).await, Ok(()));
+    assert_eq!(list(&control, &admin).await, Code::Ok);
     control.stop().await;
 }
 
@@ -421,6 +388,104 @@ async fn a_node_has_nothing_of_anothers() {
     control.stop().await;
 }
 
+#[tokio::test]
+async fn a_node_gives_its_pods_no_address_that_is_anothers() {
+    let log = Log::start();
+    let control = Control::start_with("advertise_address = \"192.0.2.200\"\n").await;
+    let mut admin = ObjectsClient::new(control.unix().await);
+    let token = token(&control, 0, 600).await;
+    let (a, pod) = node(&control, &mut admin, &token, "addr-a").await;
+    let (b, _) = node(&control, &mut admin, &token, "addr-b").await;
+    let uid = pod.meta().expect("metadata").uid.clone();
+    let theirs = session(&control, &b, hello("addr-b")).await.expect("a session");
+    let own = NodeAddress {
+        r#type: "InternalIP".to_owned(),
+        address: "192.0.2.77".to_owned(),
+    };
+    theirs
+        .say(FromNode::Node(orlop_proto::node::v1::NodeReport {
+            sequence: 1,
+            status: Some(NodeStatus {
+                addresses: vec![own],
+                ..NodeStatus::default()
+            }),
+        }))
+        .await;
+    let mut ranges = Vec::new();
+    for name in ["addr-a", "addr-b"] {
+        let Some(Body::Node(node)) = get(&mut admin, "nodes", name).await.body else {
+            panic!("a node")
+        };
+        let range = node.spec.expect("a spec").pod_cidr;
+        ranges.push(range.strip_suffix("0/24").expect("a range").to_owned());
+    }
+    let (inside, beside) = (format!("{}7", ranges[0]), format!("{}7", ranges[1]));
+    // Until the status is written.
+    let mut written = false;
+    while !written {
+        written = match get(&mut admin, "nodes", "addr-b").await.body {
+            Some(Body::Node(node)) => !node.status.unwrap_or_default().addresses.is_empty(),
+            _ => false,
+        };
+    }
+
+    let mut link = session(&control, &a, hello("addr-a")).await.expect("a session");
+    let mut sequence = 0;
+    for (addresses, kept, word) in [
+        (vec![inside.as_str()], vec![inside.as_str()], ""),
+        (vec![&beside], vec![], "nodes/addr-b"),
+        (vec![&inside, "fd00::7"], vec![&inside, "fd00::7"], ""),
+        (vec!["192.0.2.77"], vec![], "nodes/addr-b"),
+        (vec!["10.96.0.1"], vec![], "service_cidr"),
+        (vec!["10.244.255.7"], vec![], "pod_cidr"),
+        (vec!["192.0.2.200"], vec![], "control"),
+        (vec!["127.0.0.1"], vec![], "loopback"),
+        (vec!["169.254.169.254"], vec![], "link-local"),
+        (vec!["224.0.0.1"], vec![], "multicast"),
+        (vec!["0.0.0.0"], vec![], "unspecified"),
+        (vec!["::1"], vec![], "loopback"),
+        (vec!["fe80::1"], vec![], "link-local"),
+        (vec!["::ffff:192.0.2.77"], vec![], "IPv4"),
+        (vec![&beside, &inside], vec![&inside], "nodes/addr-b"),
+        // Other people's address management.
+        (vec!["192.168.7.7"], vec!["192.168.7.7"], ""),
+    ] {
+        let before = log.length();
+        sequence += 1;
+        let status = PodStatus {
+            phase: "Running".to_owned(),
+            pod_ip: addresses[0].to_owned(),
+            pod_ips: addresses.iter().map(|ip| PodIp { ip: (*ip).to_owned() }).collect(),
+            ..PodStatus::default()
+        };
+        link.say(FromNode::Pod(PodReport {
+            sequence,
+            namespace: "default".to_owned(),
+            name: "pod-of-addr-a".to_owned(),
+            uid: uid.clone(),
+            status: Some(status),
+            gone: false,
+        }))
+        .await;
+        link.acknowledged(sequence).await;
+        let Some(Body::Pod(stored)) = get(&mut admin, "pods", "pod-of-addr-a").await.body else {
+            panic!("a pod")
+        };
+        let status = stored.status.expect("a status");
+        let ips: Vec<&str> = status.pod_ips.iter().map(|ip| ip.ip.as_str()).collect();
+        assert_eq!(ips, kept, "{addresses:?}");
+        assert_eq!(
+            status.pod_ip,
+            kept.first().copied().unwrap_or_default(),
+            "{addresses:?}"
+        );
+        assert_eq!(status.phase, "Running", "the rest of the report counts");
+        let logged = log.since(before, &["address of a pod refused", "addr-a", word]);
+        assert_eq!(logged, usize::from(!word.is_empty()), "{addresses:?}");
+    }
+    control.stop().await;
+}
+
 /// Deletion that waits for the node's word.
 async fn remove_gracefully(client: &mut Client, name: &str) {
     let request = orlop_proto::api::v1::DeleteRequest {
@@ -431,23 +496,76 @@ async fn remove_gracefully(client: &mut Client, name: &str) {
     client.delete(request).await.expect("begins");
 }
 
+/// What a node would like to be.
+const GREED: [fn(&mut CertificateParams); 4] = [
+    |wanted| wanted.distinguished_name = subject("system:node:cert-b", NODES),
+    |wanted| wanted.distinguished_name = subject("orlop-admin", "system:masters"),
+    |wanted| wanted.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth],
+    |wanted| {
+        wanted.distinguished_name = subject("system:node:cert-b", "system:masters");
+        wanted.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    },
+];
+
+/// A node's certificate, as far as its name and what it is for.
+fn is_a_nodes(der: &[u8], node: &str) {
+    let (_, certificate) = X509Certificate::from_der(der).expect("a certificate");
+    let subject = certificate.subject();
+    let names: Vec<&str> = subject
+        .iter_common_name()
+        .filter_map(|name| name.as_str().ok())
+        .collect();
+    let groups: Vec<&str> = subject
+        .iter_organization()
+        .filter_map(|name| name.as_str().ok())
+        .collect();
+    assert_eq!((names, groups), (vec![&*format!("system:node:{node}")], vec![NODES]));
+    let constraints = certificate.basic_constraints().expect("one at most");
+    assert!(
+        !constraints.is_some_and(|constraints| constraints.value.ca),
+        "an authority"
+    );
+    let uses = certificate
+        .extended_key_usage()
+        .expect("one at most")
+        .expect("uses")
+        .value;
+    assert!(uses.client_auth && !uses.server_auth && !uses.any, "{uses:?}");
+}
+
 #[tokio::test]
 async fn a_node_gets_no_certificate_but_its_own() {
+    let log = Log::start();
     let control = Control::start().await;
     let mut admin = ObjectsClient::new(control.unix().await);
     let token = token(&control, 0, 600).await;
     let (a, _) = node(&control, &mut admin, &token, "cert-a").await;
     let (_, _) = node(&control, &mut admin, &token, "cert-b").await;
-    // Whatever stands in the request, and it asks for an authority too: the certificate is for the caller's own name.
-    let key = KeyPair::generate().expect("key");
-    let renewed = renew(&control, &a, &key).await.expect("renews");
-    match Identity::from_certificate(&renewed.certificate) {
-        Identity::Node { name, .. } => assert_eq!(&*name, "cert-a"),
-        other => panic!("{other:?}"),
+    // Whatever stands in the request: the certificate is for the caller's own name and group, for clients, and no authority's.
+    let mut key = KeyPair::generate().expect("key");
+    let mut holder = a.clone();
+    for greed in GREED {
+        let mut wanted = CertificateParams::default();
+        greed(&mut wanted);
+        let next = KeyPair::generate().expect("key");
+        let request = wanted.serialize_request(&next).expect("a request").der().to_vec();
+        // Basic constraints (RFC 5280, 4.2.1.9) are really asked for.
+        let has_constraints = request.windows(3).any(|bytes| bytes == [0x55, 0x1d, 0x13]);
+        assert_eq!(has_constraints, wanted.is_ca != IsCa::NoCa);
+        let renewed = renew_by(&control, &holder, request).await.expect("renews");
+        is_a_nodes(&renewed.certificate, "cert-a");
+        holder = pair(&renewed, &next);
+        key = next;
     }
     // With a token, but for a name that has a key.
+    let before = log.length();
     let status = join(&control, &token, "cert-b", &key).await.expect_err("taken");
     assert_eq!(status.code(), Code::AlreadyExists);
+    assert_eq!(
+        log.since(before, &["join refused: the name has another key", "cert-b"]),
+        1
+    );
+    let a = holder;
     // And nothing of the API.
     let mut client = ObjectsClient::new(control.channel(Some(&a)).await.expect("connects"));
     let object = Object {

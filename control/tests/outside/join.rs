@@ -14,7 +14,10 @@ use rustls_pki_types::CertificateDer;
 use sha2::{Digest, Sha256};
 use tonic::{Code, Status};
 
-use crate::harness::{Control, Pair, subject};
+use crate::{
+    harness::{Control, Pair, subject},
+    log::Log,
+};
 
 fn request(key: &KeyPair) -> Vec<u8> {
     CertificateParams::default()
@@ -45,9 +48,14 @@ pub async fn join(control: &Control, token: &str, name: &str, key: &KeyPair) -> 
 }
 
 pub async fn renew(control: &Control, pair: &Pair, key: &KeyPair) -> Result<JoinResponse, Status> {
+    renew_by(control, pair, request(key)).await
+}
+
+/// With a request (PKCS #10) of one's own.
+pub async fn renew_by(control: &Control, pair: &Pair, request: Vec<u8>) -> Result<JoinResponse, Status> {
     let mut client = JoinClient::new(control.channel(Some(pair)).await.expect("connects"));
     let message = RenewRequest {
-        certificate_request: request(key).into(),
+        certificate_request: request.into(),
     };
     client.renew(message).await.map(tonic::Response::into_inner)
 }
@@ -99,6 +107,7 @@ async fn a_machine_joins_and_renews() {
 
 #[tokio::test]
 async fn all_bad_tokens_get_one_answer() {
+    let log = Log::start();
     let control = Control::start().await;
     let good = token(&control, 1, 60).await;
     let mut parts: Vec<&str> = good.split('.').collect();
@@ -127,18 +136,21 @@ async fn all_bad_tokens_get_one_answer() {
 
     let key = KeyPair::generate().expect("key");
     let mut answers = std::collections::BTreeSet::new();
-    for bad in [
-        "",
-        "orlop1.x.y.z",
-        "orlop1./../../x.y.z",
-        &guessed,
-        &unknown,
-        &expired,
-        &used_up,
-        &revoked,
+    for (bad, reason) in [
+        ("", "not written like a token"),
+        ("orlop1.x.y.z", "not written like a token"),
+        ("orlop1./../../x.y.z", "not written like a token"),
+        (&guessed, "wrong secret"),
+        (&unknown, "unknown"),
+        (&expired, "expired"),
+        (&used_up, "used up"),
+        (&revoked, "unknown"),
     ] {
-        let status = join(&control, bad, "n2", &key).await.expect_err(bad);
+        let before = log.length();
+        let status = join(&control, bad, "guesser", &key).await.expect_err(bad);
         assert_eq!(status.code(), Code::Unauthenticated, "{bad}");
+        let logged = log.since(before, &["join refused: token", "guesser", &format!("{reason:?}")]);
+        assert_eq!(logged, 1, "{bad}: the log knows why: {reason}");
         answers.insert(status.message().to_owned());
     }
     assert_eq!(answers.len(), 1, "{answers:?}");

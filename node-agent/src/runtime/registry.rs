@@ -178,6 +178,19 @@ impl ImageSource for Registries {
     }
 }
 
+/// What is told of an answer that is no success; for who checks it from outside.
+#[doc(hidden)]
+pub fn complaint(status: u16, body: &[u8]) -> Option<String> {
+    let status = reqwest::StatusCode::from_u16(status).ok()?;
+    Some(PullError::of_answer(status, body).to_string())
+}
+
+/// Where a `Content-Range` begins, for who checks it from outside.
+#[doc(hidden)]
+pub fn range_begin(text: &str) -> Option<u64> {
+    download::begin_of(text)
+}
+
 /// What is made of an answer to a request for a manifest; for who checks it from outside.
 #[doc(hidden)]
 pub fn check(bytes: &[u8]) -> Result<(), String> {

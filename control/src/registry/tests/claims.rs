@@ -159,6 +159,30 @@ async fn a_range_that_overlaps_anothers_is_refused() {
 }
 
 #[tokio::test]
+async fn a_range_of_ipv6_is_held_by_one_node_only_however_it_is_written() {
+    let world = world().await;
+    let ranged = |name: &str, range: &str| {
+        let mut node = node(name);
+        node.spec.get_or_insert_default().pod_cidr = range.to_owned();
+        node
+    };
+    world.registry.create(ranged("a", "fd44:0:0:1::/64")).await.unwrap();
+    for taken in [
+        "fd44:0:0:1::/64",
+        "FD44::1:0:0:0:0/64",
+        "fd44::/48",
+        "fd44:0:0:1:8000::/65",
+    ] {
+        let error = world.registry.create(ranged("b", taken)).await.unwrap_err();
+        assert!(message(&error).contains("spec.podCIDRs"), "{taken}: {error}");
+    }
+    world.registry.create(ranged("b", "fd44:0:0:2::/64")).await.unwrap();
+    // The lengths of one family are no matter of the other.
+    let first = world.registry.create_node(node("c")).await.unwrap();
+    assert_eq!(first.spec.unwrap().pod_cidr, "10.244.0.0/24");
+}
+
+#[tokio::test]
 async fn ranges_that_overlap_are_never_both_given_to_nodes_that_are_written_at_once() {
     let ranged = |name: &str, range: &str| {
         let mut node = node(name);
@@ -166,16 +190,16 @@ async fn ranges_that_overlap_are_never_both_given_to_nodes_that_are_written_at_o
         node
     };
     for round in 0..8 {
-        let world = world_with(small()).await;
+        let world = world().await;
         let registry = &world.registry;
         if round % 2 == 1 {
             registry.create_node(node("first")).await.unwrap();
         }
         registry.create(node("later")).await.unwrap();
         let (wide, narrow, later, chosen) = tokio::join!(
-            registry.create(ranged("wide", "10.100.0.0/16")),
-            registry.create(ranged("narrow", "10.100.1.0/24")),
-            registry.update(ranged("later", "10.100.2.0/23")),
+            registry.create(ranged("wide", "10.244.128.0/17")),
+            registry.create(ranged("narrow", "10.244.129.0/24")),
+            registry.update(ranged("later", "10.244.130.0/23")),
             registry.create_node(node("chosen")),
         );
         chosen.unwrap();

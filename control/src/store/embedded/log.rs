@@ -110,14 +110,19 @@ pub(super) fn read(shared: &Shared, after: Revision) -> Result<Vec<ChangeSet>, S
         let mut sets = Vec::new();
         for row in log.range(after + 1..)?.take(CHUNK) {
             let (revision, value) = row?;
-            let entry = LogEntry::decode(value.value()).map_err(|error| {
-                let key = Key::internal("log", &revision.value().to_string());
-                StoreError::Damaged {
-                    key,
-                    reason: error.to_string(),
+            let revision = revision.value();
+            match LogEntry::decode(value.value()) {
+                Ok(entry) => sets.push(entry.into_set(revision)),
+                // What comes before it is told first.
+                Err(_) if !sets.is_empty() => break,
+                Err(error) => {
+                    let key = Key::internal("log", &revision.to_string());
+                    let error = StoreError::damaged(&key, error.to_string());
+                    tracing::error!(%error, "a stored change is damaged: it is as forgotten as what is compacted");
+                    let (requested, oldest) = (after, revision);
+                    return Err(StoreError::Compacted { requested, oldest }.into());
                 }
-            })?;
-            sets.push(entry.into_set(revision.value()));
+            }
         }
         Ok(sets)
     })

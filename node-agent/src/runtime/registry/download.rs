@@ -132,7 +132,11 @@ impl Download {
 
 /// Where `Content-Range: bytes FROM-TO/SIZE` begins.
 fn range_begin(answer: &Response) -> Option<u64> {
-    let range = answer.headers().get(CONTENT_RANGE)?.to_str().ok()?;
+    begin_of(answer.headers().get(CONTENT_RANGE)?.to_str().ok()?)
+}
+
+/// [`range_begin`] of the header's text.
+pub(super) fn begin_of(range: &str) -> Option<u64> {
     range
         .trim()
         .strip_prefix("bytes ")?

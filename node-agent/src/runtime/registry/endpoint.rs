@@ -228,14 +228,7 @@ impl Endpoint {
         let bytes = read(answer, MAX_TOKEN)
             .await?
             .ok_or_else(|| bad("its answer is too long"))?;
-        let token: Token = serde_json::from_slice(&bytes).map_err(|error| bad(&error.to_string()))?;
-        match [token.token, token.access_token]
-            .into_iter()
-            .find(|token| !token.is_empty())
-        {
-            Some(token) => Ok(token),
-            None => Err(bad("its answer has no token")),
-        }
+        token_in(&bytes).map_err(|reason| bad(&reason))
     }
 
     /// Why an answer is no success.
@@ -257,6 +250,15 @@ impl Endpoint {
     fn is_own(&self, url: &Url) -> bool {
         url.origin() == self.base.origin()
     }
+}
+
+/// The token in a token service's answer.
+pub fn token_in(answer: &[u8]) -> Result<String, String> {
+    let answer: Token = serde_json::from_slice(answer).map_err(|error| error.to_string())?;
+    let mut tokens = [answer.token, answer.access_token].into_iter();
+    tokens
+        .find(|token| !token.is_empty())
+        .ok_or_else(|| "its answer has no token".to_owned())
 }
 
 /// An answer's body, or `None` if it is longer than `limit` bytes.
