@@ -2,6 +2,7 @@
 
 use std::{
     any::Any,
+    collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Mutex,
     thread,
@@ -61,20 +62,20 @@ pub fn what_differs(expected: &Run, found: &Result<Run, String>) -> Vec<String> 
         Ok(found) => found,
         Err(panic) => return vec![panic.clone()],
     };
-    let only = |these: &Run, others: &Run, sign: &str| -> Vec<String> {
-        let lines = these.normal.iter().filter(|line| !others.normal.contains(line));
-        lines.map(|line| format!("{sign} {line}")).collect()
-    };
-    let mut wrong = found.faults.clone();
-    wrong.extend(only(found, expected, "+"));
-    wrong.extend(only(expected, found, "-"));
-    if wrong.is_empty() && found.normal.len() != expected.normal.len() {
-        wrong.push(format!(
-            "{} things and not {}",
-            found.normal.len(),
-            expected.normal.len()
-        ));
+    // Two things can look the same: how many of each there are counts, too.
+    let mut surplus: BTreeMap<&str, i64> = BTreeMap::new();
+    for line in &found.normal {
+        *surplus.entry(line).or_default() += 1;
     }
+    for line in &expected.normal {
+        *surplus.entry(line).or_default() -= 1;
+    }
+    let mut wrong = found.faults.clone();
+    wrong.extend(surplus.into_iter().filter_map(|(line, count)| match count {
+        0 => None,
+        1.. => Some(format!("+{count} {line}")),
+        _ => Some(format!("{count} {line}")),
+    }));
     wrong
 }
 
@@ -118,4 +119,25 @@ pub fn each_scenario(check: impl Fn(Scenario) -> Vec<String> + Sync) {
 pub fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
     Some(text.parse().unwrap_or_else(|_| panic!("{variable} is not a number")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(normal: &[&str]) -> Run {
+        Run {
+            normal: normal.iter().map(|line| (*line).to_owned()).collect(),
+            faults: Vec::new(),
+            writes: None,
+        }
+    }
+
+    #[test]
+    fn how_many_there_are_of_each_counts() {
+        let expected = run(&["a", "a", "b"]);
+        assert!(what_differs(&expected, &Ok(run(&["a", "a", "b"]))).is_empty());
+        assert_eq!(what_differs(&expected, &Ok(run(&["a", "b", "b"]))), ["-1 a", "+1 b"]);
+        assert_eq!(what_differs(&expected, &Ok(run(&["a", "c"]))), ["-1 a", "-1 b", "+1 c"]);
+    }
 }
