@@ -8,7 +8,10 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use orlop_tests::{
     disk,
-    faults::{campaign::Campaign, plan::Kind},
+    faults::{
+        campaign::{Bars, Campaign},
+        plan::Kind,
+    },
     lab,
     layout::{MAX_CONTROLS, StoreEngine},
     namespaces::{Target, enter, hold},
@@ -173,6 +176,7 @@ fn soak(seed: u64, rounds: u64, store: Option<StoreEngine>, only: &[Kind]) -> Re
     let all = [
         &Kind::PROCESSES[..],
         &Kind::ETCD,
+        &Kind::LONG,
         &Kind::NETWORK,
         &Kind::MACHINES,
         &Kind::DISKS,
@@ -191,6 +195,7 @@ fn soak(seed: u64, rounds: u64, store: Option<StoreEngine>, only: &[Kind]) -> Re
             kinds: kinds.clone(),
             store: engine,
             nodes: 3,
+            bars: Bars::Held,
         };
         campaign.run()?;
     }

@@ -26,6 +26,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 pub use commands::{Request, Response, ServiceStatus, send};
+pub use network::lost;
 
 use crate::{
     cgroup,

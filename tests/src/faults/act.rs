@@ -1,6 +1,8 @@
-//! Acting a planned fault out, and waiting until its end. Makes no choices but that of the pod whose shim is hit: the first.
+//! Acting a planned fault out, and waiting until its end. Makes no choices but that of the pod whose shim is hit: its node's first.
 
+mod halt;
 mod machines;
+mod prey;
 
 use std::{
     fs,
@@ -26,7 +28,6 @@ use super::{
 };
 use crate::{
     lab::{node_is_ready, output, pod_is_ready},
-    layout::Way,
     supervisor::Request,
     workload,
 };
@@ -44,20 +45,18 @@ pub(super) const CONTROL: &str = "control/control";
 impl Vigil<'_> {
     /// Acts a fault out and waits until the lab is well again.
     pub fn suffer(&mut self, fault: &Fault) -> Result<()> {
+        let spared = self.aim(fault).with_context(|| format!("before {fault:?}"))?;
         match fault {
             Fault::Kill(Part::Service(name)) => self.kill_service(name),
-            Fault::Kill(Part::Shim) => self.kill_shim(),
-            Fault::Hang(Part::Service(name), time) => self.hang(std::slice::from_ref(name), *time),
-            Fault::Hang(Part::Shim, time) => self.hang_shim(*time),
-            Fault::Cut(node, way, time) => self.cut(node, *way, |_| {
-                thread::sleep(*time);
-                Ok(())
-            }),
+            Fault::Kill(Part::Shim(node)) => self.kill_shim(node),
+            Fault::Hang(Part::Service(name), time) => self.hang(std::slice::from_ref(name), |_| sleep(*time)),
+            Fault::Hang(Part::Shim(node), time) => self.hang_shim(node, *time),
+            Fault::Cut(node, way, time) => self.cut(node, *way, |_, _| sleep(*time)),
             Fault::CutUntilReplaced(node, way) => {
                 let node = node.clone();
-                self.cut(&node, *way, |vigil| vigil.wait_until_replaced(&node))
+                self.cut(&node, *way, |vigil, since| vigil.wait_until_replaced(&node, since))
             }
-            Fault::LoseQuorum(members, time) => self.hang(members, *time),
+            Fault::LoseQuorum(members, time) => self.lose_quorum(members, *time),
             Fault::Replace(name) if name == CONTROL => self.replace_control(),
             Fault::Replace(name) => self.replace(name),
             Fault::StepClock(service, seconds) => self.step_clock(service, *seconds),
@@ -66,6 +65,7 @@ impl Vigil<'_> {
         }
         .and_then(|()| self.goes_on(fault))
         .and_then(|()| self.settle())
+        .and_then(|()| spared.check(self.lab))
         .with_context(|| format!("after {fault:?}"))
     }
 
@@ -114,24 +114,10 @@ impl Vigil<'_> {
         })
     }
 
-    fn hang(&mut self, names: &[String], time: Duration) -> Result<()> {
-        for name in names {
-            self.lab
-                .request(&Request::Signal(name.clone(), Signal::SIGSTOP as i32))?;
-        }
-        thread::sleep(time);
-        for name in names {
-            self.lab
-                .request(&Request::Signal(name.clone(), Signal::SIGCONT as i32))?;
-        }
-        Ok(())
-    }
-
-    /// A pod that may be hit, and the pid of its shim: the parent of its pause.
-    fn shim(&self) -> Result<(Pod, Pid)> {
-        let pods: Vec<Pod> = self.lab.client.list("default", PREY)?;
-        let pod = pods.into_iter().next().context("a pod that may be hit")?;
-        let pid = self.lab.pod_process(node_of(&pod), pod.uid())?;
+    /// A pod that may be hit on a node, and the pid of its shim: the parent of its pause.
+    fn shim(&mut self, node: &str) -> Result<(Pod, Pid)> {
+        let pod = self.prey_on(node)?;
+        let pid = self.lab.pod_process(node, pod.uid())?;
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
         let parent = status
             .lines()
@@ -146,12 +132,9 @@ impl Vigil<'_> {
         Ok((pod, shim))
     }
 
-    /// That pod alone restarts: it stays the same pod. Of the others `settle` sees to the calm ones.
-    fn kill_shim(&mut self) -> Result<()> {
-        let (pod, shim) = self.shim()?;
-        let others: Vec<Pod> = self.lab.client.list::<Pod>("default", PREY)?;
-        let others: Vec<Pod> = others.into_iter().filter(|other| other.uid() != pod.uid()).collect();
-        let before = processes(self.lab, &others)?;
+    /// That pod alone restarts: it stays the same pod.
+    fn kill_shim(&mut self, node: &str) -> Result<()> {
+        let (pod, shim) = self.shim(node)?;
         let own = processes(self.lab, std::slice::from_ref(&pod))?;
         kill(shim, Signal::SIGKILL)?;
         let since = Instant::now();
@@ -163,44 +146,22 @@ impl Vigil<'_> {
             Ok((anew && pod_is_ready(&now)).then_some(()))
         })?;
         self.measured("the pod of a killed shim ran anew after", since.elapsed(), None);
-        ensure!(
-            processes(self.lab, &others)? == before,
-            "another pod's processes changed"
-        );
         Ok(())
     }
 
-    /// While a shim hangs, its node goes on with all other pods; afterwards its pod is as it was.
-    fn hang_shim(&mut self, time: Duration) -> Result<()> {
-        let (pod, shim) = self.shim()?;
-        let own = processes(self.lab, std::slice::from_ref(&pod))?;
-        kill(shim, Signal::SIGSTOP)?;
-        let started = self.start_probe(node_of(&pod));
-        thread::sleep(time);
-        kill(shim, Signal::SIGCONT)?;
-        let took = started.context("a pod beside one whose shim hangs")?;
+    /// While a shim hangs, its node goes on with all other pods.
+    fn hang_shim(&mut self, node: &str, time: Duration) -> Result<()> {
+        let (_, shim) = self.shim(node)?;
+        let took = self.stopped(&[shim], |vigil| {
+            let started = vigil.start_probe(node);
+            thread::sleep(time);
+            started.context("a pod beside one whose shim hangs")
+        })?;
         self.measured("a pod beside a hung shim was ready after", took, None);
-        self.remove_probe()?;
-        ensure!(
-            processes(self.lab, std::slice::from_ref(&pod))? == own,
-            "the pod whose shim hung was restarted"
-        );
-        Ok(())
+        self.remove_probe()
     }
 
-    fn cut(&mut self, node: &str, way: Option<Way>, meanwhile: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
-        let cable = |up: bool| match way {
-            None => Request::Link(node.to_owned(), up),
-            Some(way) => Request::Lose(node.to_owned(), (!up).then_some(way)),
-        };
-        self.lab.request(&cable(false))?;
-        let outcome = meanwhile(self);
-        self.lab.request(&cable(true))?;
-        outcome
-    }
-
-    fn wait_until_replaced(&mut self, node: &str) -> Result<()> {
-        let since = Instant::now();
+    fn wait_until_replaced(&mut self, node: &str, since: Instant) -> Result<()> {
         self.wait("a node that is cut off is NotReady", |lab| {
             let found: Node = lab.client.get("", node)?.context("the node's object is gone")?;
             Ok((!node_is_ready(&found)).then_some(()))
@@ -241,6 +202,11 @@ impl Vigil<'_> {
             },
         )
     }
+}
+
+fn sleep(time: Duration) -> Result<()> {
+    thread::sleep(time);
+    Ok(())
 }
 
 /// A copy of the agent with another id of its kernel programs.

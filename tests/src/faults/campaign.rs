@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{
     act::CONTROL,
     plan::{self, Kind, Shape},
-    vigil::{RECOVERY, Vigil},
+    vigil::{Figure, RECOVERY, Vigil},
 };
 use crate::{
     disk::FaultyDisk,
@@ -14,6 +14,15 @@ use crate::{
     layout::StoreEngine,
     supervisor::Request,
 };
+
+/// What a time above its bar is: that a dead node is NotReady within 20 s, its pods elsewhere within 60 s.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bars {
+    /// It is printed: the machine is as busy as it likes, as CI's is.
+    Told,
+    /// A violation: the machine is quiet, as a soak's has to be.
+    Held,
+}
 
 /// What to go through.
 #[derive(Debug, Clone)]
@@ -30,6 +39,8 @@ pub struct Campaign {
     pub store: StoreEngine,
     /// How many nodes: 2 or more; with network faults 3 or more, the last one's cable is cut.
     pub nodes: u16,
+    /// Whether times have to be below their bars.
+    pub bars: Bars,
 }
 
 impl Campaign {
@@ -43,6 +54,8 @@ impl Campaign {
             // One pod may be hit in every round: what is measured is not its back-off.
             node_extra: "restart_backoff_ms = 500\nrestart_backoff_max_ms = 1000\n".to_owned(),
             clocks: self.clocks(),
+            // The others run the machine's own, of the 1 series.
+            containerd_2: vec!["node2".to_owned()],
             ..Options::default()
         };
         let lab = Lab::start(&self.name, &options)?;
@@ -102,14 +115,14 @@ impl Campaign {
         if with_etcd {
             sleep_through_a_compaction(&mut vigil)?;
         }
-        for figure in vigil
-            .figures
-            .iter()
-            .filter(|figure| figure.bar.is_some_and(|bar| figure.took > bar))
-        {
-            println!("   above its bar: {figure:?}");
+        let above: Vec<String> = vigil.figures.iter().filter_map(Figure::above_its_bar).collect();
+        for told in &above {
+            println!("   {told}");
         }
-        let violations = vigil.finish()?;
+        let mut violations = vigil.finish()?;
+        if self.bars == Bars::Held {
+            violations.extend(above);
+        }
         if !violations.is_empty() {
             let told: Vec<&str> = violations.iter().take(20).map(String::as_str).collect();
             bail!("{} violations: {}", violations.len(), told.join("; "));

@@ -14,8 +14,8 @@ use crate::{
 pub enum Part {
     /// A supervised service: "control/control", "node1/agent", "node1/containerd", "control/etcd2".
     Service(String),
-    /// The shim of one of the pods that faults may hit.
-    Shim,
+    /// The shim of one of the pods that faults may hit, on this node.
+    Shim(String),
 }
 
 /// What is done to the lab.
@@ -56,9 +56,13 @@ pub enum Kind {
     KillEtcd,
     HangEtcd,
     LoseQuorum,
+    /// As long as nodes and leaders are given up otherwise.
+    LoseQuorumLong,
     ReplaceAgent,
     ReplaceControl,
-    CutBriefly,
+    CutBothWays,
+    CutFromNode,
+    CutToNode,
     CutUntilReplaced,
     StepControlClock,
     StepAgentClock,
@@ -84,8 +88,15 @@ impl Kind {
     ];
     /// What befalls etcd.
     pub const ETCD: [Self; 3] = [Self::KillEtcd, Self::HangEtcd, Self::LoseQuorum];
+    /// What takes too long for CI, and is left to `cargo xtask soak`.
+    pub const LONG: [Self; 1] = [Self::LoseQuorumLong];
     /// What befalls the network.
-    pub const NETWORK: [Self; 2] = [Self::CutBriefly, Self::CutUntilReplaced];
+    pub const NETWORK: [Self; 4] = [
+        Self::CutBothWays,
+        Self::CutFromNode,
+        Self::CutToNode,
+        Self::CutUntilReplaced,
+    ];
     /// What befalls a machine as a whole.
     pub const MACHINES: [Self; 3] = [Self::StepControlClock, Self::StepAgentClock, Self::Reboot];
     /// What befalls the disk under the embedded store.
@@ -103,14 +114,17 @@ pub struct Shape {
     pub etcd: Vec<String>,
 }
 
+/// Longer than a silent node, a leader's claim and a write's deadline last.
+const WITHOUT_QUORUM: Duration = Duration::from_secs(25);
+
 /// One round: each kind once, in an order, on targets and for times that the seed chooses.
 pub fn round(seed: u64, round: u64, shape: &Shape, kinds: &[Kind]) -> Vec<Fault> {
     let mut random = StdRng::seed_from_u64(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(round));
     let mut kinds: Vec<Kind> = kinds.to_vec();
-    let impossible: &[Kind] = if shape.etcd.is_empty() {
-        &Kind::ETCD
+    let impossible = if shape.etcd.is_empty() {
+        [&Kind::ETCD[..], &Kind::LONG].concat()
     } else {
-        &Kind::DISKS
+        Kind::DISKS.to_vec()
     };
     kinds.retain(|kind| !impossible.contains(kind));
     kinds.shuffle(&mut random);
@@ -129,16 +143,12 @@ fn fault(random: &mut StdRng, kind: Kind, shape: &Shape) -> Fault {
         Kind::HangAgent => Fault::Hang(on_node("agent"), brief),
         Kind::KillContainerd => Fault::Kill(on_node("containerd")),
         Kind::HangContainerd => Fault::Hang(on_node("containerd"), brief),
-        Kind::KillShim => Fault::Kill(Part::Shim),
-        Kind::HangShim => Fault::Hang(Part::Shim, brief),
+        Kind::KillShim => Fault::Kill(Part::Shim(node)),
+        Kind::HangShim => Fault::Hang(Part::Shim(node), brief),
         Kind::KillEtcd => Fault::Kill(Part::Service(one_of(random, &shape.etcd))),
         Kind::HangEtcd => Fault::Hang(Part::Service(one_of(random, &shape.etcd)), brief),
-        Kind::LoseQuorum => {
-            let mut members = shape.etcd.clone();
-            members.shuffle(random);
-            members.truncate(members.len().div_ceil(2).max(1));
-            Fault::LoseQuorum(members, brief)
-        }
+        Kind::LoseQuorum => Fault::LoseQuorum(most(random, &shape.etcd), brief),
+        Kind::LoseQuorumLong => Fault::LoseQuorum(most(random, &shape.etcd), WITHOUT_QUORUM),
         Kind::ReplaceAgent => Fault::Replace(format!("{node}/agent")),
         Kind::ReplaceControl => Fault::Replace("control/control".to_owned()),
         Kind::StepControlClock => Fault::StepClock("control/control".to_owned(), step(random)),
@@ -159,7 +169,9 @@ fn fault(random: &mut StdRng, kind: Kind, shape: &Shape) -> Fault {
             },
             brief,
         ),
-        Kind::CutBriefly => Fault::Cut(shape.remote.clone(), way(random), brief),
+        Kind::CutBothWays => Fault::Cut(shape.remote.clone(), None, brief),
+        Kind::CutFromNode => Fault::Cut(shape.remote.clone(), Some(Way::FromMember), brief),
+        Kind::CutToNode => Fault::Cut(shape.remote.clone(), Some(Way::ToMember), brief),
         Kind::CutUntilReplaced => Fault::CutUntilReplaced(shape.remote.clone(), way(random)),
     }
 }
@@ -169,6 +181,14 @@ fn one_of(random: &mut StdRng, names: &[String]) -> String {
         .get(random.random_range(0..names.len().max(1)))
         .cloned()
         .unwrap_or_default()
+}
+
+/// A majority of etcd's members.
+fn most(random: &mut StdRng, members: &[String]) -> Vec<String> {
+    let mut members = members.to_vec();
+    members.shuffle(random);
+    members.truncate(members.len() / 2 + 1);
+    members
 }
 
 /// An hour or a month, ahead or behind.
@@ -211,6 +231,7 @@ mod tests {
         [
             &Kind::PROCESSES[..],
             &Kind::ETCD,
+            &Kind::LONG,
             &Kind::NETWORK,
             &Kind::MACHINES,
             &Kind::DISKS,
@@ -234,16 +255,19 @@ mod tests {
                 all().len() - Kind::DISKS.len(),
                 "etcd's disks are its own"
             );
-            let lost = faults.iter().find_map(|fault| match fault {
-                Fault::LoseQuorum(members, _) => Some(members.clone()),
+            let lost = faults.iter().filter_map(|fault| match fault {
+                Fault::LoseQuorum(members, _) => Some(members.len()),
                 _ => None,
             });
-            assert_eq!(lost.map(|members| members.len()), Some(2), "two of three");
+            assert_eq!(lost.collect::<Vec<_>>(), [2, 2], "two of three");
             let embedded = Shape {
                 etcd: Vec::new(),
                 ..shape()
             };
-            assert_eq!(round(seed, 0, &embedded, &all()).len(), all().len() - Kind::ETCD.len());
+            assert_eq!(
+                round(seed, 0, &embedded, &all()).len(),
+                all().len() - Kind::ETCD.len() - Kind::LONG.len()
+            );
         }
     }
 }

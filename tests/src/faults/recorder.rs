@@ -178,6 +178,27 @@ impl Recorder {
         &self.watchers[2]
     }
 
+    /// A reading of the clock of all writes.
+    pub fn now(&self) -> u64 {
+        self.shared.now()
+    }
+
+    /// Begins one more write of a key of its own, and does not wait for its outcome.
+    pub fn attempt(&self) {
+        let (shared, key) = (self.shared.clone(), format!("attempt-{}", self.shared.now()));
+        let change = Change::Put(key.clone());
+        self.runtime
+            .spawn(async move { writer::write(&shared, key, change, true).await });
+    }
+
+    /// What was begun and acknowledged between two readings of the clock.
+    pub fn acknowledged_within(&self, from: u64, until: u64) -> Vec<Write> {
+        let writes = lock(&self.shared.writes);
+        let within = |write: &&Write| write.begun > from && write.ended < until;
+        let acknowledged = |write: &&Write| matches!(write.outcome, Outcome::Acknowledged(_));
+        writes.iter().filter(within).filter(acknowledged).cloned().collect()
+    }
+
     /// Waits until a write that begins from now on is acknowledged; how long that took.
     pub fn wait_for_writes(&self) -> Result<Duration> {
         let (since, from) = (Instant::now(), self.shared.now());

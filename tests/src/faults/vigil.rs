@@ -41,6 +41,14 @@ pub struct Figure {
     pub bar: Option<Duration>,
 }
 
+impl Figure {
+    /// That it is above its bar, in words; `None` when it is not.
+    pub fn above_its_bar(&self) -> Option<String> {
+        let bar = self.bar.filter(|bar| self.took > *bar)?;
+        Some(format!("above its bar of {bar:?}: {} {:?}", self.what, self.took))
+    }
+}
+
 /// Everything that is watched through one round.
 pub struct Vigil<'lab> {
     pub(super) lab: &'lab Lab,
@@ -179,5 +187,26 @@ impl<'lab> Vigil<'lab> {
         }
         violations.extend(found.iter().map(history::Violation::to_string));
         Ok(violations)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_above_its_bar_is_found() {
+        let figure = |seconds, bar: Option<u64>| Figure {
+            what: "a node was NotReady after".to_owned(),
+            took: Duration::from_secs(seconds),
+            bar: bar.map(Duration::from_secs),
+        };
+        assert_eq!(figure(20, Some(20)).above_its_bar(), None);
+        assert_eq!(figure(900, None).above_its_bar(), None);
+        let told = figure(21, Some(20)).above_its_bar();
+        assert_eq!(
+            told.as_deref(),
+            Some("above its bar of 20s: a node was NotReady after 21s")
+        );
     }
 }

@@ -77,10 +77,23 @@ pub fn lose(members: &Members, member: &str, way: Option<Way>) -> Result<()> {
             Way::ToMember => "egress",
         };
         script += &format!(
-            "table netdev {table} {{\nchain lost {{\ntype filter hook {hook} device \"{port}\" priority 0; policy drop;\n}}\n}}\n"
+            "table netdev {table} {{\nchain lost {{\ntype filter hook {hook} device \"{port}\" priority 0;\ncounter drop\n}}\n}}\n"
         );
     }
     in_network_of(switch, "nft", &[&script]).map(drop)
+}
+
+/// How many packets a member's cable has lost since [`lose`] was called for one way.
+pub fn lost(members: &Members, member: &str) -> Result<u64> {
+    let table = format!("lose-{member}");
+    let told = in_network_of(members.get("switch")?, "nft", &["list", "table", "netdev", &table])?;
+    let mut words = told.split_whitespace().skip_while(|word| *word != "packets").skip(1);
+    let count = words
+        .next()
+        .with_context(|| format!("{table} has no counter: {told}"))?;
+    count
+        .parse()
+        .with_context(|| format!("{count:?} is no count of packets"))
 }
 
 fn in_network_of(member: &Member, program: &str, arguments: &[&str]) -> Result<String> {

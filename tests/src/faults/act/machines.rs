@@ -9,10 +9,9 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use orlop_proto::{Resource, coordination::v1::Lease, core::v1::Pod};
 
-use super::{CONTROL, Vigil};
+use super::{CONTROL, Vigil, prey::prey_of};
 use crate::{
     disk::Troubles,
-    faults::{pods::node_of, vigil::PREY},
     lab::{Lab, pod_is_ready},
     supervisor::Request,
 };
@@ -64,8 +63,8 @@ impl Vigil<'_> {
 
     /// Off and on without control: the node's pods run again, as the same pods, from the ledger alone.
     pub(super) fn reboot(&mut self, node: &str) -> Result<()> {
-        let pods: Vec<Pod> = self.lab.client.list("default", PREY)?;
-        let here: Vec<Pod> = pods.into_iter().filter(|pod| node_of(pod) == node).collect();
+        let here = prey_of(self.lab, node)?;
+        ensure!(!here.is_empty(), "no pod that may be hit is on {node}");
         let starts = self.lab.service(CONTROL)?.starts;
         self.lab.request(&Request::Stop(CONTROL.to_owned()))?;
         let outcome = self.lab.reboot(node).and_then(|()| {
