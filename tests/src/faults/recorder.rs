@@ -188,7 +188,7 @@ impl Recorder {
         let (shared, key) = (self.shared.clone(), format!("attempt-{}", self.shared.now()));
         let change = Change::Put(key.clone());
         self.runtime
-            .spawn(async move { writer::write(&shared, key, change, true).await });
+            .spawn(async move { writer::write(&shared, key, change, Some(0)).await });
     }
 
     /// What was begun and acknowledged between two readings of the clock.
