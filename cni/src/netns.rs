@@ -16,10 +16,8 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::error::{Failure, code};
 
-/// How long another call for the same container may take before an ADD gives up.
-const ADD_PATIENCE: Duration = Duration::from_secs(30);
-/// How long before a DEL goes on without its turn.
-const DEL_PATIENCE: Duration = Duration::from_secs(10);
+/// How long another call for the same container may take, before an ADD gives up and a DEL goes on without its turn.
+const TURN_PATIENCE: Duration = Duration::from_secs(30);
 /// Between two attempts to lock a namespace.
 const TURN_PAUSE: Duration = Duration::from_millis(2);
 
@@ -66,10 +64,10 @@ impl Namespaces {
     /// Waits until no other call wires or unwires this container: a call that fails may otherwise give back the address that another one
     /// has found leased and uses. The turn lasts as long as this lives.
     pub async fn turn(&self) -> Result<(), Failure> {
-        if turn(&self.container, ADD_PATIENCE).await? {
+        if turn(&self.container).await? {
             return Ok(());
         }
-        let seconds = ADD_PATIENCE.as_secs();
+        let seconds = TURN_PATIENCE.as_secs();
         let msg = format!(
             "for {seconds} s the container's network namespace was locked: another call for this container has not ended, \
              or a process in the container holds the lock; end it"
@@ -105,21 +103,21 @@ pub async fn turn_if_there(path: &Path) -> Result<Option<File>, Failure> {
     let Some(container) = opened.ok().filter(is_network_namespace) else {
         return Ok(None);
     };
-    if turn(&container, DEL_PATIENCE).await? {
+    if turn(&container).await? {
         return Ok(Some(container));
     }
     eprintln!(
         "orlop-bridge: {} is locked for {} s, by another call or by a process in it; going on",
         path.display(),
-        DEL_PATIENCE.as_secs()
+        TURN_PATIENCE.as_secs()
     );
     Ok(None)
 }
 
 /// Whether the namespace could be locked in time. The lock is on the namespace itself, so it ends with the process that has it, and
 /// there is no file to be left behind.
-async fn turn(container: &File, patience: Duration) -> Result<bool, Failure> {
-    let deadline = Instant::now() + patience;
+async fn turn(container: &File) -> Result<bool, Failure> {
+    let deadline = Instant::now() + TURN_PATIENCE;
     loop {
         match flock(container, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(true),

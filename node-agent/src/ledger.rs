@@ -91,24 +91,28 @@ pub struct Ledger {
 #[derive(Debug)]
 pub struct Behind {
     path: PathBuf,
-    /// Changes of the maps that were noted.
+    /// Changes of the maps that were announced.
     notes: AtomicU64,
     /// Held over what is done to the file.
     file: Mutex<()>,
 }
 
 impl Behind {
-    /// How often it was noted. Does not wait for the disk.
+    /// How often a change was announced.
     pub fn notes(&self) -> u64 {
         self.notes.load(Ordering::Acquire)
     }
 
-    /// Notes that the maps are about to get what the file lacks. Waits for the disk.
+    /// The maps are about to get what the file lacks: [`Self::write`] comes next. Does not wait for the disk.
+    pub fn announce(&self) {
+        self.notes.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Writes that down. Waits for the disk.
     ///
     /// # Errors
     /// What the disk refuses.
-    pub fn note(&self) -> Result<(), LedgerError> {
-        self.notes.fetch_add(1, Ordering::AcqRel);
+    pub fn write(&self) -> Result<(), LedgerError> {
         let _file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         fs::write(&self.path, []).map_err(|source| self.failed(source))
     }

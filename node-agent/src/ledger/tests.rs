@@ -233,11 +233,15 @@ fn services_that_changed_while_the_file_was_written_are_behind() {
     let (mut ledger, desired, _) = Ledger::open(dir.path()).unwrap();
     let generation = ledger.begin_session().unwrap();
     let (writer, behind) = (ledger.writer(generation).unwrap(), ledger.behind());
-    behind.note().unwrap();
+    behind.announce();
+    behind.write().unwrap();
     let notes = behind.notes();
-    behind.note().unwrap();
+    behind.announce();
     writer.services(&desired.services, notes).unwrap();
-    assert!(ledger.services_are_behind(), "the file has only what was noted first");
+    assert!(
+        ledger.services_are_behind(),
+        "the file has only what was announced first"
+    );
     writer.services(&desired.services, behind.notes()).unwrap();
     assert!(!ledger.services_are_behind());
 }

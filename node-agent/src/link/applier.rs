@@ -12,18 +12,19 @@ mod handle;
 
 use std::{future, sync::Arc, time::Duration};
 
-use orlop_proto::node::v1 as link;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 
+#[doc(hidden)]
+pub use self::batch::told;
 pub(crate) use self::failures::Chain;
 use self::handle::Input;
 pub use self::handle::{Applied, ApplierHandle};
 use self::{
-    batch::{Batch, Orders, Pending},
+    batch::{Batch, Orders},
     disk::{Disk, File, Written},
     failures::{RETRY_MAX, Retry, Unwritten},
 };
@@ -55,11 +56,17 @@ pub struct Applier {
     /// The network has not taken the ranges and routes in force.
     unwired: bool,
     session: u64,
+    /// Control has told this process of all routes: what else the kernel has is to go.
+    told_all: bool,
     /// What this session may write as; `None` while the ledger could not be told that it began.
     generation: Option<Generation>,
     batch: Batch,
     /// The maps are to be made equal to all of `desired.services`.
     resync: bool,
+    /// Since when something could be acknowledged, and is not.
+    unacknowledged: Option<Instant>,
+    /// Nothing new is begun.
+    ending: bool,
     /// When the ledger's file of services, which is behind, is to be written.
     services_due: Option<Instant>,
     /// The same of routes.
@@ -77,9 +84,8 @@ pub struct Applier {
 struct Writing {
     session: u64,
     orders: Orders,
-    /// What is in force then, but for the services.
+    /// What is in force then, but for services and routes.
     next: Desired,
-    routes: bool,
     rewired: bool,
     changed: bool,
 }
@@ -111,8 +117,11 @@ impl Applier {
             network,
             unwired: true,
             session: 0,
+            told_all: false,
             generation: None,
             batch: Batch::default(),
+            unacknowledged: None,
+            ending: false,
             services_due: None,
             routes_due: None,
             routes_written: Instant::now(),
@@ -136,10 +145,7 @@ impl Applier {
             let retry = self.retry.at;
             let rewrite = self.rewrite.at.filter(|_| free);
             let due = self.due().filter(|_| free);
-            let late = self
-                .disk
-                .out_of_patience()
-                .filter(|_| self.reached() != *self.applied.borrow());
+            let late = self.unacknowledged.map(|since| since + disk::PATIENCE);
             let hangs = self.disk.hangs_at().filter(|_| self.unwritten.hangs.is_none());
             tokio::select! {
                 // Cancel-safe: `recv` loses nothing.
@@ -171,15 +177,16 @@ impl Applier {
 
     /// Writes what is behind, after what is being written.
     async fn finish(&mut self) {
-        for _file in 0..2 {
-            self.drain().await;
-            let due = self.due();
-            if due.is_none() || self.generation.is_none() {
-                return;
-            }
-            self.write_behind(due);
-        }
+        self.ending = true;
         self.drain().await;
+        if let Some(generation) = self.generation {
+            for (file, due) in [(File::Services, self.services_due), (File::Routes, self.routes_due)] {
+                if due.is_some() {
+                    self.write_file(file, generation);
+                    self.drain().await;
+                }
+            }
+        }
     }
 
     async fn drain(&mut self) {
@@ -209,7 +216,11 @@ impl Applier {
 
     async fn flush(&mut self) {
         let services = self.flush_services().await;
-        self.write_state();
+        self.take_routes();
+        // What the disk did not take is tried again when it is time, whatever else comes.
+        if self.rewrite.at.is_none() {
+            self.write_state();
+        }
         let wired = self.wire().await;
         self.retry.note(services && wired);
         self.acknowledge();
@@ -218,13 +229,18 @@ impl Applier {
     /// Tells control how far this is. What is being written is waited for, and not for ever: control sends nothing more when too
     /// much is not acknowledged, and services are to go on. Orders that the ledger does not take wait in the batch.
     fn acknowledge(&mut self) {
-        let waits = self.disk.out_of_patience().is_some_and(|late| Instant::now() < late);
-        if waits && (self.writing.is_some() || self.batch.has_orders()) {
+        let reached = self.reached();
+        if reached == *self.applied.borrow() {
+            self.unacknowledged = None;
             return;
         }
-        let reached = self.reached();
-        self.applied
-            .send_if_modified(|last| std::mem::replace(last, reached) != reached);
+        let since = *self.unacknowledged.get_or_insert_with(Instant::now);
+        let waits = self.disk.is_busy() && (self.writing.is_some() || self.batch.has_orders());
+        if waits && since.elapsed() < disk::PATIENCE {
+            return;
+        }
+        self.applied.send_replace(reached);
+        self.unacknowledged = None;
     }
 
     /// What could be acknowledged: a snapshot at its end mark.
@@ -289,17 +305,26 @@ impl Applier {
         }
     }
 
+    /// Puts routes in. They are not waited for: services lead to where they lead.
+    fn take_routes(&mut self) {
+        let (changed, all) = self.batch.take_routes(&mut self.desired.routes);
+        self.unwired |= changed || (all && !self.told_all);
+        self.told_all |= all;
+        if changed {
+            // Each write is of all of them: when they come one after the other, they are gathered.
+            let pause = routes_pause(self.desired.routes.len());
+            self.routes_due.get_or_insert(self.routes_written + pause);
+            self.publish_quietly();
+        }
+    }
+
     /// Gives ranges and routes to the network when they are new, or were not taken.
     async fn wire(&mut self) -> bool {
         let Some(ranges) = self.desired.ranges.clone().filter(|_| self.unwired) else {
             return true;
         };
-        // Until this process has written a state of control's, what it has is the ledger's.
-        let stale = if self.generation.is_some() {
-            Stale::Removed
-        } else {
-            Stale::Kept
-        };
+        // Until control has told of all, what there is is the ledger's, which may lack some.
+        let stale = if self.told_all { Stale::Removed } else { Stale::Kept };
         match self.network.configure(&ranges, &self.desired.routes, stale).await {
             Ok(()) => self.unwired = false,
             Err(error) => {
@@ -316,8 +341,8 @@ impl Applier {
         }
         let mut next = self.desired.clone();
         let orders = self.batch.take_orders();
-        let Pending { pods, routes } = orders.apply(&mut next);
-        let rewired = routes || next.ranges != self.desired.ranges;
+        let pods = orders.apply(&mut next);
+        let rewired = next.ranges != self.desired.ranges;
         let changed = !pods.is_empty() || self.doubtful || rewired || next.complete != self.desired.complete;
         if !changed && self.generation.is_some() {
             // They ask for what is in force.
@@ -328,9 +353,7 @@ impl Applier {
             session: self.session,
             orders,
             next,
-            routes,
-            // What the ledger did not know of goes with the first that control says.
-            rewired: rewired || self.generation.is_none(),
+            rewired,
             changed,
         });
     }
@@ -346,8 +369,13 @@ impl Applier {
                 self.settle_file(file, written);
             }
         }
-        // What failed is tried again later, or with the next order.
-        if self.rewrite.at.is_none() {
+        let due = self.due().filter(|due| *due <= Instant::now());
+        if self.ending {
+            return;
+        } else if due.is_some() {
+            // Orders that come one after the other would keep the files waiting.
+            self.write_behind(due);
+        } else if self.rewrite.at.is_none() {
             self.write_state();
         }
         self.acknowledge();
@@ -365,16 +393,12 @@ impl Applier {
                 }
                 self.unwired |= writing.rewired;
                 // These went on meanwhile.
-                let services = std::mem::take(&mut self.desired.services);
+                let (services, routes) = (&mut self.desired.services, &mut self.desired.routes);
                 self.desired = Desired {
-                    services,
+                    services: std::mem::take(services),
+                    routes: std::mem::take(routes),
                     ..writing.next
                 };
-                if writing.routes {
-                    // Each write is of all of them: when they come one after the other, they are gathered.
-                    let pause = routes_pause(self.desired.routes.len());
-                    self.routes_due.get_or_insert(self.routes_written + pause);
-                }
                 // Before the pods, so that their networks can be made at once.
                 if !self.wire().await {
                     self.retry.note(false);
@@ -425,11 +449,12 @@ impl Applier {
             .send_if_modified(|told| std::mem::replace(told, trouble.clone()) != trouble);
     }
 
-    /// A service's change wakes nobody: containers that start later read it.
+    /// A service's or route's change wakes nobody: containers that start later read it.
     fn publish_quietly(&self) {
         self.publish.send_if_modified(|published| {
             *published = Arc::new(Desired {
                 services: self.desired.services.clone(),
+                routes: self.desired.routes.clone(),
                 ..(**published).clone()
             });
             false
@@ -444,13 +469,15 @@ impl Applier {
             self.routes_due = self.routes_due.and(later);
             return;
         };
-        let file = if self.services_due.is_some() && self.services_due <= at {
-            self.services_due = None;
-            File::Services
-        } else {
-            self.routes_due = None;
-            File::Routes
-        };
+        let services = self.services_due.is_some() && self.services_due <= at;
+        self.write_file(if services { File::Services } else { File::Routes }, generation);
+    }
+
+    fn write_file(&mut self, file: File, generation: Generation) {
+        match file {
+            File::Services => self.services_due = None,
+            File::Routes => self.routes_due = None,
+        }
         self.disk.write_file(file, generation, self.desired.clone());
     }
 }
@@ -466,18 +493,6 @@ async fn until(at: Option<Instant>) {
 fn routes_pause(routes: usize) -> Duration {
     let routes = u32::try_from(routes).unwrap_or(u32::MAX);
     WRITE_BEHIND.max(WRITE_BEHIND_PER_ROUTE.saturating_mul(routes))
-}
-
-/// What a node holds to be so after a session's Welcome and Updates; for who checks it from outside.
-#[doc(hidden)]
-pub fn told(welcome: link::Welcome, updates: impl IntoIterator<Item = link::Update>) -> Desired {
-    let (mut batch, mut desired) = (Batch::begin(Arc::new(welcome)), Desired::default());
-    for update in updates {
-        batch.absorb(update);
-        batch.take_services(&mut desired);
-        batch.take_orders().apply(&mut desired);
-    }
-    desired
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use orlop_proto::{
 use crate::{
     dataplane::ServiceId,
     desired::{
-        Desired,
+        Desired, Routes,
         services::{Name, kept},
     },
 };
@@ -26,6 +26,9 @@ pub(super) struct Batch {
     /// Gathers the snapshot until its end mark.
     snapshot: Option<Snapshot>,
     orders: Orders,
+    /// Routes are all that there are, by a snapshot.
+    all_routes: bool,
+    routes: BTreeMap<Arc<str>, Option<Arc<link::Route>>>,
     /// All services that there are, by a snapshot, in order.
     all_services: Option<Vec<Arc<link::Service>>>,
     /// What came after it.
@@ -36,20 +39,10 @@ pub(super) struct Batch {
 #[derive(Debug, Default)]
 pub(super) struct Orders {
     welcome: Option<Arc<link::Welcome>>,
-    /// Pods and routes are all that there are, by a snapshot: others are to go.
+    /// Pods are all that there are, by a snapshot: others are to go.
     complete: bool,
     /// By uid: the pod, or its removal.
     pods: BTreeMap<String, Option<Arc<Pod>>>,
-    routes: BTreeMap<Arc<str>, Option<Arc<link::Route>>>,
-}
-
-/// What is to be made durable.
-#[derive(Debug)]
-pub(super) struct Pending {
-    /// The uids of pods that differ, or go.
-    pub pods: BTreeSet<String>,
-    /// Whether routes differ.
-    pub routes: bool,
 }
 
 #[derive(Debug, Default)]
@@ -140,6 +133,30 @@ impl Batch {
         (upserts, removals, complete)
     }
 
+    /// Puts routes in, those of a snapshot in place of all others: whether that changed any, and whether a snapshot was among them.
+    pub fn take_routes(&mut self, known: &mut Routes) -> (bool, bool) {
+        let all = std::mem::take(&mut self.all_routes);
+        let routes = std::mem::take(&mut self.routes);
+        let mut changed = false;
+        if all {
+            let gone = known.keys().filter(|node| !routes.contains_key(*node));
+            for node in gone.cloned().collect::<Vec<_>>() {
+                known.remove(&node);
+                changed = true;
+            }
+        }
+        for (node, route) in routes {
+            if known.get(&node) != route.as_ref() {
+                changed = true;
+                match route {
+                    Some(route) => known.insert(node, route),
+                    None => known.remove(&node),
+                };
+            }
+        }
+        (changed, all)
+    }
+
     /// What is to be made durable, to be put back if it could not be.
     pub fn take_orders(&mut self) -> Orders {
         std::mem::take(&mut self.orders)
@@ -148,7 +165,7 @@ impl Batch {
     /// Whether there is something to be made durable.
     pub fn has_orders(&self) -> bool {
         let orders = &self.orders;
-        orders.complete || orders.welcome.is_some() || !orders.pods.is_empty() || !orders.routes.is_empty()
+        orders.complete || orders.welcome.is_some() || !orders.pods.is_empty()
     }
 
     /// Puts back what was taken from this batch; what came since counts.
@@ -157,10 +174,8 @@ impl Batch {
         if later.complete {
             earlier.complete = true;
             earlier.pods = later.pods;
-            earlier.routes = later.routes;
         } else {
             earlier.pods.extend(later.pods);
-            earlier.routes.extend(later.routes);
         }
         earlier.welcome = later.welcome.or(earlier.welcome);
         self.orders = earlier;
@@ -182,10 +197,10 @@ impl Batch {
             }
             Kind::Route(route) => {
                 let name = route.node_name.as_str().into();
-                self.orders.routes.insert(name, Some(Arc::new(route)));
+                self.routes.insert(name, Some(Arc::new(route)));
             }
             Kind::RouteRemoved(node) => {
-                self.orders.routes.insert(node.into(), None);
+                self.routes.insert(node.into(), None);
             }
         }
     }
@@ -193,7 +208,8 @@ impl Batch {
     fn snapshot_ends(&mut self, snapshot: Snapshot) {
         self.orders.complete = true;
         self.orders.pods = named(snapshot.pods);
-        self.orders.routes = named(snapshot.routes);
+        self.all_routes = true;
+        self.routes = named(snapshot.routes);
         let mut services = snapshot.services;
         // Of two records of one name the later counts: it is the first of them now, and stays that.
         services.reverse();
@@ -204,8 +220,8 @@ impl Batch {
 }
 
 impl Orders {
-    /// What is to be written to the ledger. `next` becomes what is in force after that.
-    pub fn apply(&self, next: &mut Desired) -> Pending {
+    /// The uids of pods whose files are to be written to the ledger, or removed. `next` becomes what is in force after that.
+    pub fn apply(&self, next: &mut Desired) -> BTreeSet<String> {
         let mut pods = BTreeSet::new();
         if self.complete {
             pods.extend(next.pods.keys().filter(|uid| !self.pods.contains_key(*uid)).cloned());
@@ -227,30 +243,13 @@ impl Orders {
                 }
             }
         }
-        let mut routes = false;
-        if self.complete {
-            let gone = next.routes.keys().filter(|node| !self.routes.contains_key(*node));
-            for node in gone.cloned().collect::<Vec<_>>() {
-                next.routes.remove(&node);
-                routes = true;
-            }
-        }
-        for (node, route) in &self.routes {
-            if next.routes.get(node) != route.as_ref() {
-                routes = true;
-                match route {
-                    Some(route) => next.routes.insert(Arc::clone(node), Arc::clone(route)),
-                    None => next.routes.remove(node),
-                };
-            }
-        }
         if let Some(welcome) = &self.welcome
             && next.ranges.as_ref() != Some(welcome)
         {
             next.ranges = Some(Arc::clone(welcome));
         }
         next.complete |= self.complete;
-        Pending { pods, routes }
+        pods
     }
 }
 
@@ -307,4 +306,17 @@ fn same_orders(known: &Pod, new: &Pod) -> bool {
         })
     };
     known.spec == new.spec && ended(known) == ended(new) && orders(known) == orders(new)
+}
+
+/// What a node holds to be so after a session's Welcome and Updates; for who checks it from outside.
+#[doc(hidden)]
+pub fn told(welcome: link::Welcome, updates: impl IntoIterator<Item = link::Update>) -> Desired {
+    let (mut batch, mut desired) = (Batch::begin(Arc::new(welcome)), Desired::default());
+    for update in updates {
+        batch.absorb(update);
+        batch.take_services(&mut desired);
+        batch.take_routes(&mut desired.routes);
+        batch.take_orders().apply(&mut desired);
+    }
+    desired
 }

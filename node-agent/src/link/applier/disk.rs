@@ -19,7 +19,7 @@ use crate::{
     memory,
 };
 
-/// A write that takes longer holds up nothing but what waits for it.
+/// Neither acknowledgements nor services wait longer for the disk.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A write that takes longer is told to people.
@@ -69,11 +69,6 @@ impl Disk {
     /// Whether something is being written: nothing else may be begun then.
     pub fn is_busy(&self) -> bool {
         self.job.is_some()
-    }
-
-    /// When what is being written will have taken longer than is waited for.
-    pub fn out_of_patience(&self) -> Option<Instant> {
-        self.job.as_ref().map(|job| job.since + PATIENCE)
     }
 
     /// When what is being written counts as hanging.
@@ -138,7 +133,9 @@ impl Disk {
     /// Notes that the maps are about to get what the services' file lacks. A disk that hangs is not waited for.
     pub async fn note_services_behind(&self) {
         let behind = Arc::clone(&self.behind);
-        let error = match timeout(PATIENCE, spawn_blocking(move || behind.note())).await {
+        // Before a thread has time for it: a write that is under way must not say that the file has caught up.
+        behind.announce();
+        let error = match timeout(PATIENCE, spawn_blocking(move || behind.write())).await {
             Ok(Ok(Ok(()))) => return,
             Ok(Ok(Err(error))) => Chain(&error).to_string(),
             Ok(Err(panicked)) => panicked.to_string(),
