@@ -162,7 +162,8 @@ async fn start(client: &Client, model: &Model, group: &str, kind: &str, sandbox:
         snapshotter: model.record.snapshotter.clone(),
         key: id.clone(),
         parent: model.parent.clone(),
-        ..PrepareSnapshotRequest::default()
+        // No container names it yet: otherwise containerd's collection may take it.
+        labels: [("containerd.io/gc.root".to_owned(), "bench".to_owned())].into(),
     };
     let mounts = client.snapshots().prepare(request(prepare)).await?.into_inner().mounts;
     let record = Container {
