@@ -77,6 +77,28 @@ fn route(node: &str) -> link::change::Change {
     })
 }
 
+fn pod(uid: &str) -> link::change::Change {
+    let mut pod = orlop_proto::core::v1::Pod::default();
+    pod.metadata.get_or_insert_default().uid = uid.to_owned();
+    link::change::Change::Pod(pod)
+}
+
+/// A disk that hangs when a pod's file is written: who opens a FIFO to write waits until somebody reads.
+struct HangingDisk(std::path::PathBuf);
+
+impl HangingDisk {
+    fn of(dir: &Path, uid: &str) -> Self {
+        let path = dir.join(format!("ledger/pods/{uid}.tmp"));
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        Self(path)
+    }
+
+    /// What is read is thrown away: the write fails, and is made again in the file's right place.
+    fn goes_on(self) {
+        std::io::copy(&mut std::fs::File::open(&self.0).unwrap(), &mut std::io::sink()).unwrap();
+    }
+}
+
 fn in_force(host: &Host) -> Vec<String> {
     host.dataplane
         .services()
@@ -191,9 +213,7 @@ async fn services_go_on_while_the_ledger_takes_no_pods() {
     life.update(1, web("old")).await;
     let (pods, away) = (dir.path().join("ledger/pods"), dir.path().join("away"));
     std::fs::rename(&pods, &away).unwrap();
-    let mut pod = orlop_proto::core::v1::Pod::default();
-    pod.metadata.get_or_insert_default().uid = "a".to_owned();
-    life.change(2, link::change::Change::Pod(pod)).await;
+    life.change(2, pod("a")).await;
     // Without acknowledgements control would fall silent after a few more.
     life.update(3, web("new")).await;
     assert_eq!(in_force(&host), ["new"]);
@@ -217,18 +237,13 @@ async fn services_go_on_while_the_disk_hangs() {
     let mut life = Life::begin(dir.path(), &host);
     life.session().await;
     life.update(1, web("old")).await;
-    // Who opens a FIFO to write waits until somebody reads.
-    let hang = dir.path().join("ledger/pods/a.tmp");
-    nix::unistd::mkfifo(&hang, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let mut pod = orlop_proto::core::v1::Pod::default();
-    pod.metadata.get_or_insert_default().uid = "a".to_owned();
-    life.change(2, link::change::Change::Pod(pod.clone())).await;
+    let disk = HangingDisk::of(dir.path(), "a");
+    life.change(2, pod("a")).await;
     // A pod waits behind it; routes and services do not.
     life.change(3, route("n1")).await;
     life.update(4, web("new")).await;
     assert_eq!(in_force(&host), ["new"]);
-    pod.metadata.get_or_insert_default().uid = "b".to_owned();
-    life.change(5, link::change::Change::Pod(pod)).await;
+    life.change(5, pod("b")).await;
     life.update(6, web("newest")).await;
     assert_eq!(in_force(&host), ["newest"]);
     assert!(
@@ -237,8 +252,7 @@ async fn services_go_on_while_the_disk_hangs() {
     );
     assert!(host.network.routes().keys().eq([&Arc::from("n1")]));
 
-    // What is read is thrown away: the write fails, and is made again in the file's right place.
-    std::io::copy(&mut std::fs::File::open(&hang).unwrap(), &mut std::io::sink()).unwrap();
+    disk.goes_on();
     let acted_on = life
         .desired
         .wait_for(|desired| desired.pods.contains_key("a") && desired.pods.contains_key("b"));
@@ -260,13 +274,9 @@ async fn a_session_that_begins_while_the_disk_hangs_sweeps_what_it_does_not_name
     let mut life = Life::begin(dir.path(), &host);
     life.session().await;
     life.update(1, web("old")).await;
-    let hang = dir.path().join("ledger/pods/a.tmp");
-    nix::unistd::mkfifo(&hang, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let mut pod = orlop_proto::core::v1::Pod::default();
-    pod.metadata.get_or_insert_default().uid = "a".to_owned();
-    life.change(2, link::change::Change::Pod(pod.clone())).await;
+    let disk = HangingDisk::of(dir.path(), "a");
+    life.change(2, pod("a")).await;
     // The next session knows of another pod only.
-    pod.metadata.get_or_insert_default().uid = "b".to_owned();
     let welcome = link::Welcome {
         pod_cidrs: vec!["10.244.0.0/24".to_owned()],
         ..Default::default()
@@ -274,9 +284,7 @@ async fn a_session_that_begins_while_the_disk_hangs_sweeps_what_it_does_not_name
     life.handle.welcome(2, welcome).await;
     let update = link::Update {
         version: 1,
-        changes: vec![link::Change {
-            change: Some(link::change::Change::Pod(pod)),
-        }],
+        changes: vec![link::Change { change: Some(pod("b")) }],
         snapshot_end: true,
     };
     life.handle.update(2, update).await;
@@ -285,7 +293,7 @@ async fn a_session_that_begins_while_the_disk_hangs_sweeps_what_it_does_not_name
     let in_time = tokio::time::timeout(Duration::from_secs(60), acknowledged).await;
     in_time.expect("it is acknowledged").unwrap();
     assert!(life.desired.borrow().pods.is_empty());
-    std::io::copy(&mut std::fs::File::open(&hang).unwrap(), &mut std::io::sink()).unwrap();
+    disk.goes_on();
     let only_b = |desired: &Arc<Desired>| desired.pods.keys().eq(["b"]);
     let in_time = tokio::time::timeout(Duration::from_secs(60), life.desired.wait_for(only_b)).await;
     in_time.expect("the orders are acted on").unwrap();
@@ -295,11 +303,6 @@ async fn a_session_that_begins_while_the_disk_hangs_sweeps_what_it_does_not_name
 
 #[test]
 fn orders_that_were_not_written_yield_to_later_ones() {
-    let pod = |uid: &str| {
-        let mut pod = orlop_proto::core::v1::Pod::default();
-        pod.metadata.get_or_insert_default().uid = uid.to_owned();
-        link::change::Change::Pod(pod)
-    };
     let update = |changes: Vec<link::change::Change>, snapshot_end| link::Update {
         version: 1,
         changes: changes
