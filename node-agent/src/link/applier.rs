@@ -369,13 +369,15 @@ impl Applier {
                 self.settle_file(file, written);
             }
         }
-        let due = self.due().filter(|due| *due <= Instant::now());
         if self.ending {
             return;
-        } else if due.is_some() {
+        }
+        let due = self.due().filter(|due| *due <= Instant::now());
+        if due.is_some() {
             // Orders that come one after the other would keep the files waiting.
             self.write_behind(due);
-        } else if self.rewrite.at.is_none() {
+        }
+        if self.rewrite.at.is_none() {
             self.write_state();
         }
         self.acknowledge();

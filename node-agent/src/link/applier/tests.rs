@@ -30,11 +30,22 @@ impl Life {
     }
 
     async fn session(&self) {
-        let welcome = link::Welcome {
-            pod_cidrs: vec!["10.244.0.0/24".to_owned()],
-            ..Default::default()
+        self.handle.welcome(1, welcome()).await;
+    }
+
+    /// Another session, with this and nothing else in its snapshot.
+    async fn next_session(&self, change: link::change::Change) {
+        self.handle.welcome(2, welcome()).await;
+        let update = link::Update {
+            version: 1,
+            changes: vec![link::Change { change: Some(change) }],
+            snapshot_end: true,
         };
-        self.handle.welcome(1, welcome).await;
+        self.handle.update(2, update).await;
+        let mut applied = self.handle.applied();
+        let acknowledged = applied.wait_for(|applied| applied.session == 2 && applied.version == 1);
+        let in_time = tokio::time::timeout(Duration::from_secs(60), acknowledged).await;
+        in_time.expect("it is acknowledged").unwrap();
     }
 
     async fn update(&self, version: u64, service: link::Service) {
@@ -77,18 +88,25 @@ fn route(node: &str) -> link::change::Change {
     })
 }
 
+fn welcome() -> link::Welcome {
+    link::Welcome {
+        pod_cidrs: vec!["10.244.0.0/24".to_owned()],
+        ..link::Welcome::default()
+    }
+}
+
 fn pod(uid: &str) -> link::change::Change {
     let mut pod = orlop_proto::core::v1::Pod::default();
     pod.metadata.get_or_insert_default().uid = uid.to_owned();
     link::change::Change::Pod(pod)
 }
 
-/// A disk that hangs when a pod's file is written: who opens a FIFO to write waits until somebody reads.
+/// A disk that hangs when a file is written: who opens a FIFO to write waits until somebody reads.
 struct HangingDisk(std::path::PathBuf);
 
 impl HangingDisk {
-    fn of(dir: &Path, uid: &str) -> Self {
-        let path = dir.join(format!("ledger/pods/{uid}.tmp"));
+    fn of(dir: &Path, file: &str) -> Self {
+        let path = dir.join(format!("ledger/{file}.tmp"));
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
         Self(path)
     }
@@ -237,7 +255,7 @@ async fn services_go_on_while_the_disk_hangs() {
     let mut life = Life::begin(dir.path(), &host);
     life.session().await;
     life.update(1, web("old")).await;
-    let disk = HangingDisk::of(dir.path(), "a");
+    let disk = HangingDisk::of(dir.path(), "pods/a");
     life.change(2, pod("a")).await;
     // A pod waits behind it; routes and services do not.
     life.change(3, route("n1")).await;
@@ -274,30 +292,34 @@ async fn a_session_that_begins_while_the_disk_hangs_sweeps_what_it_does_not_name
     let mut life = Life::begin(dir.path(), &host);
     life.session().await;
     life.update(1, web("old")).await;
-    let disk = HangingDisk::of(dir.path(), "a");
+    let disk = HangingDisk::of(dir.path(), "pods/a");
     life.change(2, pod("a")).await;
     // The next session knows of another pod only.
-    let welcome = link::Welcome {
-        pod_cidrs: vec!["10.244.0.0/24".to_owned()],
-        ..Default::default()
-    };
-    life.handle.welcome(2, welcome).await;
-    let update = link::Update {
-        version: 1,
-        changes: vec![link::Change { change: Some(pod("b")) }],
-        snapshot_end: true,
-    };
-    life.handle.update(2, update).await;
-    let mut applied = life.handle.applied();
-    let acknowledged = applied.wait_for(|applied| applied.session == 2 && applied.version == 1);
-    let in_time = tokio::time::timeout(Duration::from_secs(60), acknowledged).await;
-    in_time.expect("it is acknowledged").unwrap();
+    life.next_session(pod("b")).await;
     assert!(life.desired.borrow().pods.is_empty());
     disk.goes_on();
     let only_b = |desired: &Arc<Desired>| desired.pods.keys().eq(["b"]);
     let in_time = tokio::time::timeout(Duration::from_secs(60), life.desired.wait_for(only_b)).await;
     in_time.expect("the orders are acted on").unwrap();
     assert!(crate::ledger::files(dir.path()).into_keys().eq(["b"]));
+    life.kill().await;
+}
+
+#[tokio::test]
+async fn a_session_that_begins_while_a_file_is_late_is_written_after_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut life = Life::begin(dir.path(), &Host::default());
+    life.session().await;
+    let disk = HangingDisk::of(dir.path(), "services");
+    life.update(1, web("old")).await;
+    life.change(2, route("n1")).await;
+    // The services' file hangs by then, and the routes' is due.
+    tokio::time::sleep(WRITE_BEHIND * 2).await;
+    life.next_session(pod("b")).await;
+    disk.goes_on();
+    let acted_on = life.desired.wait_for(|desired| desired.pods.contains_key("b"));
+    let in_time = tokio::time::timeout(Duration::from_secs(60), acted_on).await;
+    in_time.expect("the order is acted on").unwrap();
     life.kill().await;
 }
 
