@@ -14,6 +14,7 @@ mod identities;
 mod identity;
 mod join;
 mod log;
+mod nodes;
 mod objects;
 mod patch;
 mod propagation;
