@@ -10,7 +10,6 @@ pub mod kinds;
 pub mod leader;
 pub mod link;
 pub mod manifest;
-pub mod memory;
 pub mod merge;
 pub mod metrics;
 pub mod model;

@@ -1,11 +1,13 @@
 //! `orlop-control`: the control plane's program.
 
+mod allocator;
+
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use hyper_util::rt::TokioIo;
-use orlop_control::{config::Config, memory, panics, run, server};
+use orlop_control::{config::Config, panics, run, server};
 use orlop_proto::cluster::v1::{CreateTokenRequest, RevokeTokenRequest, join_client::JoinClient};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
@@ -63,7 +65,6 @@ fn lifetime(text: &str) -> Result<jiff::SignedDuration, String> {
 }
 
 fn main() -> ExitCode {
-    memory::bound_arenas();
     let arguments = Arguments::parse();
     log_to_stderr(arguments.json);
     panics::end_the_process();
@@ -103,7 +104,6 @@ fn start(arguments: Arguments) -> Result<()> {
 
 async fn serve(config: Config) -> Result<()> {
     raise_file_limit();
-    tokio::spawn(memory::give_back());
     let inherited = server::inherited().context("LISTEN_FDS")?;
     let shutdown = CancellationToken::new();
     let signals = shutdown.clone();

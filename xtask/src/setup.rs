@@ -17,6 +17,7 @@ mod containerd;
 const PACKAGES: &[&str] = &[
     "gcc",
     "g++",
+    "make",
     "libc6-dev",
     "protobuf-compiler",
     "libprotobuf-dev",
