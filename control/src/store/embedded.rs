@@ -202,8 +202,7 @@ impl Drop for EmbeddedStore {
 
 /// Makes the tables and reads the revision.
 fn prepare(database: &Database) -> Result<Revision, redb::Error> {
-    let mut transaction = database.begin_write()?;
-    transaction.set_quick_repair(true);
+    let transaction = database.begin_write()?;
     let revision = {
         transaction.open_table(RECORDS)?;
         transaction.open_table(LOG)?;
@@ -219,7 +218,7 @@ fn prepare(database: &Database) -> Result<Revision, redb::Error> {
 
 /// The key as redb has it.
 fn full(key: &Key) -> String {
-    format!("{}{key}", frame::PREFIX)
+    [frame::PREFIX, key.as_str()].concat()
 }
 
 /// The key without the engine's prefix.

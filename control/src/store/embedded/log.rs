@@ -18,6 +18,13 @@ pub(super) struct LogEntry {
     pub(super) changes: Vec<LogChange>,
 }
 
+/// Of a [`LogEntry`], the time alone.
+#[derive(Clone, PartialEq, prost::Message)]
+struct LogTime {
+    #[prost(uint64, tag = "1")]
+    time: u64,
+}
+
 /// A change to one key; values are framed.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct LogChange {
@@ -67,32 +74,23 @@ pub(super) fn compact(
     let oldest = now().saturating_sub(age);
     let mut bytes = counters.get(LOG_BYTES)?.map_or(0, |guard| guard.value());
     let mut compacted = None;
-    for _ in 0..added + COMPACT_AT_ONCE {
-        let Some((revision, time, size)) = first(log)? else {
-            break;
-        };
+    for row in log.iter()?.take(added + COMPACT_AT_ONCE) {
+        let (revision, value) = row?;
+        let entry = value.value();
+        // One that cannot be read counts as very old.
+        let time = LogTime::decode(entry).map_or(0, |entry| entry.time);
         if bytes <= shared.config.log_bytes && time >= oldest {
             break;
         }
-        log.remove(revision)?;
-        bytes = bytes.saturating_sub(size);
-        compacted = Some(revision);
+        bytes = bytes.saturating_sub(entry.len() as u64);
+        compacted = Some(revision.value());
     }
     if let Some(compacted) = compacted {
+        log.retain_in(..=compacted, |_, _| false)?;
         counters.insert(COMPACTED, compacted)?;
     }
     counters.insert(LOG_BYTES, bytes)?;
     Ok(())
-}
-
-/// Revision, time and size of the oldest entry. One that cannot be read counts as very old.
-fn first(log: &Table<'_, u64, &'static [u8]>) -> Result<Option<(Revision, u64, u64)>, redb::Error> {
-    let Some((revision, value)) = log.first()? else {
-        return Ok(None);
-    };
-    let size = value.value().len() as u64;
-    let time = LogEntry::decode(value.value()).map_or(0, |entry| entry.time);
-    Ok(Some((revision.value(), time, size)))
 }
 
 /// The next changes after a revision, all keys. Empty: there are none.

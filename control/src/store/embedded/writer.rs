@@ -1,7 +1,6 @@
 //! The writer thread: group commit; and what it does when the disk fails.
 
 use std::{
-    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,7 +15,7 @@ use super::{
     group::Gathering,
     log::{self, LogChange, LogEntry},
 };
-use crate::store::{ChangeSet, DiskEffect, Expected, Revision, StoreError, Transaction, Write, frame};
+use crate::store::{ChangeSet, DiskEffect, Expected, Operation, Revision, StoreError, Transaction, Write, frame};
 
 type Reply = oneshot::Sender<Result<Revision, StoreError>>;
 type Records<'a> = Table<'a, &'static str, (u64, &'static [u8])>;
@@ -143,8 +142,9 @@ type Written = (Vec<Result<Revision, StoreError>>, Vec<ChangeSet>);
 fn write(shared: &Shared, transactions: &[Transaction]) -> Result<Written, redb::Error> {
     let database = shared.disk.database().map_err(|_| redb::Error::PreviousIo)?;
     let mut transaction = database.begin_write()?;
+    // One sync. redb's quick repair would make it two and write the allocator's state each time; without it, opening after a crash
+    // reads the whole file once and checks every page (some 2 ms a megabyte, cold).
     transaction.set_durability(Durability::Immediate)?;
-    transaction.set_quick_repair(true);
     let mut results = Vec::with_capacity(transactions.len());
     let mut sets = Vec::new();
     {
@@ -154,11 +154,14 @@ fn write(shared: &Shared, transactions: &[Transaction]) -> Result<Written, redb:
         let mut revision = counters.get(REVISION)?.map_or(0, |guard| guard.value());
         let mut bytes = counters.get(LOG_BYTES)?.map_or(0, |guard| guard.value());
         for one in transactions {
-            if let Some(conflict) = conflict(&records, one)? {
+            let mut operations: Vec<(String, &Operation)> =
+                one.operations.iter().map(|one| (full(&one.key), one)).collect();
+            if let Some(conflict) = conflict(&records, &operations)? {
                 results.push(Err(conflict));
                 continue;
             }
-            let changes = apply(&mut records, one, revision + 1)?;
+            operations.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
+            let changes = apply(&mut records, operations, revision + 1)?;
             if !changes.is_empty() {
                 revision += 1;
                 let entry = LogEntry {
@@ -187,12 +190,12 @@ fn write(shared: &Shared, transactions: &[Transaction]) -> Result<Written, redb:
 }
 
 /// The first condition that does not hold.
-fn conflict(records: &Records<'_>, transaction: &Transaction) -> Result<Option<StoreError>, redb::Error> {
-    for operation in &transaction.operations {
+fn conflict(records: &Records<'_>, operations: &[(String, &Operation)]) -> Result<Option<StoreError>, redb::Error> {
+    for (full, operation) in operations {
         if operation.expected == Expected::Any {
             continue;
         }
-        let found = records.get(full(&operation.key).as_str())?.map(|guard| guard.value().0);
+        let found = records.get(full.as_str())?.map(|guard| guard.value().0);
         let holds = match operation.expected {
             Expected::Absent => found.is_none(),
             Expected::Revision(revision) => found == Some(revision),
@@ -206,20 +209,15 @@ fn conflict(records: &Records<'_>, transaction: &Transaction) -> Result<Option<S
     Ok(None)
 }
 
-/// Writes, and returns what changed in the order of keys.
+/// Writes, and returns what changed in the order of the operations.
 fn apply(
     records: &mut Records<'_>,
-    transaction: &Transaction,
+    operations: Vec<(String, &Operation)>,
     revision: Revision,
 ) -> Result<Vec<LogChange>, redb::Error> {
-    let ordered: BTreeMap<_, _> = transaction
-        .operations
-        .iter()
-        .map(|one| (full(&one.key), &one.write))
-        .collect();
-    let mut changes = Vec::with_capacity(ordered.len());
-    for (key, write) in ordered {
-        match write {
+    let mut changes = Vec::with_capacity(operations.len());
+    for (key, operation) in operations {
+        match &operation.write {
             Write::Check => {}
             Write::Put(value) => {
                 let framed = frame::frame(value);
