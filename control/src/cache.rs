@@ -3,7 +3,7 @@
 //! One task follows the store and owns an index a kind as a persistent map, so that a snapshot costs a pointer. All kinds
 //! come from one watch, so they advance together and a write of any kind moves the revision of all of them.
 //!
-//! Objects are held as the store has them, encoded, and decoded for who asks; only while an event is fresh, when everybody reads it, it is
+//! Objects are held as the store has them, encoded (and packed), and decoded for who asks; only while an event is fresh, when everybody reads it, it is
 //! kept decoded too.
 //!
 //! Each index keeps a bounded window of its last events. Readers of events hold a position in that window instead of a buffer
@@ -14,6 +14,7 @@ mod events;
 mod follower;
 mod held;
 mod index;
+mod packed;
 #[cfg(test)]
 mod tests;
 
@@ -50,6 +51,19 @@ impl ObjectKey {
     /// The key of an object.
     pub fn of<T: Resource>(object: &T) -> Self {
         Self::new(object.namespace(), object.name())
+    }
+
+    /// The same key, which shares what it has in common with the key of a neighbour: thousands of objects are in one namespace.
+    fn beside(mut self, other: Option<&Self>) -> Self {
+        if let Some(other) = other
+            && other.namespace == self.namespace
+        {
+            self.namespace = other.namespace.clone();
+            if other.name == self.name {
+                self.name = other.name.clone();
+            }
+        }
+        self
     }
 }
 
@@ -134,7 +148,7 @@ pub struct CacheConfig {
 impl Default for CacheConfig {
     fn default() -> Self {
         Self {
-            window_events: 8192,
+            window_events: 4096,
             // Who is further behind reads the store's log; a burst of changes is not to be held much longer than it took.
             window_age: Duration::from_secs(30),
             fresh: Duration::from_millis(500),

@@ -317,9 +317,9 @@ fn entries_of<T: Resource>(set: ChangeSet) -> impl Iterator<Item = Arc<Entry<T>>
     set.changes.into_iter().filter_map(move |change| {
         let (key, kept) = match change {
             Change::Put { record, previous } => {
-                let (new, object) = Held::<T>::new(&record.key, &record.value, record.revision)?;
+                let (new, object) = Held::<T>::new(&record.key, &record.value, record.revision, None)?;
                 // The revision of what was there before is not told.
-                let old = previous.and_then(|previous| Held::new(&record.key, &previous, 0));
+                let old = previous.and_then(|previous| Held::new(&record.key, &previous, 0, None));
                 let kept = match old {
                     Some((old, _)) => Kept::Modified { old, new },
                     None => Kept::Added(new),
@@ -327,7 +327,7 @@ fn entries_of<T: Resource>(set: ChangeSet) -> impl Iterator<Item = Arc<Entry<T>>
                 (ObjectKey::of(&*object), kept)
             }
             Change::Delete { key, previous } => {
-                let (old, object) = Held::new(&key, &previous, revision)?;
+                let (old, object) = Held::new(&key, &previous, revision, None)?;
                 (ObjectKey::of(&*object), Kept::Deleted(old))
             }
         };

@@ -1,4 +1,4 @@
-//! Objects as the cache holds them: encoded, as the store has them. A decoded pod takes twelve times as much.
+//! Objects as the cache holds them: encoded, as the store has them, and packed. A decoded pod takes twelve times as much.
 //!
 //! Who asks for an object gets it decoded. One that was written a moment ago is still decoded, since everybody reads it: those who follow,
 //! and who writes it again. One that is asked for again and again (a list that is polled) stays decoded as long as that goes on.
@@ -10,7 +10,10 @@ use std::{
 
 use orlop_proto::Resource;
 
-use super::ObjectKey;
+use super::{
+    ObjectKey,
+    packed::{Packed, Packer},
+};
 use crate::store::{Key, Revision};
 
 /// An object at one revision. Clones share it.
@@ -19,7 +22,7 @@ pub(super) struct Held<T>(Arc<Encoded<T>>);
 
 #[derive(Debug)]
 struct Encoded<T> {
-    value: Box<[u8]>,
+    value: Packed,
     /// 0 when it is not known.
     revision: Revision,
     asked: Mutex<Use<T>>,
@@ -45,8 +48,14 @@ impl<T> Clone for Held<T> {
 }
 
 impl<T: Resource> Held<T> {
-    /// A stored object that is fresh, and what it holds; a damaged one is reported and put aside. The revision is 0 when it is not known.
-    pub(super) fn new(key: &Key, value: &bytes::Bytes, revision: Revision) -> Option<(Self, Arc<T>)> {
+    /// A stored object that is fresh, and what it holds; a damaged one is reported and put aside. The revision is 0 when it is not
+    /// known. Without a packer it is held as it is.
+    pub(super) fn new(
+        key: &Key,
+        value: &bytes::Bytes,
+        revision: Revision,
+        packer: Option<&Packer>,
+    ) -> Option<(Self, Arc<T>)> {
         let object = match crate::registry::decode::<T>(key, value, revision) {
             Ok(object) => Arc::new(versioned(object, revision)),
             Err(error) => {
@@ -55,7 +64,7 @@ impl<T: Resource> Held<T> {
             }
         };
         let encoded = Encoded {
-            value: Box::from(&**value),
+            value: packer.map_or_else(|| Packed::plain(value), |packer| packer.pack(value)),
             revision,
             asked: Mutex::new(Use::Fresh(object.clone())),
         };
@@ -125,7 +134,9 @@ impl<T: Resource> Encoded<T> {
     /// # Panics
     /// Never: it was decoded when it came.
     fn decode(&self) -> Arc<T> {
-        let mut object = T::decode(&*self.value).expect("it was decoded when it came");
+        let mut object = self
+            .value
+            .with(|value| T::decode(value).expect("it was decoded when it came"));
         object.meta_mut().resource_version = self.revision.to_string();
         Arc::new(versioned(object, self.revision))
     }
@@ -236,7 +247,7 @@ mod tests {
         pod.meta_mut().namespace = "default".to_owned();
         pod.meta_mut().name = "a".to_owned();
         let value = Bytes::from(pod.encode_to_vec());
-        let (held, _) = Held::<Pod>::new(&Key::object(&Pod::KIND, "default", "a"), &value, 7).unwrap();
+        let (held, _) = Held::<Pod>::new(&Key::object(&Pod::KIND, "default", "a"), &value, 7, None).unwrap();
         let is_kept = || Arc::ptr_eq(&held.peek(), &held.peek());
         held.sweep();
         held.replaced();

@@ -6,10 +6,10 @@ use std::{
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
-use orlop_proto::Resource;
+use orlop_proto::{Resource, coordination::v1::Lease};
 use tokio::{sync::watch, time::Instant};
 
-use super::{CacheConfig, Entry, ObjectKey, Objects, Snapshot, events::Kept, held::Held};
+use super::{CacheConfig, Entry, ObjectKey, Objects, Snapshot, events::Kept, held::Held, packed::Packer};
 use crate::{
     kinds::{KindVisitor, visit_kind},
     registry::Registered,
@@ -82,6 +82,8 @@ pub(super) trait Feed: Send + Sync {
 pub(super) struct Index<T> {
     state: RwLock<State<T>>,
     changed: watch::Sender<u64>,
+    /// `None` for what is written anew before packing it would have been worth it.
+    packer: Option<Packer>,
     config: CacheConfig,
 }
 
@@ -128,6 +130,7 @@ impl<T: Resource> Index<T> {
         Self {
             state: RwLock::new(state),
             changed: watch::Sender::new(0),
+            packer: (T::KIND != Lease::KIND).then(Packer::default),
             config,
         }
     }
@@ -239,10 +242,14 @@ impl<T: Resource> Index<T> {
 
 impl<T: Resource> Feed for Index<T> {
     fn load(&self, revision: Revision, records: Vec<Record>) {
+        let packer = self.packer.as_ref();
+        let mut before: Option<ObjectKey> = None;
         let held = records.into_iter().filter_map(|record| {
-            let (held, object) = Held::<T>::new(&record.key, &record.value, record.revision)?;
+            let (held, object) = Held::<T>::new(&record.key, &record.value, record.revision, packer)?;
             held.age();
-            Some((ObjectKey::of(&*object), held))
+            let key = ObjectKey::of(&*object).beside(before.as_ref());
+            before = Some(key.clone());
+            Some((key, held))
         });
         let objects = Objects { held: held.collect() };
         let mut state = self.write();
@@ -258,10 +265,11 @@ impl<T: Resource> Feed for Index<T> {
     }
 
     fn apply(&self, changes: Vec<(Revision, Change)>) {
-        // Decoding happens outside of the lock.
+        // Decoding and packing happen outside of the lock.
+        let packer = self.packer.as_ref();
         let decoded: Vec<_> = changes
             .into_iter()
-            .filter_map(|(revision, change)| Step::decode(revision, change))
+            .filter_map(|(revision, change)| Step::decode(revision, change, packer))
             .collect();
         let mut state = self.write();
         for step in decoded {
@@ -285,10 +293,10 @@ enum Step<T> {
 }
 
 impl<T: Resource> Step<T> {
-    fn decode(revision: Revision, change: Change) -> Option<Self> {
+    fn decode(revision: Revision, change: Change, packer: Option<&Packer>) -> Option<Self> {
         match change {
             Change::Put { record, .. } => {
-                let (held, object) = Held::new(&record.key, &record.value, record.revision)?;
+                let (held, object) = Held::new(&record.key, &record.value, record.revision, packer)?;
                 Some(Step::Put(revision, ObjectKey::of(&*object), held))
             }
             Change::Delete { key, .. } => Some(Step::Delete(revision, super::events::object_key(&key)?)),
@@ -311,6 +319,8 @@ impl<T: Resource> State<T> {
     fn apply(&mut self, step: Step<T>) {
         let (revision, entry) = match step {
             Step::Put(revision, key, new) => {
+                let beside = self.objects.held.get_prev(&key).map(|(beside, _)| beside);
+                let key = key.beside(beside);
                 let kept = match self.objects.held.insert(key.clone(), new.clone()) {
                     Some(old) => {
                         old.replaced();

@@ -57,7 +57,7 @@ impl Default for EmbeddedConfig {
         Self {
             log_age: Duration::from_secs(600),
             log_bytes: 64 * 1024 * 1024,
-            cache_bytes: 16 * 1024 * 1024,
+            cache_bytes: 8 * 1024 * 1024,
             bookmark_interval: Duration::from_secs(2),
             reopen_wait: Duration::from_millis(100),
         }
