@@ -60,6 +60,8 @@ const WATCH_CONNECTIONS: usize = 20;
 const PROBES: usize = 500;
 /// Events of the burst of starts are held for 30 s.
 const SETTLE: Duration = Duration::from_secs(35);
+/// After the agents' connections were cut: free pages are given back meanwhile, and no node is declared lost yet.
+const CUT: Duration = Duration::from_secs(20);
 
 pub async fn run(place: Place, options: Options) -> Result<()> {
     let mut report = Report::new("control");
@@ -76,18 +78,12 @@ async fn own(place: &Place, options: &Options, report: &mut Report) -> Result<()
     let control = Control::start(place, "[node]\nmonitor_grace = \"60s\"\nlease_duration = \"90s\"\n").await?;
     tokio::time::sleep(Duration::from_secs(3)).await;
     idle(report, OURS, control.memory()?);
-    let connection = connection_bytes(&control).await?;
-    report.add(Figure::new(
-        "memory of a connection",
-        "TLS and HTTP/2, idle",
-        kilobytes(connection),
-        "kB",
-    ));
+    let idle_connection = idle_connection(&control).await?;
 
     let before = control.cpu_seconds()?;
     let begin = Instant::now();
     let patience = Duration::from_secs(options.patience);
-    let _nodes = fleet::start(place, &control, options.nodes, options.nodes_a_process).await?;
+    let nodes = fleet::start(place, &control, options.nodes, options.nodes_a_process).await?;
     let client = control.connect().await?;
     fleet::wait_for_nodes(&client, options.nodes, patience).await?;
     println!(
@@ -115,12 +111,26 @@ async fn own(place: &Place, options: &Options, report: &mut Report) -> Result<()
         busy * 100.0,
         "% of a core",
     ));
-    let connections = connection * u64::try_from(options.nodes)?;
-    loaded(report, OURS, options, control.memory()?, connections);
+    let memory = control.memory()?;
+    loaded(report, OURS, options, memory);
 
     calls(report, OURS, &change_pods(&control, options).await?);
     watched(report, OURS, options, &watchers(&control, &client, options).await?);
     after(report, OURS, options, control.memory()?);
+
+    tokio::time::sleep(SETTLE).await;
+    let with = control.memory()?.resident;
+    drop(nodes);
+    tokio::time::sleep(CUT).await;
+    let connections = with.saturating_sub(control.memory()?.resident);
+    let of_a_node = connections / u64::try_from(options.nodes.max(1))?;
+    for (name, bytes) in [
+        ("TLS and HTTP/2, idle", idle_connection),
+        ("of an agent, with its session", of_a_node),
+    ] {
+        report.add(Figure::new("memory of a connection", name, kilobytes(bytes), "kB"));
+    }
+    without_connections(report, options, memory, connections);
     Ok(())
 }
 
@@ -155,7 +165,7 @@ async fn peer(place: &Place, options: &Options, report: &mut Report) -> Result<(
         rate(options.pods, begin.elapsed().as_secs_f64())
     );
     tokio::time::sleep(SETTLE).await;
-    loaded(report, KUBERNETES, options, peer.memory()?, 0);
+    loaded(report, KUBERNETES, options, peer.memory()?);
 
     let (api, pods) = (peer.api.clone(), options.pods);
     let until = Until::Time(Duration::from_secs(options.seconds));
@@ -197,16 +207,24 @@ fn idle(report: &mut Report, whose: &str, memory: Memory) {
     report.add(Figure::new(MEMORY, "idle, peak", megabytes(memory.peak), "MB").of(whose));
 }
 
-/// The figures with the bar are without the connections, which have one of their own.
-fn loaded(report: &mut Report, whose: &str, options: &Options, memory: Memory, connections: u64) {
-    let name = sizes(options);
-    for (name, bytes) in [(name.clone(), memory.resident), (format!("{name}, peak"), memory.peak)] {
-        report.add(Figure::new(MEMORY, &name, megabytes(bytes), "MB").of(whose));
-        if whose == OURS {
-            let without = megabytes(bytes.saturating_sub(connections));
-            report.add(Figure::new(MEMORY, format!("{name}, without connections"), without, "MB").below(150.0));
-        }
+fn loaded(report: &mut Report, whose: &str, options: &Options, memory: Memory) {
+    for (name, bytes) in at_load(options, memory) {
+        report.add(Figure::new(MEMORY, name, megabytes(bytes), "MB").of(whose));
     }
+}
+
+/// The figures with the bar: the peer has no connections of nodes either.
+fn without_connections(report: &mut Report, options: &Options, memory: Memory, connections: u64) {
+    for (name, bytes) in at_load(options, memory) {
+        let without = megabytes(bytes.saturating_sub(connections));
+        report.add(Figure::new(MEMORY, format!("{name}, without connections"), without, "MB").below(150.0));
+    }
+}
+
+fn at_load(options: &Options, memory: Memory) -> [(String, u64); 2] {
+    let name = sizes(options);
+    let peak = format!("{name}, peak");
+    [(name, memory.resident), (peak, memory.peak)]
 }
 
 fn calls(report: &mut Report, whose: &str, load: &Load) {
@@ -231,8 +249,8 @@ fn after(report: &mut Report, whose: &str, options: &Options, memory: Memory) {
     report.add(Figure::new(MEMORY, name, megabytes(memory.resident), "MB").of(whose));
 }
 
-/// What an idle connection with its TLS and HTTP/2 state takes.
-async fn connection_bytes(control: &Control) -> Result<u64> {
+/// What a connection takes that nothing went through yet.
+async fn idle_connection(control: &Control) -> Result<u64> {
     // The first ones make room that later ones find.
     let _warm = control.connections(PROBES).await?;
     let before = control.memory()?.resident;
