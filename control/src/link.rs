@@ -13,6 +13,7 @@ mod board;
 mod codec;
 mod events;
 mod hub;
+mod lease;
 mod mailbox;
 mod pending;
 mod reports;

@@ -5,6 +5,8 @@
 
 #[path = "dataplane/lifecycle.rs"]
 mod lifecycle;
+#[path = "dataplane/maps.rs"]
+mod maps;
 #[path = "dataplane/metrics.rs"]
 mod metrics;
 #[path = "dataplane/sockets.rs"]

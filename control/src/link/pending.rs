@@ -115,6 +115,11 @@ impl Pending {
         if let Some(subject) = self.writes.next().await {
             self.writing.remove(&subject);
             self.start();
+            if self.writing.is_empty() {
+                // Nothing waits either. Not even room is kept: there are thousands of these, nearly always empty.
+                self.waiting = IndexMap::new();
+                self.writing = HashMap::new();
+            }
         }
     }
 

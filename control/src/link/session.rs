@@ -28,9 +28,10 @@ use super::{
     codec::{Frames, Outgoing, message},
     events::EventWriter,
     hub::Opening,
+    lease::LeaseWriter,
     mailbox::PodChange,
     pending::Pending,
-    reports::{LeaseWriter, ReportWriter, ready},
+    reports::{ReportWriter, ready},
 };
 use crate::{
     panics,

@@ -23,9 +23,10 @@ use tonic::{Code, Status};
 use super::{
     codec::{Outgoing, message},
     events::EventWriter,
+    lease::LeaseWriter,
     mailbox::PodChange,
     pending::Pending,
-    reports::{LeaseWriter, ReportWriter},
+    reports::ReportWriter,
     session::{self, Receiver},
     *,
 };

@@ -74,14 +74,36 @@ async fn is_served(control: &Control) {
         .expect("others are served");
 }
 
-#[tokio::test]
-async fn lengths_and_encodings_that_lie() {
-    let control = Control::start().await;
-    let admin = control.admin().await;
+/// A body: what it is, its `grpc-encoding`, its bytes, and what they are answered with.
+type Lie = (&'static str, Option<&'static str>, Vec<u8>, Code);
+
+/// For a method that takes messages of `limit` bytes at most, in which `no_text` is a string that is none.
+fn lies(limit: u32, no_text: &[u8]) -> [Lie; 8] {
     // Some hundred bytes that would become a megabyte, as gzip does it.
     let bomb: &[u8] = &[
         0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3, 0xed, 0xc1, 1, 1, 0, 0, 0, 0x80, 0x90, 0xfe,
     ];
+    [
+        ("4 GiB", None, prefixed(0, u32::MAX, b""), Code::OutOfRange),
+        (
+            "a limit and a byte",
+            None,
+            prefixed(0, limit + 1, b""),
+            Code::OutOfRange,
+        ),
+        ("another flag", None, whole(2, b"x"), Code::Internal),
+        ("compressed by nothing", None, whole(1, bomb), Code::Internal),
+        ("a bomb", Some("gzip"), whole(1, bomb), Code::Unimplemented),
+        ("an unknown encoding", Some("x"), whole(1, bomb), Code::Unimplemented),
+        ("garbage", None, whole(0, &[0xff; 64]), Code::Internal),
+        ("bytes that are no text", None, whole(0, no_text), Code::Internal),
+    ]
+}
+
+#[tokio::test]
+async fn lengths_and_encodings_that_lie() {
+    let control = Control::start().await;
+    let admin = control.admin().await;
     for path in [
         LIST,
         APPLY,
@@ -91,26 +113,7 @@ async fn lengths_and_encodings_that_lie() {
         "/orlop.cluster.v1.Join/CreateToken",
         "/grpc.health.v1.Health/Check",
     ] {
-        for (what, encoding, body, expected) in [
-            ("4 GiB", None, prefixed(0, u32::MAX, b""), Code::OutOfRange),
-            (
-                "a limit and a byte",
-                None,
-                prefixed(0, (64 << 20) + 1, b""),
-                Code::OutOfRange,
-            ),
-            ("another flag", None, whole(2, b"x"), Code::Internal),
-            ("compressed by nothing", None, whole(1, bomb), Code::Internal),
-            ("a bomb", Some("gzip"), whole(1, bomb), Code::Unimplemented),
-            ("an unknown encoding", Some("x"), whole(1, bomb), Code::Unimplemented),
-            ("garbage", None, whole(0, &[0xff; 64]), Code::Internal),
-            (
-                "bytes that are no text",
-                None,
-                whole(0, b"\x0a\x02\xff\xfe"),
-                Code::Internal,
-            ),
-        ] {
+        for (what, encoding, body, expected) in lies(64 << 20, b"\x0a\x02\xff\xfe") {
             let status = raw(&admin, path, encoding, body).await;
             assert_eq!(status.code(), expected, "{path}: {what}: {status:?}");
         }
@@ -123,29 +126,15 @@ async fn lengths_and_encodings_that_lie() {
         .await
         .expect("joins");
     let node = control.channel(Some(&pair(&joined, &key))).await.expect("connects");
-    for (what, encoding, body, expected) in [
-        ("4 GiB", None, prefixed(0, u32::MAX, b""), Code::OutOfRange),
-        (
-            "a limit and a byte",
-            None,
-            prefixed(0, (4 << 20) + 1, b""),
-            Code::OutOfRange,
-        ),
-        ("another flag", None, whole(2, b"x"), Code::Internal),
-        ("compressed by nothing", None, whole(1, bomb), Code::Internal),
-        ("a bomb", Some("gzip"), whole(1, bomb), Code::Unimplemented),
-        ("an unknown encoding", Some("x"), whole(1, bomb), Code::Unimplemented),
-        ("garbage", None, whole(0, &[0xff; 64]), Code::Internal),
-        (
-            "bytes that are no text",
-            None,
-            whole(0, b"\x0a\x04\x0a\x02\xff\xfe"),
-            Code::Internal,
-        ),
+    let of_a_session = [
         ("nothing", None, Vec::new(), Code::InvalidArgument),
         ("no greeting", None, whole(0, b""), Code::InvalidArgument),
         ("cut off", None, prefixed(0, 100, b"less"), Code::Internal),
-    ] {
+    ];
+    let bodies = lies(4 << 20, b"\x0a\x04\x0a\x02\xff\xfe")
+        .into_iter()
+        .chain(of_a_session);
+    for (what, encoding, body, expected) in bodies {
         let status = raw(&node, SESSION, encoding, body).await;
         assert_eq!(status.code(), expected, "{SESSION}: {what}: {status:?}");
     }
