@@ -31,7 +31,7 @@ use tonic::{Request, Response, Status};
 
 pub use describe::error_details;
 pub use errors::{BadRequest, ErrorInfo, FieldViolation, RpcStatus};
-pub use raw::{RawObjects, RawWatchEvent};
+pub use raw::{RawObjectList, RawObjects, RawWatchEvent};
 
 use crate::{
     cache::{Cache, ObjectKey},
@@ -55,7 +55,8 @@ impl ObjectsService {
         Self { registry, shutdown }
     }
 
-    /// The service for the routes: [`Watch`](objects_server::Objects::watch) sends each event's one encoding to all watchers.
+    /// The service for the routes: [`Watch`](objects_server::Objects::watch) sends each event's one encoding to all watchers,
+    /// and [`List`](objects_server::Objects::list) never has all objects decoded.
     /// Messages are bounded by `message_bytes`, those of Apply by `manifest_bytes`.
     pub fn into_server(self, message_bytes: usize, manifest_bytes: usize) -> RawObjects {
         RawObjects::new(self, message_bytes, manifest_bytes)
@@ -72,6 +73,11 @@ impl ObjectsService {
             Ok(false) => Err(Status::unavailable("the watch cache is behind the store; try again")),
             Err(error) => Err(errors::of_store(&error)),
         }
+    }
+
+    /// A list as it goes over the wire.
+    async fn raw_list(&self, request: ListRequest) -> Result<RawObjectList, Status> {
+        list::list(self, request).await
     }
 
     /// A watch as it goes over the wire.
@@ -111,7 +117,8 @@ impl objects_server::Objects for ObjectsService {
     }
 
     async fn list(&self, request: Request<ListRequest>) -> Result<Response<ObjectList>, Status> {
-        list::list(self, request.into_inner()).await.map(Response::new)
+        let list = self.raw_list(request.into_inner()).await?;
+        list.decode().map(Response::new)
     }
 
     type WatchStream = Answers<orlop_proto::api::v1::WatchEvent>;

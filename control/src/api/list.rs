@@ -3,16 +3,18 @@
 use std::{ops::Bound, sync::Arc};
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use bytes::Bytes;
 use futures::future::BoxFuture;
-use orlop_proto::{
-    ResourceKind,
-    api::v1::{ListRequest, ObjectList},
-};
+use orlop_proto::{ResourceKind, api::v1::ListRequest};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tonic::Status;
 
-use super::{ObjectsService, errors, kind_of, select::Selection};
+use super::{
+    ObjectsService, errors, kind_of,
+    raw::{RawObjectList, encode},
+    select::Selection,
+};
 use crate::{
     cache::{ObjectKey, Snapshot},
     kinds::{KindVisitor, visit_kind},
@@ -47,7 +49,7 @@ impl Continue {
 }
 
 /// Lists a kind.
-pub(super) async fn list(service: &ObjectsService, request: ListRequest) -> Result<ObjectList, Status> {
+pub(super) async fn list(service: &ObjectsService, request: ListRequest) -> Result<RawObjectList, Status> {
     let kind = kind_of(&request.resource)?;
     let selection = Selection::parse(
         &kind,
@@ -102,7 +104,7 @@ struct Page {
 }
 
 impl KindVisitor for Page {
-    type Output = BoxFuture<'static, Result<ObjectList, Status>>;
+    type Output = BoxFuture<'static, Result<RawObjectList, Status>>;
 
     fn visit<T: Registered>(self) -> Self::Output {
         Box::pin(async move { self.read::<T>() })
@@ -110,7 +112,7 @@ impl KindVisitor for Page {
 }
 
 impl Page {
-    fn read<T: Registered>(self) -> Result<ObjectList, Status> {
+    fn read<T: Registered>(self) -> Result<RawObjectList, Status> {
         let reader = self.service.cache().reader::<T>();
         let snapshot = match &self.begin {
             None | Some(Continue { revision: 0, .. }) => reader.snapshot(),
@@ -119,10 +121,11 @@ impl Page {
                 None => return Err(self.expired(begin)),
             },
         };
-        let (objects, last) = self.select(&snapshot);
-        let mut answer = ObjectList {
+        let (items, last) = self.select(&snapshot);
+        let mut answer = RawObjectList {
             resource_version: snapshot.revision.to_string(),
-            ..ObjectList::default()
+            items,
+            ..RawObjectList::default()
         };
         if let Some(last) = last {
             reader.keep(&snapshot);
@@ -134,10 +137,6 @@ impl Page {
             };
             answer.r#continue = next.to_text();
         }
-        answer.items = objects
-            .into_iter()
-            .map(|object| Arc::unwrap_or_clone(object).into_object())
-            .collect();
         Ok(answer)
     }
 
@@ -157,27 +156,27 @@ impl Page {
         errors::expired_list(message, self.service.cache().revision(), on.to_text())
     }
 
-    /// The page's objects, and the last one's key when there are more.
-    fn select<T: Registered>(&self, snapshot: &Snapshot<T>) -> (Vec<Arc<T>>, Option<ObjectKey>) {
+    /// The page's objects, each encoded before the next one is decoded, and the last one's key when there are more.
+    fn select<T: Registered>(&self, snapshot: &Snapshot<T>) -> (Vec<Bytes>, Option<ObjectKey>) {
         let namespace = self.selection.namespace();
         let start = match &self.begin {
             Some(begin) => Bound::Excluded(ObjectKey::new(&begin.namespace, &begin.name)),
             None => Bound::Included(ObjectKey::new(namespace, "")),
         };
-        let mut objects: Vec<Arc<T>> = Vec::new();
+        let mut items = Vec::new();
         let mut last = None;
         let inside = snapshot
             .objects
             .range((start, Bound::Unbounded))
             .take_while(|(key, _)| namespace.is_empty() || &*key.namespace == namespace);
         for (key, object) in inside.filter(|(_, object)| self.selection.matches(&**object)) {
-            if self.limit > 0 && objects.len() == self.limit {
-                return (objects, last);
+            if self.limit > 0 && items.len() == self.limit {
+                return (items, last);
             }
-            objects.push(object);
+            items.push(encode(Arc::unwrap_or_clone(object)));
             last = Some(key.clone());
         }
-        (objects, None)
+        (items, None)
     }
 }
 

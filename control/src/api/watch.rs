@@ -9,12 +9,11 @@ use std::{ops::Bound, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures::{StreamExt, future::BoxFuture, stream, stream::BoxStream};
 use orlop_proto::{Resource, ResourceKind, api::v1::WatchRequest};
-use prost::Message;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::{ObjectsService, RawWatchEvent, errors, select::Selection};
+use super::{ObjectsService, RawWatchEvent, errors, raw::encode, select::Selection};
 use crate::{
     cache::{Entry, Event, EventStream, ObjectKey, Snapshot},
     kinds::{KindVisitor, visit_kind},
@@ -210,10 +209,6 @@ impl<T: Registered> Watcher<T> {
             },
         }
     }
-}
-
-fn encode<T: Resource>(object: T) -> Bytes {
-    object.into_object().encode_to_vec().into()
 }
 
 fn event(kind: &str, object: Bytes, resource_version: String) -> RawWatchEvent {
