@@ -3,8 +3,8 @@
 //! One task follows the store and owns an index a kind as a persistent map, so that a snapshot costs a pointer. All kinds
 //! come from one watch, so they advance together and a write of any kind moves the revision of all of them.
 //!
-//! Objects are held as the store has them, encoded (and packed), and decoded for who asks; only while an event is fresh, when everybody reads it, it is
-//! kept decoded too.
+//! Objects are held as the store has them, encoded (and packed), and decoded for who asks; only while an event is fresh, when
+//! everybody reads it, it is kept decoded too.
 //!
 //! Each index keeps a bounded window of its last events. Readers of events hold a position in that window instead of a buffer
 //! of their own: a thousand watchers share one copy of an event, one encoding of its object, and one bound on memory. Who falls
@@ -335,5 +335,25 @@ impl<T: Resource> Reader<T> {
     pub fn snapshot_at(&self, revision: Revision) -> Option<Snapshot<T>> {
         let progress = *self.shared.progress.borrow();
         self.index.snapshot_at(revision, progress)
+    }
+}
+
+#[cfg(test)]
+mod keys {
+    use super::*;
+
+    #[test]
+    fn neighbours_share_what_they_have_in_common() {
+        let first = ObjectKey::new("default", "a");
+        let same = ObjectKey::new("default", "a").beside(Some(&first));
+        assert!(Arc::ptr_eq(&same.namespace, &first.namespace) && Arc::ptr_eq(&same.name, &first.name));
+        let second = ObjectKey::new("default", "b").beside(Some(&first));
+        assert_eq!(second, ObjectKey::new("default", "b"));
+        assert!(Arc::ptr_eq(&second.namespace, &first.namespace));
+        assert_eq!(
+            ObjectKey::new("shop", "a").beside(Some(&first)),
+            ObjectKey::new("shop", "a")
+        );
+        assert_eq!(ObjectKey::new("shop", "a").beside(None), ObjectKey::new("shop", "a"));
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use lz4_flex::block::{compress_prepend_size_with_dict, decompress_size_prepended_with_dict};
 
-/// Bytes of a dictionary. Each packing reads all of it.
+/// Bytes of a dictionary, at least. Each packing reads all of it.
 const DICTIONARY: usize = 4096;
 /// Bytes that one value gives to it, at most.
 const SAMPLE: usize = 768;
@@ -46,7 +46,8 @@ impl Packer {
         let mut samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
         samples.extend_from_slice(&value[..value.len().min(SAMPLE)]);
         if samples.len() >= DICTIONARY {
-            let samples = std::mem::take(&mut *samples);
+            let mut samples = std::mem::take(&mut *samples);
+            samples.shrink_to_fit();
             self.dictionary.get_or_init(|| Arc::new(samples));
         }
     }

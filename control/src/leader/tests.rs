@@ -171,7 +171,7 @@ async fn a_leader_that_is_lost_is_replaced_and_cannot_write_any_more() {
 async fn a_leader_that_stops_leaves_and_one_that_begins_again_takes_up_its_own() {
     let etcd = etcd::bench().await;
     let first = replica(&etcd, "first").await;
-    first.leads().await;
+    until("it writes", || !first.writers.lock().unwrap().is_empty()).await;
     let registry = first.registry.clone();
     let stale = first.writers.lock().unwrap().pop().unwrap();
     first.stop().await;

@@ -202,7 +202,8 @@ impl Drop for EmbeddedStore {
 
 /// Makes the tables and reads the revision.
 fn prepare(database: &Database) -> Result<Revision, redb::Error> {
-    let transaction = database.begin_write()?;
+    let mut transaction = database.begin_write()?;
+    transaction.set_quick_repair(true);
     let revision = {
         transaction.open_table(RECORDS)?;
         transaction.open_table(LOG)?;
@@ -221,7 +222,6 @@ fn full(key: &Key) -> String {
     [frame::PREFIX, key.as_str()].concat()
 }
 
-/// The key without the engine's prefix.
 /// What a row of the log says, for who checks it from outside.
 #[doc(hidden)]
 pub fn logged(row: &[u8], revision: Revision) -> Option<ChangeSet> {
@@ -229,6 +229,7 @@ pub fn logged(row: &[u8], revision: Revision) -> Option<ChangeSet> {
     Some(log::LogEntry::decode(row).ok()?.into_set(revision))
 }
 
+/// The key without the engine's prefix.
 fn short(full: &str) -> Key {
     Key::from_text(full.strip_prefix(frame::PREFIX).unwrap_or(full))
 }

@@ -1,5 +1,6 @@
 //! Control from outside: real servers with the embedded store, and with etcd, on TLS and on a unix socket.
 
+mod allocator;
 mod apply;
 mod bounds;
 mod compacted;

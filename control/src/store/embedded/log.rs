@@ -77,7 +77,7 @@ pub(super) fn compact(
     for row in log.iter()?.take(added + COMPACT_AT_ONCE) {
         let (revision, value) = row?;
         let entry = value.value();
-        // One that cannot be read counts as very old.
+        // One whose time cannot be read counts as very old.
         let time = LogTime::decode(entry).map_or(0, |entry| entry.time);
         if bytes <= shared.config.log_bytes && time >= oldest {
             break;

@@ -79,6 +79,7 @@ async fn own(place: &Place, options: &Options, report: &mut Report) -> Result<()
     tokio::time::sleep(Duration::from_secs(3)).await;
     idle(report, OURS, control.memory()?);
     let idle_connection = idle_connection(&control).await?;
+    of_a_connection(report, "TLS and HTTP/2, idle", idle_connection);
 
     let before = control.cpu_seconds()?;
     let begin = Instant::now();
@@ -123,14 +124,9 @@ async fn own(place: &Place, options: &Options, report: &mut Report) -> Result<()
     drop(nodes);
     tokio::time::sleep(CUT).await;
     let connections = with.saturating_sub(control.memory()?.resident);
-    let of_a_node = connections / u64::try_from(options.nodes.max(1))?;
-    for (name, bytes) in [
-        ("TLS and HTTP/2, idle", idle_connection),
-        ("of an agent, with its session", of_a_node),
-    ] {
-        report.add(Figure::new("memory of a connection", name, kilobytes(bytes), "kB"));
-    }
-    without_connections(report, options, memory, connections);
+    let nodes = u64::try_from(options.nodes.max(1))?;
+    of_a_connection(report, "of an agent, with its session", connections / nodes);
+    without_connections(report, options, memory, connections, idle_connection * nodes);
     Ok(())
 }
 
@@ -213,12 +209,20 @@ fn loaded(report: &mut Report, whose: &str, options: &Options, memory: Memory) {
     }
 }
 
-/// The figures with the bar: the peer has no connections of nodes either.
-fn without_connections(report: &mut Report, options: &Options, memory: Memory, connections: u64) {
+/// The figures with the bar are without what goes when the agents are cut off: the peer's nodes have neither connections nor
+/// sessions. Without the connections alone, as they are before anything went through them, is told as well.
+fn without_connections(report: &mut Report, options: &Options, memory: Memory, connections: u64, idle: u64) {
     for (name, bytes) in at_load(options, memory) {
-        let without = megabytes(bytes.saturating_sub(connections));
-        report.add(Figure::new(MEMORY, format!("{name}, without connections"), without, "MB").below(150.0));
+        let without = |less: u64| megabytes(bytes.saturating_sub(less));
+        let of_nodes = format!("{name}, without the agents' connections and sessions");
+        report.add(Figure::new(MEMORY, of_nodes, without(connections), "MB").below(150.0));
+        let of_idle = format!("{name}, without as many idle connections");
+        report.add(Figure::new(MEMORY, of_idle, without(idle), "MB"));
     }
+}
+
+fn of_a_connection(report: &mut Report, name: &str, bytes: u64) {
+    report.add(Figure::new("memory of a connection", name, kilobytes(bytes), "kB"));
 }
 
 fn at_load(options: &Options, memory: Memory) -> [(String, u64); 2] {
