@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::store::{
-    Expected, Transaction, Write,
+    Expected, Key, Listing, Record, Revision, Store, StoreError, Transaction, Watch, Write,
     embedded::{EmbeddedConfig, EmbeddedStore},
 };
 

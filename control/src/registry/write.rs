@@ -40,6 +40,14 @@ pub(super) enum Part {
     Status,
 }
 
+/// Where an object that is to be changed was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Read {
+    /// It may be old.
+    Cached,
+    Stored,
+}
+
 /// The store key of an object.
 pub(super) fn store_key<T: Registered>(key: &ObjectKey) -> Key {
     Key::object(&T::KIND, &key.namespace, &key.name)
@@ -247,33 +255,48 @@ impl Registry {
         T: Registered,
         F: FnMut(&mut T) -> bool + Send,
     {
-        let cached = self.cache.reader::<T>().get(&key.namespace, &key.name);
-        let old = match cached {
-            Some(cached) => T::clone(&cached),
-            None => self.read(key).await?,
-        };
-        self.change_from(old, part, &mut change).await
+        match self.cache.reader::<T>().get(&key.namespace, &key.name) {
+            Some(cached) => {
+                self.change_from(T::clone(&cached), Read::Cached, part, &mut change)
+                    .await
+            }
+            None => {
+                let old = self.read(key).await?;
+                self.change_from(old, Read::Stored, part, &mut change).await
+            }
+        }
     }
 
-    /// `old` is what to begin with; when that is out of date, what the store has.
+    /// `old` is what to begin with; when that is out of date, what the store has. That nothing is to be changed is only believed of
+    /// what the store has: what is cached may lack a write of a moment ago, even the caller's own, which this one takes back.
     async fn change_from<T: Registered>(
         &self,
         mut old: T,
+        mut read: Read,
         part: Part,
         change: &mut (dyn FnMut(&mut T) -> bool + Send),
     ) -> Result<T, RegistryError> {
         let key = &ObjectKey::of(&old);
-        for attempt in 0..ATTEMPTS {
-            step_aside(attempt).await;
+        let mut attempt = 0;
+        while attempt < ATTEMPTS {
             let mut given = old.clone();
-            if !change(&mut given) {
-                return Ok(old);
+            let wanted = if change(&mut given) {
+                Some(merged(&old, given, part)?).filter(|new| is_done(new) || new != &old)
+            } else {
+                None
+            };
+            match (wanted, read) {
+                (None, Read::Stored) => return Ok(old),
+                (None, Read::Cached) => {}
+                (Some(new), _) => {
+                    if let Some(stored) = self.put(&old, new).await? {
+                        return Ok(stored);
+                    }
+                    attempt += 1;
+                    step_aside(attempt).await;
+                }
             }
-            let new = merged(&old, given, part)?;
-            if let Some(stored) = self.put(&old, new).await? {
-                return Ok(stored);
-            }
-            old = self.read(key).await?;
+            (old, read) = (self.read(key).await?, Read::Stored);
         }
         Err(conflict::<T>(key, "others kept writing it"))
     }
@@ -296,7 +319,7 @@ impl Registry {
             }
             object.meta().finalizers.len() != before
         };
-        match self.change_from(old, Part::Spec, &mut without).await {
+        match self.change_from(old, Read::Stored, Part::Spec, &mut without).await {
             Err(error) if !error.is_not_found() => Err(error),
             _ => Ok(()),
         }

@@ -262,3 +262,54 @@ async fn bootstrap_is_idempotent() {
             .unwrap();
     }
 }
+
+/// A store whose watches tell nothing: a cache over it stays as it is.
+struct Silent(Arc<dyn Store>);
+
+#[async_trait::async_trait]
+impl Store for Silent {
+    async fn get(&self, key: &Key) -> Result<Option<Record>, StoreError> {
+        self.0.get(key).await
+    }
+    async fn list(&self, prefix: &str) -> Result<Listing, StoreError> {
+        self.0.list(prefix).await
+    }
+    async fn commit(&self, transaction: Transaction) -> Result<Revision, StoreError> {
+        self.0.commit(transaction).await
+    }
+    async fn watch(&self, _prefix: &str, _after: Revision) -> Result<Watch, StoreError> {
+        Ok(Box::pin(futures::stream::pending()))
+    }
+    async fn revision(&self) -> Result<Revision, StoreError> {
+        self.0.revision().await
+    }
+}
+
+#[tokio::test]
+async fn what_was_just_written_can_be_taken_back_before_the_cache_has_it() {
+    let world = world().await;
+    world.registry.create(pod("a")).await.unwrap();
+    let store = Arc::clone(world.registry.store());
+    let cache = Cache::start(Arc::new(Silent(Arc::clone(&store)))).await;
+    let behind = Registry::new(store, cache, RegistryConfig::default());
+    let say = |phase: &'static str| {
+        move |pod: &mut Pod| {
+            let status = pod.status.get_or_insert_default();
+            let differs = status.phase != phase;
+            phase.clone_into(&mut status.phase);
+            differs
+        }
+    };
+    // As a node that is started again says it of its pods: not yet, and then as it was.
+    for phase in ["Running", "Pending", "Running"] {
+        let written = behind.modify_status(&key("a"), say(phase)).await.unwrap();
+        assert_eq!(written.status.unwrap().phase, phase);
+        let stored: Pod = world.registry.get(&key("a")).await.unwrap();
+        assert_eq!(stored.status.unwrap().phase, phase);
+    }
+    // One that says nothing new writes nothing.
+    let before = world.revision().await;
+    behind.modify_status(&key("a"), say("Running")).await.unwrap();
+    behind.modify_status(&key("a"), |_: &mut Pod| true).await.unwrap();
+    assert_eq!(world.revision().await, before);
+}
