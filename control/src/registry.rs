@@ -14,6 +14,7 @@ pub mod codec;
 mod delete;
 mod dynamic;
 mod error;
+mod generated;
 mod kinds;
 mod leadership;
 mod pods;
@@ -38,10 +39,10 @@ use crate::{
 pub(crate) use codec::decode;
 pub use delete::{DeleteOptions, FOREGROUND, ORPHAN, Preconditions, Propagation};
 pub use error::{FieldError, RegistryError};
+pub(crate) use generated::generated_prefix;
 pub use kinds::Registered;
 pub use leadership::Term;
 pub use pods::Binding;
-pub(crate) use write::generated_prefix;
 
 /// The ranges that the registry gives addresses from.
 #[derive(Debug, Clone)]

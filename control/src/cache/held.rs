@@ -1,4 +1,4 @@
-//! Objects as the cache holds them: encoded, as the store has them, and packed. A decoded pod takes twelve times as much.
+//! Objects as the cache holds them: encoded, as the store has them, and packed. A decoded pod takes twelve times its encoding.
 //!
 //! Who asks for an object gets it decoded. One that was written a moment ago is still decoded, since everybody reads it: those who follow,
 //! and who writes it again. One that is asked for again and again (a list that is polled) stays decoded as long as that goes on.

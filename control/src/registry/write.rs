@@ -7,9 +7,11 @@ use std::{
 
 use orlop_proto::{Resource as _, core::v1::Namespace};
 use prost_types::Timestamp;
-use rand::Rng as _;
 
-use super::{FieldError, Registered, Registry, RegistryError, claims::Chosen, codec::encode, kinds::same_spec};
+use super::{
+    FieldError, Registered, Registry, RegistryError, claims::Chosen, codec::encode, generated::generate_name,
+    kinds::same_spec,
+};
 use crate::{
     cache::ObjectKey,
     store::{Expected, Key, Operation, Revision, StoreError, Transaction, Write},
@@ -28,10 +30,6 @@ pub(super) async fn step_aside(attempt: usize) {
         tokio::time::sleep(Duration::from_millis(rand::random_range(0..=longest))).await;
     }
 }
-/// What generated names end in: Kubernetes' letters, which make no words.
-const SUFFIX: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
-const SUFFIX_LENGTH: usize = 5;
-const GENERATED_LENGTH: usize = 63;
 
 /// Which half of an object a write replaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -423,20 +421,6 @@ fn begin<T: Registered>(object: &mut T) -> Result<bool, RegistryError> {
     meta.deletion_grace_period_seconds = None;
     meta.generation = i64::from(T::GENERATIONS);
     Ok(generated)
-}
-
-fn generate_name(prefix: &str) -> String {
-    let mut random = rand::rng();
-    let suffix = (0..SUFFIX_LENGTH).map(|_| char::from(SUFFIX[random.random_range(0..SUFFIX.len())]));
-    generated_prefix(prefix).chars().chain(suffix).collect()
-}
-
-/// What every name that is generated from `prefix` begins with: a long one is cut.
-pub(crate) fn generated_prefix(prefix: &str) -> &str {
-    match prefix.char_indices().nth(GENERATED_LENGTH - SUFFIX_LENGTH) {
-        Some((end, _)) => &prefix[..end],
-        None => prefix,
-    }
 }
 
 /// The object to write: one half of `given`, everything else of `old`.

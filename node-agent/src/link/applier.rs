@@ -10,7 +10,7 @@ mod disk;
 mod failures;
 mod handle;
 
-use std::{future, sync::Arc, time::Duration};
+use std::{future, sync::Arc};
 
 use tokio::{
     sync::{mpsc, watch},
@@ -25,7 +25,7 @@ use self::handle::Input;
 pub use self::handle::{Applied, ApplierHandle};
 use self::{
     batch::{Batch, Orders},
-    disk::{Disk, File, Written},
+    disk::{Disk, File, WRITE_BEHIND, Written, routes_pause},
     failures::{RETRY_MAX, Retry, Unwritten},
 };
 use crate::{
@@ -34,11 +34,6 @@ use crate::{
     ledger::{Generation, Ledger},
     network::{Network, Stale},
 };
-
-/// Services, and routes, are written to the ledger at most this often.
-const WRITE_BEHIND: Duration = Duration::from_secs(3);
-/// Many routes are written more seldom: each write is of all of them, and while a large cluster comes up they change all the time.
-const WRITE_BEHIND_PER_ROUTE: Duration = Duration::from_millis(5);
 
 /// The task's state.
 pub struct Applier {
@@ -489,12 +484,6 @@ async fn until(at: Option<Instant>) {
         Some(at) => sleep_until(at).await,
         None => future::pending().await,
     }
-}
-
-/// How long after a write of so many routes, at the least, the next one is.
-fn routes_pause(routes: usize) -> Duration {
-    let routes = u32::try_from(routes).unwrap_or(u32::MAX);
-    WRITE_BEHIND.max(WRITE_BEHIND_PER_ROUTE.saturating_mul(routes))
 }
 
 #[cfg(test)]

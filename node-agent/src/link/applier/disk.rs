@@ -25,6 +25,17 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 /// A write that takes longer is told to people.
 pub(super) const HANGS: Duration = Duration::from_secs(30);
 
+/// Services, and routes, are written to the ledger at most this often.
+pub(super) const WRITE_BEHIND: Duration = Duration::from_secs(3);
+/// Many routes are written more seldom: each write is of all of them, and while a large cluster comes up they change all the time.
+const WRITE_BEHIND_PER_ROUTE: Duration = Duration::from_millis(5);
+
+/// How long after a write of so many routes, at the least, the next one is.
+pub(super) fn routes_pause(routes: usize) -> Duration {
+    let routes = u32::try_from(routes).unwrap_or(u32::MAX);
+    WRITE_BEHIND.max(WRITE_BEHIND_PER_ROUTE.saturating_mul(routes))
+}
+
 /// What a file that is written behind what is in force holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum File {

@@ -1,6 +1,6 @@
 //! What a restarted agent does with the services and routes that its ledger and the kernel hold.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use orlop_proto::node::v1 as link;
 
