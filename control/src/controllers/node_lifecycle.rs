@@ -5,6 +5,7 @@
 
 mod act;
 mod evict;
+mod marks;
 mod monitor;
 mod plan;
 mod ready;

@@ -260,7 +260,7 @@ async fn a_lost_nodes_pods_run_elsewhere_and_it_may_return() {
 async fn a_node_that_was_silent_for_a_moment_keeps_its_pods() {
     let mut config = World::config();
     config.lifecycle.eviction_delay = Duration::from_secs(600);
-    let world = World::start_with(config).await;
+    let mut world = World::start_with(config).await;
     for node in ["n1", "n2"] {
         world.node(node).await;
     }
@@ -273,11 +273,26 @@ async fn a_node_that_was_silent_for_a_moment_keeps_its_pods() {
     world
         .until("one is in doubt", |world| world.running("web").len() == 1)
         .await;
+    let is_marked = |pod: &Pod| pods::condition(pod, "Ready").is_some_and(|ready| ready.reason == "NodeNotHeardOf");
+    let marked = world.pods().into_iter().find(|pod| is_marked(pod));
+    let key = ObjectKey::of(&*marked.expect("says why"));
+    // Somebody writes the pod meanwhile, and somebody else leads.
+    let touch = |pod: &mut Pod| {
+        pod.meta_mut().labels.insert("touched".into(), "yes".into());
+        true
+    };
+    let touched: Pod = world.registry.modify(&key, touch).await.unwrap();
+    world.change_leader();
+    // Several looks: who has just begun to look has not heard of the node either.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let looked_at: Pod = world.registry.get(&key).await.unwrap();
+    assert_eq!(looked_at.meta().resource_version, touched.meta().resource_version);
     world.heal("n2");
     // The node says nothing of its pods: for it nothing has changed.
     world
         .until("it is not any more", |world| world.running("web").len() == 2)
         .await;
+    assert!(!world.pods().iter().any(|pod| is_marked(pod)));
     let after: Vec<String> = world.pods().iter().map(|pod| pod.uid().to_owned()).collect();
     assert_eq!(before, after);
 }

@@ -17,7 +17,8 @@ use tokio::time::Instant;
 
 use super::{
     Disruption, EvictionLimiter, Evictions, LifecycleConfig, Monitor,
-    plan::{evicts, is_ready, plan_conditions, plan_taints},
+    marks::Marks,
+    plan::{evicts, is_ready, is_unknown, plan_conditions, plan_taints},
 };
 use crate::{
     cache::{ObjectKey, Reader},
@@ -30,7 +31,7 @@ use crate::{
 /// The namespace of the nodes' leases.
 const LEASES: &str = "kube-node-lease";
 /// Writes under way at once.
-const WRITES: usize = 32;
+pub(super) const WRITES: usize = 32;
 /// How long the store may take to say its revision before our view counts as stale.
 const FRESH_WITHIN: Duration = Duration::from_secs(1);
 
@@ -45,14 +46,7 @@ pub(super) struct Lifecycle {
     monitor: Monitor,
     limiter: EvictionLimiter,
     evictions: Evictions,
-    /// Pods that we have marked as not ready: where, on which node, and the version that this made.
-    marked: HashMap<String, Marked>,
-}
-
-struct Marked {
-    key: ObjectKey,
-    node: String,
-    version: String,
+    marks: Marks,
 }
 
 impl Lifecycle {
@@ -65,7 +59,7 @@ impl Lifecycle {
             monitor: Monitor::new(config.period.max(FRESH_WITHIN)),
             limiter: EvictionLimiter::default(),
             evictions: Evictions::default(),
-            marked: HashMap::new(),
+            marks: Marks::default(),
             registry,
             recorder,
             config,
@@ -101,14 +95,15 @@ impl Lifecycle {
         nodes.sort_unstable_by(|one, other| one.name().cmp(other.name()));
         self.write_conditions(&mut nodes, &silent).await;
         self.write_taints(&mut nodes, all.objects.len(), now).await;
-        self.restore_ready(&silent).await;
+        // Who was silent before we led is so until it speaks.
+        let is_heard = |name: &str| !silent.contains(name) && all.peek("", name).is_some_and(|node| !is_unknown(&node));
+        let pods = self.pods.snapshot();
+        self.marks.look(&self.registry, &pods.objects, &silent, is_heard).await;
         let evicting = nodes.iter().any(|node| has_no_execute(node));
         if silent.is_empty() && !evicting {
             self.evictions = Evictions::default();
             return;
         }
-        let pods = self.pods.snapshot();
-        self.mark_not_ready(pods.objects.peek(), &silent).await;
         let by_name: HashMap<&str, &Node> = nodes
             .iter()
             .filter(|node| has_no_execute(node))
@@ -212,43 +207,6 @@ impl Lifecycle {
         }
     }
 
-    /// Nobody is to be sent to pods that cannot be seen.
-    async fn mark_not_ready(&mut self, all: impl Iterator<Item = Arc<Pod>>, silent: &HashSet<String>) {
-        let doubtful: Vec<Arc<Pod>> = all
-            .filter(|pod| silent.contains(pods::node_name(pod)) && pods::is_ready(pod))
-            .collect();
-        let registry = &self.registry;
-        let writes = stream::iter(doubtful).map(|pod| async move {
-            let written = set_ready(registry, &ObjectKey::of(&*pod), &pod.meta().resource_version, false).await;
-            (pod, written)
-        });
-        let written: Vec<_> = writes.buffer_unordered(WRITES).collect().await;
-        for (pod, version) in written {
-            if let Some(version) = version {
-                let marked = Marked {
-                    key: ObjectKey::of(&*pod),
-                    node: pods::node_name(&pod).to_owned(),
-                    version,
-                };
-                self.marked.insert(pod.uid().to_owned(), marked);
-            }
-        }
-    }
-
-    /// A node that is heard of again has said nothing new of its pods when it was cut off for a moment only: our mark goes. Whatever it
-    /// has said made another version, and stays.
-    async fn restore_ready(&mut self, silent: &HashSet<String>) {
-        let (lost, back): (HashMap<_, _>, HashMap<_, _>) = std::mem::take(&mut self.marked)
-            .into_iter()
-            .partition(|(_, marked)| silent.contains(&marked.node));
-        self.marked = lost;
-        let registry = &self.registry;
-        let writes = stream::iter(back.into_values()).for_each_concurrent(WRITES, |marked| async move {
-            set_ready(registry, &marked.key, &marked.version, true).await;
-        });
-        writes.await;
-    }
-
     async fn evict(&self, pod: Arc<Pod>) {
         let key = ObjectKey::of(&*pod);
         let options = DeleteOptions {
@@ -279,35 +237,4 @@ fn has_no_execute(node: &Node) -> bool {
         .iter()
         .flat_map(|spec| &spec.taints)
         .any(|taint| taint.effect == NO_EXECUTE)
-}
-
-/// Sets condition Ready of a pod whose version is this one. Gives the version that this made.
-async fn set_ready(registry: &Registry, key: &ObjectKey, version: &str, ready: bool) -> Option<String> {
-    let (from, to) = if ready { ("False", "True") } else { ("True", "False") };
-    let mut changed = false;
-    let written = registry
-        .modify_status(key, |pod: &mut Pod| {
-            changed = false;
-            // A status that the node reports meanwhile makes another version and stays.
-            if pod.meta().resource_version != version {
-                return false;
-            }
-            let conditions = pod.status.iter_mut().flat_map(|status| &mut status.conditions);
-            for condition in conditions.filter(|one| one.r#type == "Ready" && one.status == from) {
-                condition.status = to.to_owned();
-                condition.last_transition_time = Some(time::now_seconds());
-                changed = true;
-            }
-            changed
-        })
-        .await;
-    match written {
-        Ok(pod) => changed.then(|| pod.meta().resource_version.clone()),
-        Err(error) => {
-            if !error.is_not_found() {
-                tracing::warn!(pod = %key, %error, "condition Ready could not be written");
-            }
-            None
-        }
-    }
 }

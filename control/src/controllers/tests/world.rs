@@ -36,7 +36,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(super) struct World {
     pub(super) registry: Registry,
+    config: ControllerConfig,
     cancel: CancellationToken,
+    /// The controllers' and the scheduler's.
+    term: CancellationToken,
     cut: Arc<Mutex<Vec<String>>>,
     _folder: tempfile::TempDir,
 }
@@ -61,15 +64,29 @@ impl World {
         let registry = Registry::new(store, cache, RegistryConfig::default());
         registry.ensure_bootstrap().await.unwrap();
         let cancel = CancellationToken::new();
-        let recorder = Recorder::start(registry.clone(), cancel.clone());
-        controllers::spawn(&registry, &recorder, &config, &cancel);
-        scheduler::spawn(registry.clone(), recorder, cancel.clone());
-        Self {
+        let world = Self {
             registry,
+            config,
+            term: cancel.child_token(),
             cancel,
             cut: Arc::default(),
             _folder: folder,
-        }
+        };
+        world.lead();
+        world
+    }
+
+    fn lead(&self) {
+        let recorder = Recorder::start(self.registry.clone(), self.term.clone());
+        controllers::spawn(&self.registry, &recorder, &self.config, &self.term);
+        scheduler::spawn(self.registry.clone(), recorder, self.term.clone());
+    }
+
+    /// Another leads from now on, who remembers nothing.
+    pub(super) fn change_leader(&mut self) {
+        self.term.cancel();
+        self.term = self.cancel.child_token();
+        self.lead();
     }
 
     pub(super) fn cache(&self) -> &Cache {
