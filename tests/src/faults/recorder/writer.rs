@@ -1,6 +1,9 @@
 //! Writers: each has its own keys, and all have one that they replace as they read it. Each value is written once.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use orlop_proto::{
     Resource,
@@ -20,6 +23,9 @@ const KEYS: usize = 3;
 const CONTENDED: &str = "contended";
 /// Between two writes of one writer, and between what it reads and what it makes of it.
 const PAUSE: Duration = Duration::from_millis(40);
+/// Who is to change the contended key waits for the next multiple of this, in milliseconds: left to chance, a short run had nobody who
+/// came too late.
+const MEETING: u64 = 200;
 
 /// Writes until it is stopped.
 pub async fn run(shared: Arc<Shared>, stop: CancellationToken, index: usize, seed: u64) {
@@ -57,8 +63,11 @@ pub async fn run(shared: Arc<Shared>, stop: CancellationToken, index: usize, see
     }
 }
 
-/// Reads the key that all change, and a while later replaces what it was.
+/// Reads the key that all change, at the same time as others do, and a while later replaces what it was.
 async fn contend(shared: &Shared, value: String) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let late = u64::from(now.subsec_millis()) % MEETING;
+    tokio::time::sleep(Duration::from_millis(MEETING - late)).await;
     let read = shared.get(CONTENDED).await;
     tokio::time::sleep(PAUSE).await;
     if let Some(read) = read {
