@@ -1,5 +1,6 @@
 //! `orlop-control`: the control plane's program.
 
+#[cfg(feature = "jemalloc")]
 mod allocator;
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};

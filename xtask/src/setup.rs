@@ -103,6 +103,8 @@ pub fn cargo_fuzz() -> Result<()> {
             "install",
             "--quiet",
             "--locked",
+            // It only starts cargo and the targets: what counts is how soon it is there.
+            "--debug",
             "cargo-fuzz",
             "--version",
             CARGO_FUZZ,
