@@ -31,7 +31,7 @@ use crate::{
     environment::Chance,
     machine::{Machine, start_all},
     scenarios::{replica_set, service},
-    state::{State, condition, node_name, past_faults, phase, trace},
+    state::{State, condition, is_ready, node_name, past_faults, phase, trace},
     wire::Weather,
 };
 
@@ -427,6 +427,15 @@ fn status_faults(state: &State) -> Vec<String> {
                 state.ready(set.name()).len()
             ));
         }
+    }
+    if !faults.is_empty() {
+        // Not faults by themselves: where to look.
+        let waiting = state.all::<Pod>();
+        let waiting = waiting.iter().filter(|pod| !is_ready(pod));
+        faults.extend(waiting.map(|pod| {
+            let (name, node) = (pod.name(), node_name(pod));
+            format!("pod {name} on {node:?} is not ready: {:?}", pod.status)
+        }));
     }
     faults
 }
