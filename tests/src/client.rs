@@ -45,7 +45,7 @@ impl Client {
             .enable_all()
             .build()
             .context("starting a runtime")?;
-        let socket = format!("unix:///proc/{}/root/run/orlop/control.sock", members.get(replica)?.pid);
+        let socket = format!("unix://{}", members.control_socket(replica)?);
         let endpoint = Endpoint::from_shared(socket)?
             .timeout(Duration::from_secs(300))
             .connect_timeout(Duration::from_secs(5));

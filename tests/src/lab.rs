@@ -408,6 +408,26 @@ impl Lab {
         found.with_context(|| format!("{node} has no condition {kind}"))
     }
 
+    /// One of a control replica's metrics that have no labels.
+    pub fn metric(&self, replica: &str, name: &str) -> Result<u64> {
+        let socket = self.members.control_socket(replica)?;
+        let mut curl = Command::new("curl");
+        curl.args([
+            "-sSf",
+            "--max-time",
+            "10",
+            "--unix-socket",
+            &socket,
+            "http://control/metrics",
+        ]);
+        let text = output(curl)?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        let value = value.with_context(|| format!("{replica} has no metric {name}"))?;
+        value
+            .parse()
+            .with_context(|| format!("{name} of {replica} is {value:?}"))
+    }
+
     /// A page of control, and the answer's code after it.
     pub fn page(&self, page: &str) -> Result<String> {
         let url = format!("https://127.0.0.1:{}{page}", self.members.api_port);

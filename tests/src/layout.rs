@@ -111,12 +111,24 @@ impl Members {
             format!("no member {name}; there are {}", names.join(", "))
         })
     }
+
+    /// The unix socket of a control replica, as this machine sees it.
+    pub fn control_socket(&self, replica: &str) -> Result<String> {
+        Ok(format!("/proc/{}/root/run/orlop/control.sock", self.get(replica)?.pid))
+    }
 }
 
 /// Control's address on the bridge, and its name in certificates.
 pub const CONTROL_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 10);
 /// The API's port.
 pub const API_PORT: u16 = 6443;
+
+/// The member that etcd runs in, and its address: every control replica reaches it by its cable alone.
+pub const ETCD_MEMBER: &str = "etcd";
+/// See [`ETCD_MEMBER`].
+pub const ETCD_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 4);
+/// The port on which etcd's first member serves clients; each further member is ten higher.
+pub const ETCD_CLIENTS: u16 = 2379;
 
 /// The most control replicas that a lab can have: their addresses lie below the nodes'.
 pub const MAX_CONTROLS: u16 = 5;
@@ -126,6 +138,14 @@ pub fn control_name(index: u16) -> String {
     match index {
         1 => "control".to_owned(),
         index => format!("control{index}"),
+    }
+}
+
+/// The service of one of etcd's members, in [`ETCD_MEMBER`]; they count from 1.
+pub fn etcd_name(index: u16) -> String {
+    match index {
+        1 => "etcd".to_owned(),
+        index => format!("etcd{index}"),
     }
 }
 
@@ -152,16 +172,14 @@ impl Spec {
         (1..=self.nodes).map(|index| format!("node{index}")).collect()
     }
 
-    /// etcd's services: the first is plain "etcd".
+    /// The names of the control replicas.
+    pub fn control_names(&self) -> Vec<String> {
+        (1..=self.controls).map(control_name).collect()
+    }
+
+    /// etcd's services.
     pub fn etcd_names(&self) -> Vec<String> {
-        let name = |index: u16| {
-            if index == 1 {
-                "etcd".to_owned()
-            } else {
-                format!("etcd{index}")
-            }
-        };
-        (1..=self.etcd_members).map(name).collect()
+        (1..=self.etcd_members).map(etcd_name).collect()
     }
 
     /// A member's durable folder.

@@ -176,6 +176,7 @@ fn soak(seed: u64, rounds: u64, store: Option<StoreEngine>, only: &[Kind]) -> Re
     let all = [
         &Kind::PROCESSES[..],
         &Kind::ETCD,
+        &Kind::REPLICAS,
         &Kind::LONG,
         &Kind::NETWORK,
         &Kind::MACHINES,
@@ -194,6 +195,10 @@ fn soak(seed: u64, rounds: u64, store: Option<StoreEngine>, only: &[Kind]) -> Re
             rounds,
             kinds: kinds.clone(),
             store: engine,
+            controls: match engine {
+                StoreEngine::Embedded => 1,
+                StoreEngine::Etcd => 3,
+            },
             nodes: 3,
             bars: Bars::Held,
         };

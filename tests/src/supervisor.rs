@@ -30,7 +30,10 @@ pub use network::lost;
 
 use crate::{
     cgroup,
-    layout::{API_PORT, MAX_CONTROLS, Member, Members, Spec, StoreEngine, control_address, control_name, node_address},
+    layout::{
+        API_PORT, ETCD_ADDRESS, ETCD_MEMBER, MAX_CONTROLS, Member, Members, Spec, StoreEngine, control_address,
+        control_name, node_address,
+    },
     registry,
 };
 use service::{Service, Supervised};
@@ -156,6 +159,9 @@ impl Supervisor {
     fn start(&mut self) -> Result<()> {
         say("namespaces");
         self.make_member("switch", None)?;
+        if self.spec.store == StoreEngine::Etcd {
+            self.make_member(ETCD_MEMBER, Some(ETCD_ADDRESS))?;
+        }
         for index in 1..=self.spec.controls {
             self.make_member(&control_name(index), Some(control_address(index)))?;
         }

@@ -15,15 +15,22 @@ use orlop_proto::{
 
 use crate::lab::{Lab, output, pod_is_ready};
 
-/// A ReplicaSet of web servers and its service: TCP and UDP on port 80.
-pub fn web(name: &str, replicas: u32) -> String {
+/// A ReplicaSet of web servers.
+pub fn servers(name: &str, replicas: u32) -> String {
     format!(
         "apiVersion: apps/v1\nkind: ReplicaSet\nmetadata: {{name: {name}, namespace: default}}\n\
          spec:\n  replicas: {replicas}\n  selector: {{matchLabels: {{app: {name}}}}}\n  template:\n\
          \x20   metadata: {{labels: {{app: {name}}}}}\n\
          \x20   spec:\n      terminationGracePeriodSeconds: 2\n      containers:\n\
-         \x20     - {{name: web, image: \"orlop.dev/fixture:1\", args: [web, \"8080\"]}}\n\
-         ---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: default}}\nspec:\n\
+         \x20     - {{name: web, image: \"orlop.dev/fixture:1\", args: [web, \"8080\"]}}\n"
+    )
+}
+
+/// The same and its service: TCP and UDP on port 80.
+pub fn web(name: &str, replicas: u32) -> String {
+    let servers = servers(name, replicas);
+    format!(
+        "{servers}---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: default}}\nspec:\n\
          \x20 selector: {{app: {name}}}\n  ports:\n\
          \x20 - {{name: http, port: 80, targetPort: 8080}}\n\
          \x20 - {{name: udp, port: 80, targetPort: 8080, protocol: UDP}}\n"

@@ -5,7 +5,7 @@ use clap::ValueEnum;
 use orlop_tests::{
     faults::{
         campaign::{Bars, Campaign},
-        plan::Kind,
+        plan::{Fault, Kind, Part},
     },
     layout::StoreEngine,
 };
@@ -13,10 +13,11 @@ use orlop_tests::{
 fn processes() -> Campaign {
     Campaign {
         name: "faults-etcd".to_owned(),
-        seed: 19,
+        seed: 17,
         rounds: 1,
-        kinds: [&Kind::PROCESSES[..], &Kind::ETCD].concat(),
+        kinds: [&Kind::PROCESSES[..], &Kind::ETCD, &Kind::REPLICAS].concat(),
         store: StoreEngine::Etcd,
+        controls: 3,
         nodes: 2,
         bars: Bars::Told,
     }
@@ -29,6 +30,7 @@ fn cables() -> Campaign {
         rounds: 1,
         kinds: [&Kind::NETWORK[..], &[Kind::KillControl, Kind::HangControl]].concat(),
         store: StoreEngine::Embedded,
+        controls: 1,
         nodes: 3,
         bars: Bars::Told,
     }
@@ -41,6 +43,7 @@ fn machines() -> Campaign {
         rounds: 1,
         kinds: [&Kind::MACHINES[..], &Kind::DISKS, &[Kind::ReplaceControl]].concat(),
         store: StoreEngine::Embedded,
+        controls: 1,
         nodes: 3,
         bars: Bars::Told,
     }
@@ -63,9 +66,34 @@ fn clocks_are_set_a_node_reboots_and_the_disk_fails() -> Result<()> {
 
 #[test]
 fn every_kind_of_fault_has_its_round() -> Result<()> {
-    let here = [processes().kinds, cables().kinds, machines().kinds, Kind::LONG.to_vec()].concat();
+    let mut here = Kind::LONG.to_vec();
+    for campaign in [processes(), cables(), machines()] {
+        let (planned, wanted) = (campaign.faults(0).len(), campaign.kinds.len());
+        ensure!(
+            planned == wanted,
+            "{} can have {planned} of its {wanted} kinds",
+            campaign.name
+        );
+        here.extend(campaign.kinds);
+    }
     for kind in Kind::value_variants() {
         ensure!(here.contains(kind), "{kind:?} is in no campaign");
+    }
+    Ok(())
+}
+
+/// Where a fault happens is the seed's choice: node2, which runs containerd 2, has to be among the nodes whose shim and containerd hang.
+#[test]
+fn a_shim_and_a_containerd_of_the_2_series_hang() -> Result<()> {
+    let faults = processes().faults(0);
+    for part in [
+        Part::Shim("node2".to_owned()),
+        Part::Service("node2/containerd".to_owned()),
+    ] {
+        let hangs = faults
+            .iter()
+            .any(|fault| matches!(fault, Fault::Hang(hit, _) if *hit == part));
+        ensure!(hangs, "{part:?} does not hang with this seed: {faults:?}");
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 mod halt;
 mod machines;
 mod prey;
+pub(super) mod replicas;
 
 use std::{
     fs,
@@ -39,7 +40,7 @@ const ELSEWHERE: Duration = Duration::from_secs(60);
 /// What stands before the id of the agent's kernel programs, in its binary: `node-agent/src/dataplane/object.rs`.
 const PROGRAMS_ID: &[u8] = b"orlop-ebpf ";
 
-/// The service that is control.
+/// The service that is control, or the first of its replicas.
 pub(super) const CONTROL: &str = "control/control";
 
 impl Vigil<'_> {
@@ -57,8 +58,11 @@ impl Vigil<'_> {
                 self.cut(&node, *way, |vigil, since| vigil.wait_until_replaced(&node, since))
             }
             Fault::LoseQuorum(members, time) => self.lose_quorum(members, *time),
-            Fault::Replace(name) if name == CONTROL => self.replace_control(),
-            Fault::Replace(name) => self.replace(name),
+            Fault::LoseLeader(loss) => self.lose_leader(loss),
+            Fault::Replace(name) => match replica_of(name) {
+                Some(replica) => self.replace_control(replica),
+                None => self.replace(name),
+            },
             Fault::StepClock(service, seconds) => self.step_clock(service, *seconds),
             Fault::Reboot(node) => self.reboot(node),
             Fault::Disk(troubles, time) => self.trouble_disk(*troubles, *time),
@@ -202,6 +206,11 @@ impl Vigil<'_> {
             },
         )
     }
+}
+
+/// The control replica that a service is.
+fn replica_of(service: &str) -> Option<&str> {
+    service.strip_suffix("/control")
 }
 
 fn sleep(time: Duration) -> Result<()> {

@@ -4,16 +4,21 @@ use anyhow::{Context, Result, bail, ensure};
 use std::time::Duration;
 
 use super::{
-    act::CONTROL,
-    plan::{self, Kind, Shape},
+    act::{CONTROL, replicas},
+    plan::{self, Fault, Kind, Shape},
     vigil::{Figure, RECOVERY, Vigil},
 };
 use crate::{
     disk::FaultyDisk,
     lab::{Lab, Options, output},
-    layout::StoreEngine,
+    layout::{ETCD_CLIENTS, ETCD_MEMBER, StoreEngine, control_name, etcd_name},
     supervisor::Request,
 };
+
+/// How many members etcd has.
+const ETCD_MEMBERS: u16 = 3;
+/// A leader is given up sooner than by default, so that a round has time for all ways to lose one.
+const LEADER: &str = "[leader]\nlease_duration = \"4s\"\nrenew_deadline = \"2s\"\nretry_period = \"500ms\"\n";
 
 /// What a time above its bar is: that a dead node is NotReady within 20 s, its pods elsewhere within 60 s.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +42,8 @@ pub struct Campaign {
     pub kinds: Vec<Kind>,
     /// Control's store; etcd has three members then.
     pub store: StoreEngine,
+    /// How many control replicas; over the embedded store there is one.
+    pub controls: u16,
     /// How many nodes: 2 or more; with network faults 3 or more, the last one's cable is cut.
     pub nodes: u16,
     /// Whether times have to be below their bars.
@@ -46,11 +53,20 @@ pub struct Campaign {
 impl Campaign {
     /// Goes through all rounds. The first violation ends it; then the lab's folder stays.
     pub fn run(&self) -> Result<()> {
-        println!("seed {}: {} rounds over {:?}", self.seed, self.rounds, self.store);
+        println!(
+            "seed {}: {} rounds over {:?}, control replicas: {}",
+            self.seed, self.rounds, self.store, self.controls
+        );
         let options = Options {
             nodes: self.nodes,
             store: self.store,
-            etcd_members: 3,
+            etcd_members: ETCD_MEMBERS,
+            controls: self.controls,
+            control_extra: if self.controls > 1 {
+                LEADER.to_owned()
+            } else {
+                String::new()
+            },
             // One pod may be hit in every round: what is measured is not its back-off.
             node_extra: "restart_backoff_ms = 500\nrestart_backoff_max_ms = 1000\n".to_owned(),
             clocks: self.clocks(),
@@ -74,12 +90,36 @@ impl Campaign {
         kinds.iter().any(|kind| self.kinds.contains(kind))
     }
 
+    /// What a round does to the lab, in this order.
+    pub fn faults(&self, round: u64) -> Vec<Fault> {
+        plan::round(self.seed, round, &self.shape(), &self.kinds)
+    }
+
+    fn shape(&self) -> Shape {
+        let nodes: Vec<String> = (1..=self.nodes).map(|index| format!("node{index}")).collect();
+        let members = match self.store {
+            StoreEngine::Embedded => 0,
+            StoreEngine::Etcd => ETCD_MEMBERS,
+        };
+        Shape {
+            remote: nodes.last().cloned().unwrap_or_default(),
+            nodes,
+            controls: (1..=self.controls)
+                .map(|index| format!("{}/control", control_name(index)))
+                .collect(),
+            etcd: (1..=members)
+                .map(|index| format!("{ETCD_MEMBER}/{}", etcd_name(index)))
+                .collect(),
+        }
+    }
+
     /// The services whose clocks this campaign sets.
     fn clocks(&self) -> Vec<String> {
-        let agents = (1..=self.nodes).map(|index| format!("node{index}/agent"));
-        let control = self.has(&[Kind::StepControlClock]).then(|| CONTROL.to_owned());
+        let Shape { nodes, controls, .. } = self.shape();
+        let agents = nodes.into_iter().map(|node| format!("{node}/agent"));
         let agents = agents.filter(|_| self.has(&[Kind::StepAgentClock]));
-        control.into_iter().chain(agents).collect()
+        let controls = controls.into_iter().filter(|_| self.has(&[Kind::StepControlClock]));
+        controls.chain(agents).collect()
     }
 
     /// The disk under the store, where this campaign troubles it.
@@ -95,24 +135,12 @@ impl Campaign {
     }
 
     fn round(&self, lab: &Lab, disk: Option<&mut FaultyDisk>, round: u64) -> Result<()> {
-        let nodes = lab.spec.node_names();
-        let with_etcd = self.store == StoreEngine::Etcd;
-        let etcd = |name: String| format!("control/{name}");
-        let shape = Shape {
-            remote: nodes.last().cloned().unwrap_or_default(),
-            etcd: if with_etcd {
-                lab.spec.etcd_names().into_iter().map(etcd).collect()
-            } else {
-                Vec::new()
-            },
-            nodes,
-        };
         let mut vigil = Vigil::begin(lab, disk, self.seed, round)?;
-        for fault in plan::round(self.seed, round, &shape, &self.kinds) {
+        for fault in self.faults(round) {
             println!("   round {round}: {fault:?}");
             vigil.suffer(&fault)?;
         }
-        if with_etcd {
+        if self.store == StoreEngine::Etcd {
             sleep_through_a_compaction(&mut vigil)?;
         }
         let above: Vec<String> = vigil.figures.iter().filter_map(Figure::above_its_bar).collect();
@@ -146,18 +174,14 @@ fn sleep_through_a_compaction(vigil: &mut Vigil<'_>) -> Result<()> {
         "nothing was written meanwhile"
     );
     let body = format!("{{\"revision\": \"{revision}\"}}");
-    output(lab.on_node(
-        "control",
-        &["curl", "-sSf", "-d", &body, "http://127.0.0.1:2379/v3/kv/compaction"],
-    )?)
-    .context("compacting etcd")?;
-    // Control's own window of events would still bridge the gap: a new control has none.
-    let control = "control/control";
-    let starts = lab.service(control)?.starts;
-    lab.request(&Request::Signal(control.to_owned(), 9))?;
-    lab.wait("control is started again", RECOVERY, || {
-        Ok((lab.service(control)?.starts > starts && lab.client.ready().is_ok()).then_some(()))
-    })?;
+    let url = format!("http://127.0.0.1:{ETCD_CLIENTS}/v3/kv/compaction");
+    output(lab.on_node(ETCD_MEMBER, &["curl", "-sSf", "-d", &body, &url])?).context("compacting etcd")?;
+    // The window of events of any replica would still bridge the gap: a new one has none.
+    let controls = replicas::starts(lab)?;
+    for control in controls.keys() {
+        lab.request(&Request::Signal(control.clone(), 9))?;
+    }
+    replicas::wait_for_starts(lab, &controls)?;
     vigil.recorder.sleeper().wake();
     lab.wait("the sleeper is told that its revision is compacted", RECOVERY, || {
         Ok((vigil.recorder.sleeper().lists() > lists).then_some(()))

@@ -1,4 +1,8 @@
 //! Writers and watchers that go on through every fault, and record what they did and saw for [`super::history::check`].
+//!
+//! They know all control replicas. Each is at one of them and turns to the next when that one does not answer, as clients do; writers
+//! also turn without a reason now and then, so that in the end all replicas are written at again, and read what they write at another
+//! replica.
 
 mod watcher;
 mod writer;
@@ -34,6 +38,8 @@ pub use watcher::Watcher;
 
 /// No call takes longer; what has no answer by then is unknown.
 const CALL: Duration = Duration::from_secs(4);
+/// Every so often a replica is asked for a sign of life: a stopped process ends no stream.
+const ASK: Duration = Duration::from_secs(2);
 /// How many write at the same time, each its own keys, and one that all of them change.
 const WRITERS: usize = 4;
 /// After a fault everything goes on within this time.
@@ -41,7 +47,8 @@ const PATIENCE: Duration = Duration::from_secs(90);
 
 /// What all tasks share.
 struct Shared {
-    channel: Channel,
+    /// To each control replica.
+    channels: Vec<Channel>,
     namespace: String,
     clock: AtomicU64,
     writes: Mutex<Vec<Write>>,
@@ -49,8 +56,9 @@ struct Shared {
 }
 
 impl Shared {
-    fn objects(&self) -> ObjectsClient<Channel> {
-        ObjectsClient::new(self.channel.clone())
+    /// The replica at a turn: turns go on and on, from one replica to the next.
+    fn objects(&self, turn: usize) -> ObjectsClient<Channel> {
+        ObjectsClient::new(self.channels[turn % self.channels.len()].clone())
     }
 
     fn now(&self) -> u64 {
@@ -58,14 +66,14 @@ impl Shared {
     }
 
     /// Gets once and records what was returned; `None`: there was no answer.
-    async fn get(&self, key: &str) -> Option<Read> {
+    async fn get(&self, turn: usize, key: &str) -> Option<Read> {
         let request = GetRequest {
             resource: Lease::KIND.resource.to_owned(),
             namespace: self.namespace.clone(),
             name: key.to_owned(),
         };
         let begun = self.now();
-        let answer = tokio::time::timeout(CALL, self.objects().get(request)).await.ok()?;
+        let answer = tokio::time::timeout(CALL, self.objects(turn).get(request)).await.ok()?;
         let found = match answer {
             Ok(object) => {
                 let lease = Lease::from_object(object.into_inner())?;
@@ -85,13 +93,13 @@ impl Shared {
     }
 
     /// Everything that is there, at one revision.
-    async fn list(&self) -> Result<Snapshot> {
+    async fn list(&self, turn: usize) -> Result<Snapshot> {
         let request = ListRequest {
             resource: Lease::KIND.resource.to_owned(),
             namespace: self.namespace.clone(),
             ..ListRequest::default()
         };
-        let list = tokio::time::timeout(CALL, self.objects().list(request))
+        let list = tokio::time::timeout(CALL, self.objects(turn).list(request))
             .await??
             .into_inner();
         let mut objects = BTreeMap::new();
@@ -133,26 +141,29 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Begins to write Leases in a namespace of its own, which must exist, and to watch them.
-    pub fn begin(members: &Members, namespace: &str, seed: u64) -> Result<Self> {
+    /// Begins to write Leases in a namespace of its own, which must exist, and to watch them, at all these control replicas.
+    pub fn begin(members: &Members, replicas: &[String], namespace: &str, seed: u64) -> Result<Self> {
         let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        let socket = format!(
-            "unix:///proc/{}/root/run/orlop/control.sock",
-            members.get("control")?.pid
-        );
-        let endpoint = Endpoint::from_shared(socket)?.connect_timeout(CALL);
-        let channel = runtime.block_on(async { endpoint.connect_lazy() });
+        let mut channels = Vec::new();
+        for replica in replicas {
+            let endpoint = Endpoint::from_shared(format!("unix://{}", members.control_socket(replica)?))?
+                .connect_timeout(CALL)
+                .http2_keep_alive_interval(ASK)
+                .keep_alive_timeout(CALL)
+                .keep_alive_while_idle(true);
+            channels.push(runtime.block_on(async { endpoint.connect_lazy() }));
+        }
         let shared = Arc::new(Shared {
-            channel,
+            channels,
             namespace: namespace.to_owned(),
             clock: AtomicU64::new(0),
             writes: Mutex::default(),
             reads: Mutex::default(),
         });
-        let base = runtime.block_on(shared.list()).context("the recorder's first list")?;
+        let base = runtime.block_on(shared.list(0)).context("the recorder's first list")?;
         let stop = CancellationToken::new();
         let watchers = (0..3)
-            .map(|_| Watcher::begin(&runtime, &shared, base.clone()))
+            .map(|index| Watcher::begin(&runtime, &shared, index, base.clone()))
             .collect();
         let writers = (0..WRITERS)
             .map(|index| runtime.spawn(writer::run(shared.clone(), stop.child_token(), index, seed)))
@@ -188,7 +199,7 @@ impl Recorder {
         let (shared, key) = (self.shared.clone(), format!("attempt-{}", self.shared.now()));
         let change = Change::Put(key.clone());
         self.runtime
-            .spawn(async move { writer::write(&shared, key, change, Some(0)).await });
+            .spawn(async move { writer::write(&shared, 0, key, change, Some(0)).await });
     }
 
     /// What was begun and acknowledged between two readings of the clock.
@@ -215,19 +226,28 @@ impl Recorder {
         }
     }
 
+    /// Waits until every control replica has acknowledged a write that begins from now on.
+    pub fn write_at_each(&self) -> Result<()> {
+        let now = self.shared.now();
+        for replica in 0..self.shared.channels.len() {
+            self.mark(replica, &format!("at-{replica}-{now}"))?;
+        }
+        Ok(())
+    }
+
     /// Ends the writers, waits until every watcher was told of everything, and returns what was recorded.
     pub fn finish(mut self) -> Result<History> {
         self.stop.cancel();
         for writer in std::mem::take(&mut self.writers) {
             self.runtime.block_on(writer).context("a writer panicked")?;
         }
-        self.mark("before-the-end")?;
+        self.mark(0, "before-the-end")?;
         let end = self
             .runtime
-            .block_on(self.shared.list())
+            .block_on(self.shared.list(0))
             .context("the list at the end")?;
         // Who was told of this one was told of everything in the list, too.
-        let last = self.mark("after-the-end")?;
+        let last = self.mark(0, "after-the-end")?;
         let since = Instant::now();
         while let Some(late) = self.watchers.iter().position(|watcher| watcher.at() < last) {
             if since.elapsed() > PATIENCE {
@@ -252,20 +272,23 @@ impl Recorder {
         Ok(history)
     }
 
-    /// One more write, tried under new names until it is acknowledged; its revision.
-    fn mark(&self, name: &str) -> Result<u64> {
+    /// One more write at a replica, tried under new names until it is acknowledged; its revision.
+    fn mark(&self, replica: usize, name: &str) -> Result<u64> {
         let since = Instant::now();
         for attempt in 0.. {
             let key = format!("{name}-{attempt}");
             let change = Change::Put(key.clone());
-            let made = self.runtime.block_on(writer::write(&self.shared, key, change, Some(0)));
+            let write = writer::write(&self.shared, replica, key, change, Some(0));
+            let made = self.runtime.block_on(write);
             if let Outcome::Acknowledged(revision) = made {
                 return Ok(revision);
             }
             ensure!(
                 since.elapsed() < PATIENCE,
-                "the last write was not acknowledged for {PATIENCE:?}"
+                "no write at control replica {} was acknowledged for {PATIENCE:?}",
+                replica + 1
             );
+            std::thread::sleep(Duration::from_millis(20));
         }
         bail!("unreachable: the attempts have no end")
     }

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use orlop_proto::core::v1::Pod;
 
 use super::{
+    act::replicas,
     history::{self, check},
     pods::{Addresses, Processes, processes},
     recorder::{Recorder, summary},
@@ -102,7 +103,7 @@ impl<'lab> Vigil<'lab> {
         let before = processes(lab, &calm)?;
         ensure!(before.len() >= 10, "a pod has a pause and a program: {before:?}");
         Ok(Self {
-            recorder: Recorder::begin(&lab.members, &namespace, seed)?,
+            recorder: Recorder::begin(&lab.members, &lab.spec.control_names(), &namespace, seed)?,
             hold: lab.begin(&client, &["hold", &address, "80", "stdin"])?,
             load: lab.begin(&client, &["load", &address, "80", RATE, "stdin"])?,
             lab,
@@ -124,7 +125,11 @@ impl<'lab> Vigil<'lab> {
     /// Waits until the lab is well again after a fault, then looks at everything that can be looked at meanwhile.
     pub fn settle(&mut self) -> Result<()> {
         let since = Instant::now();
-        self.recorder.wait_for_writes()?;
+        self.wait("every control replica answers, and one leads", |lab| {
+            replicas::all_answer(lab)?;
+            replicas::leader(lab)
+        })?;
+        self.recorder.write_at_each()?;
         self.recorder.resume_one();
         self.wait("all nodes are Ready", |lab| {
             let nodes: Vec<orlop_proto::core::v1::Node> = lab.client.list("", "")?;

@@ -14,7 +14,9 @@ use anyhow::{Context, Result, bail};
 use super::service::Service;
 use crate::{
     client::Client,
-    layout::{API_PORT, CONTROL_ADDRESS, Members, Spec, StoreEngine, control_address, control_name},
+    layout::{
+        API_PORT, ETCD_ADDRESS, ETCD_CLIENTS, ETCD_MEMBER, Members, Spec, StoreEngine, control_address, control_name,
+    },
     registry,
 };
 
@@ -67,13 +69,8 @@ pub fn write_control(spec: &Spec, index: u16) -> Result<()> {
     let store = match spec.store {
         StoreEngine::Embedded => "[store]\nengine = \"embedded\"\n".to_owned(),
         StoreEngine::Etcd => {
-            let host = if index == 1 {
-                Ipv4Addr::LOCALHOST
-            } else {
-                CONTROL_ADDRESS
-            };
             let endpoints: Vec<String> = (1..=spec.etcd_members)
-                .map(|member| etcd_url(host, member, ETCD_CLIENTS))
+                .map(|member| etcd_url(ETCD_ADDRESS, member, ETCD_CLIENTS))
                 .collect();
             format!("[store]\nengine = \"etcd\"\n[store.etcd]\nendpoints = {endpoints:?}\n")
         }
@@ -105,16 +102,14 @@ fn with_clock(spec: &Spec, mut service: Service) -> Result<Service> {
     Ok(service)
 }
 
-/// The port on which etcd's first member serves clients; each further member is ten higher.
-const ETCD_CLIENTS: u16 = 2379;
-/// The same for its peers.
+/// The port of etcd's first member for its peers; each further member's is ten higher.
 const ETCD_PEERS: u16 = 2380;
 
 fn etcd_url(host: Ipv4Addr, index: u16, first: u16) -> String {
     format!("http://{host}:{}", first + 10 * (index - 1))
 }
 
-/// All members of etcd, beside the first control replica, reachable from there, and by the other replicas if there are any.
+/// All members of etcd, in one member of the lab: control reaches them by its cable, they each other without one.
 pub fn etcd(spec: &Spec) -> Result<Vec<Service>> {
     let names = spec.etcd_names();
     let peers: Vec<String> = (1..)
@@ -123,12 +118,10 @@ pub fn etcd(spec: &Spec) -> Result<Vec<Service>> {
         .collect();
     let mut services = Vec::new();
     for (index, name) in (1..).zip(&names) {
-        let data = spec.member_directory("control").join(name);
+        let data = spec.member_directory(ETCD_MEMBER).join(name);
         fs::create_dir_all(&data).context("making etcd's folder")?;
-        let mut clients = etcd_url(Ipv4Addr::LOCALHOST, index, ETCD_CLIENTS);
-        if spec.controls > 1 {
-            clients += &format!(",{}", etcd_url(CONTROL_ADDRESS, index, ETCD_CLIENTS));
-        }
+        let clients = [Ipv4Addr::LOCALHOST, ETCD_ADDRESS].map(|host| etcd_url(host, index, ETCD_CLIENTS));
+        let clients = clients.join(",");
         let own_peers = etcd_url(Ipv4Addr::LOCALHOST, index, ETCD_PEERS);
         let mut command = vec!["etcd".to_owned()];
         let data = data.display().to_string();
@@ -146,7 +139,7 @@ pub fn etcd(spec: &Spec) -> Result<Vec<Service>> {
         ] {
             command.extend([flag.to_owned(), value.to_owned()]);
         }
-        services.push(service(spec, "control", name, command));
+        services.push(service(spec, ETCD_MEMBER, name, command));
     }
     Ok(services)
 }

@@ -18,7 +18,7 @@ use prost_types::Timestamp;
 use super::{RECOVERY, Vigil};
 use crate::{
     lab::Lab,
-    layout::{API_PORT, CONTROL_ADDRESS, Way},
+    layout::{API_PORT, CONTROL_ADDRESS, ETCD_ADDRESS, ETCD_CLIENTS, Way},
     supervisor::{Request, lost},
 };
 
@@ -83,31 +83,31 @@ impl Vigil<'_> {
         Ok(())
     }
 
-    /// A cable loses everything, or what goes one way. `meanwhile` is told when that began.
+    /// The cable of a node or of a control replica loses everything, or what goes one way. `meanwhile` is told when that began.
     pub(super) fn cut(
         &mut self,
-        node: &str,
+        member: &str,
         way: Option<Way>,
         meanwhile: impl FnOnce(&mut Self, Instant) -> Result<()>,
     ) -> Result<()> {
         let cable = |up: bool| match way {
-            None => Request::Link(node.to_owned(), up),
-            Some(way) => Request::Lose(node.to_owned(), (!up).then_some(way)),
+            None => Request::Link(member.to_owned(), up),
+            Some(way) => Request::Lose(member.to_owned(), (!up).then_some(way)),
         };
-        ensure!(
-            reaches_control(self.lab, node)?,
-            "{node} does not reach control before the cut"
-        );
+        self.lab
+            .wait("a cable that is to be cut leads somewhere", RECOVERY, || {
+                Ok(reaches(self.lab, member)?.then_some(()))
+            })?;
         let since = Instant::now();
         self.lab.request(&cable(false))?;
-        let outcome = is_cut(self.lab, node, way).and_then(|()| meanwhile(self, since));
+        let outcome = is_cut(self.lab, member, way).and_then(|()| meanwhile(self, since));
         self.lab.request(&cable(true))?;
         outcome
     }
 }
 
 /// Since when each node is Ready.
-fn ready_since(lab: &Lab) -> Result<BTreeMap<String, Option<Timestamp>>> {
+pub(super) fn ready_since(lab: &Lab) -> Result<BTreeMap<String, Option<Timestamp>>> {
     let nodes: Vec<Node> = lab.client.list("", "")?;
     let since = |node: &Node| {
         let mut conditions = node.status.iter().flat_map(|status| &status.conditions);
@@ -133,21 +133,24 @@ fn runs(pid: Pid) -> Result<Option<String>> {
 }
 
 /// Nothing comes through any more; and what is lost one way is lost on that way.
-fn is_cut(lab: &Lab, node: &str, way: Option<Way>) -> Result<()> {
-    ensure!(
-        !reaches_control(lab, node)?,
-        "{node} still reaches control over its cut cable"
-    );
+fn is_cut(lab: &Lab, member: &str, way: Option<Way>) -> Result<()> {
+    ensure!(!reaches(lab, member)?, "{member} reaches others over its cut cable");
     match way {
-        Some(way) if lost(&lab.members, node)? == 0 => bail!("nothing was lost on the cable of {node}: {way:?}"),
+        Some(way) if lost(&lab.members, member)? == 0 => bail!("nothing was lost on the cable of {member}: {way:?}"),
         _ => Ok(()),
     }
 }
 
-/// Whether a connection from the node to control comes about within a second; control need not run, its sockets are the lab's.
-fn reaches_control(lab: &Lab, node: &str) -> Result<bool> {
-    let connect = format!("exec 3<>/dev/tcp/{CONTROL_ADDRESS}/{API_PORT}");
-    let mut command = lab.on_node(node, &["timeout", "1", "bash", "-c", &connect])?;
+/// Whether a connection comes about within a second: from a node to control, which need not run, its sockets are the lab's; from a
+/// control replica to etcd, which has to.
+fn reaches(lab: &Lab, member: &str) -> Result<bool> {
+    let (address, port) = if lab.spec.control_names().iter().any(|replica| replica == member) {
+        (ETCD_ADDRESS, ETCD_CLIENTS)
+    } else {
+        (CONTROL_ADDRESS, API_PORT)
+    };
+    let connect = format!("exec 3<>/dev/tcp/{address}/{port}");
+    let mut command = lab.on_node(member, &["timeout", "1", "bash", "-c", &connect])?;
     let output = command.output().with_context(|| format!("running {command:?}"))?;
     Ok(output.status.success())
 }

@@ -9,8 +9,9 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use orlop_proto::{Resource, coordination::v1::Lease, core::v1::Pod};
 
-use super::{CONTROL, Vigil, prey::prey_of};
+use super::{CONTROL, Vigil, prey::prey_of, replica_of, replicas};
 use crate::{
+    client::Client,
     disk::Troubles,
     lab::{Lab, pod_is_ready},
     supervisor::Request,
@@ -22,16 +23,16 @@ impl Vigil<'_> {
     pub(super) fn step_clock(&mut self, service: &str, seconds: i64) -> Result<()> {
         let before = self.uids()?;
         for offset in [seconds, 0] {
-            let (settings, leases) = (clock_settings(self.lab, service)?, leases_of(self.lab)?);
+            let settings = clock_settings(self.lab, service)?;
             self.lab.step_clock(service, offset)?;
             self.wait("the service has seen its clock being set", |lab| {
-                let seen = if service == CONTROL {
-                    leases_of(lab)?.values().all(|lease| bears(lease, offset))
-                } else {
-                    clock_settings(lab, service)? > settings
+                let seen = match replica_of(service) {
+                    Some(replica) => goes_by(lab, replica, offset)?,
+                    None => clock_settings(lab, service)? > settings,
                 };
                 Ok(seen.then_some(()))
             })?;
+            let leases = leases_of(self.lab)?;
             self.wait("every node has renewed its Lease since a clock was set", |lab| {
                 let now = leases_of(lab)?;
                 let renewed = |(node, lease): (&String, &Lease)| now.get(node).is_some_and(|now| now != lease);
@@ -65,8 +66,10 @@ impl Vigil<'_> {
     pub(super) fn reboot(&mut self, node: &str) -> Result<()> {
         let here = prey_of(self.lab, node)?;
         ensure!(!here.is_empty(), "no pod that may be hit is on {node}");
-        let starts = self.lab.service(CONTROL)?.starts;
-        self.lab.request(&Request::Stop(CONTROL.to_owned()))?;
+        let controls = replicas::starts(self.lab)?;
+        for control in controls.keys() {
+            self.lab.request(&Request::Stop(control.clone()))?;
+        }
         let outcome = self.lab.reboot(node).and_then(|()| {
             let lab = self.lab;
             lab.wait("a rebooted node runs its pods without control", super::RECOVERY, || {
@@ -74,11 +77,11 @@ impl Vigil<'_> {
                 Ok((missing.count() == 0).then_some(()))
             })
         });
-        self.lab.request(&Request::Start(CONTROL.to_owned()))?;
+        for control in controls.keys() {
+            self.lab.request(&Request::Start(control.clone()))?;
+        }
         outcome?;
-        self.wait("control is there again", |lab| {
-            Ok((lab.service(CONTROL)?.starts > starts && lab.client.ready().is_ok()).then_some(()))
-        })?;
+        replicas::wait_for_starts(self.lab, &controls)?;
         for pod in here {
             self.wait("a pod of a rebooted node is ready", |lab| {
                 let now: Pod = lab.client.get("default", pod.name())?.context("the pod is gone")?;
@@ -104,15 +107,16 @@ impl Vigil<'_> {
         Ok(())
     }
 
-    /// Stops control and starts another program in its place, on the same store and the same sockets.
-    pub(super) fn replace_control(&mut self) -> Result<()> {
-        let starts = self.lab.service(CONTROL)?.starts;
-        let next = self.lab.spec.directory.join(format!("orlop-control-{starts}"));
-        fs::copy(self.lab.spec.binaries.join("orlop-control"), &next).context("copying control")?;
-        self.lab.request(&Request::Replace(CONTROL.to_owned(), next))?;
-        self.wait("the other control answers", |lab| {
-            Ok((lab.service(CONTROL)?.starts > starts && lab.client.ready().is_ok()).then_some(()))
-        })
+    /// Stops a control replica and starts another program in its place, on the same store and the same sockets.
+    pub(super) fn replace_control(&mut self, replica: &str) -> Result<()> {
+        let mut controls = replicas::starts(self.lab)?;
+        controls.retain(|service, _| replica_of(service) == Some(replica));
+        for (service, starts) in &controls {
+            let next = self.lab.spec.directory.join(format!("orlop-{replica}-{starts}"));
+            fs::copy(self.lab.spec.binaries.join("orlop-control"), &next).context("copying control")?;
+            self.lab.request(&Request::Replace(service.clone(), next))?;
+        }
+        replicas::wait_for_starts(self.lab, &controls)
     }
 }
 
@@ -125,14 +129,21 @@ fn leases_of(lab: &Lab) -> Result<BTreeMap<String, Lease>> {
         .collect())
 }
 
-/// Whether a Lease was renewed by a clock of this offset: the time is control's.
-fn bears(lease: &Lease, offset_seconds: i64) -> bool {
-    let renewed = lease.spec.as_ref().and_then(|spec| spec.renew_time);
+/// Whether a control replica goes by a clock of this offset: what is made there bears its time.
+fn goes_by(lab: &Lab, replica: &str, offset_seconds: i64) -> Result<bool> {
+    const MADE: &str =
+        "apiVersion: coordination.k8s.io/v1\nkind: Lease\nmetadata: {name: made-now, namespace: default}\n";
+    let client = Client::connect_to(&lab.members, replica)?;
+    client.delete("leases", "default", "made-now", None)?;
+    client.apply(MADE)?;
+    let lease: Lease = client.get("default", "made-now")?.context("a Lease that was made")?;
+    client.delete("leases", "default", "made-now", None)?;
+    let made = lease.meta().creation_timestamp.context("a time of creation")?;
     let since = SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
         .unwrap_or_default();
     let now = i64::try_from(since.as_secs()).unwrap_or(i64::MAX) + offset_seconds;
-    renewed.is_some_and(|renewed| renewed.seconds.abs_diff(now) < 300)
+    Ok(made.seconds.abs_diff(now) < 300)
 }
 
 /// How often an agent has told that its wall clock was set.

@@ -1,4 +1,4 @@
-//! A watcher: lists once, then follows, and resumes after the last revision that it was told.
+//! A watcher: lists once, then follows, and resumes after the last revision that it was told, at the next control replica.
 
 use std::{
     sync::{
@@ -33,7 +33,7 @@ pub struct Watcher {
 
 impl Watcher {
     /// Watches from a list on, until the runtime ends.
-    pub(super) fn begin(runtime: &Runtime, shared: &Arc<Shared>, base: Snapshot) -> Self {
+    pub(super) fn begin(runtime: &Runtime, shared: &Arc<Shared>, turn: usize, base: Snapshot) -> Self {
         let (asleep, sleeps) = watch::channel(false);
         let watcher = Self {
             at: Arc::new(AtomicU64::new(base.revision)),
@@ -43,6 +43,7 @@ impl Watcher {
         };
         let task = Task {
             shared: shared.clone(),
+            turn,
             story: watcher.story.clone(),
             at: watcher.at.clone(),
             interrupt: watcher.interrupt.clone(),
@@ -89,6 +90,7 @@ impl Watcher {
 
 struct Task {
     shared: Arc<Shared>,
+    turn: usize,
     story: Arc<Mutex<Vec<Seen>>>,
     at: Arc<AtomicU64>,
     interrupt: Arc<Notify>,
@@ -111,11 +113,12 @@ impl Task {
             if let Err(error) = ended
                 && let Some(status) = error.downcast_ref::<tonic::Status>()
                 && status.code() == Code::OutOfRange
-                && let Ok(list) = self.shared.list().await
+                && let Ok(list) = self.shared.list(self.turn).await
             {
                 self.tell(list.revision, Seen::Listed(list));
                 first = true;
             }
+            self.turn += 1;
             tokio::time::sleep(RETRY).await;
         }
     }
@@ -134,7 +137,7 @@ impl Task {
             allow_watch_bookmarks: true,
             ..WatchRequest::default()
         };
-        let opened = tokio::time::timeout(CALL, self.shared.objects().watch(request)).await;
+        let opened = tokio::time::timeout(CALL, self.shared.objects(self.turn).watch(request)).await;
         let mut events: Streaming<WatchEvent> = opened??.into_inner();
         if !std::mem::take(first) {
             self.tell(after, Seen::Resumed(after));
