@@ -44,6 +44,7 @@ pub fn up(nodes: u16, store: StoreEngine, controls: u16, port: u16) -> Result<()
         directory: directory.clone(),
         orlop: orlop.clone(),
         binaries: lab::binaries()?,
+        other_binaries: None,
         static_binaries: lab::static_binaries(),
         nodes,
         store,

@@ -5,6 +5,7 @@
 //! - [`vigil`] is what goes on meanwhile and is looked at after each fault: pods that must not restart, a long connection, an
 //!   open loop of requests, addresses; and the writers and watchers of [`recorder`].
 //! - [`history`] is the model that every write and every watch is checked against in the end, purely.
+//! - [`versions`] says which version of control or of an agent comes next, where there are two.
 //! - [`campaign`] is rounds of all that in one lab.
 //!
 //! A new fault is a variant of [`plan::Kind`] and [`plan::Fault`], and an arm of `Vigil::suffer`.
@@ -15,4 +16,5 @@ pub mod history;
 pub mod plan;
 pub mod pods;
 pub mod recorder;
+pub mod versions;
 pub mod vigil;

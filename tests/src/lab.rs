@@ -44,6 +44,8 @@ pub struct Options {
     pub clocks: Vec<String>,
     /// Nodes that run the containerd of the 2 series, which `cargo xtask setup` unpacked beside the machine's.
     pub containerd_2: Vec<String>,
+    /// Our programs in another version, which faults put in the place of ours and back.
+    pub other_binaries: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -58,6 +60,7 @@ impl Default for Options {
             registry: false,
             clocks: Vec::new(),
             containerd_2: Vec::new(),
+            other_binaries: None,
         }
     }
 }
@@ -129,6 +132,7 @@ impl Lab {
             id,
             orlop: orlop.clone(),
             binaries: binaries()?,
+            other_binaries: options.other_binaries.clone(),
             static_binaries: static_binaries(),
             nodes: options.nodes,
             store: options.store,

@@ -30,6 +30,9 @@ pub struct Spec {
     pub orlop: PathBuf,
     /// Where `orlop-control`, `orlop-node`, ... are.
     pub binaries: PathBuf,
+    /// Where those of another version are, when faults replace ours by them.
+    #[serde(default)]
+    pub other_binaries: Option<PathBuf>,
     /// Where the static programs are: `orlop-pause`, `orlop-fixture`.
     pub static_binaries: PathBuf,
     /// How many nodes, `node1` to `nodeN`.
@@ -185,6 +188,11 @@ impl Spec {
     /// A member's durable folder.
     pub fn member_directory(&self, member: &str) -> PathBuf {
         self.directory.join(member)
+    }
+
+    /// Where a node's agent finds the programs that it starts: links, so that they change with its version.
+    pub fn installed(&self, node: &str) -> PathBuf {
+        self.member_directory(node).join("bin")
     }
 
     /// The file that a service's wall clock follows: libfaketime's offset, "+3600" for an hour ahead.

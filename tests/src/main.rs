@@ -2,15 +2,16 @@
 
 mod demo;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{fs, path::PathBuf, process::ExitCode};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 use orlop_tests::{
     disk,
     faults::{
         campaign::{Bars, Campaign},
         plan::Kind,
+        versions,
     },
     lab,
     layout::{MAX_CONTROLS, StoreEngine},
@@ -68,6 +69,9 @@ enum Command {
         /// Only these faults, in an order that the seed chooses: kill-shim,hang-shim.
         #[arg(long, value_enum, value_delimiter = ',')]
         only: Vec<Kind>,
+        /// A folder with our programs in another version: control and agents are replaced by these, and back.
+        #[arg(long, value_name = "DIR")]
+        other_binaries: Option<PathBuf>,
     },
     /// Runs a lab from its folder (internal).
     #[command(hide = true)]
@@ -146,7 +150,8 @@ fn run(command: Command) -> Result<()> {
             rounds,
             store,
             only,
-        } => soak(seed, rounds, store, &only),
+            other_binaries,
+        } => soak(seed, rounds, store, &only, other_binaries),
         Command::Supervise { directory, tied } => supervise(&directory, tied),
         Command::Disk { folder } => disk::serve(&folder),
         Command::Hold { name, cgroup, keep } => hold(&name, &cgroup, &keep),
@@ -172,7 +177,7 @@ fn run(command: Command) -> Result<()> {
     }
 }
 
-fn soak(seed: u64, rounds: u64, store: Option<StoreEngine>, only: &[Kind]) -> Result<()> {
+fn soak(seed: u64, rounds: u64, store: Option<StoreEngine>, only: &[Kind], other: Option<PathBuf>) -> Result<()> {
     let all = [
         &Kind::PROCESSES[..],
         &Kind::ETCD,
@@ -184,6 +189,16 @@ fn soak(seed: u64, rounds: u64, store: Option<StoreEngine>, only: &[Kind]) -> Re
     ]
     .concat();
     let kinds = if only.is_empty() { all } else { only.to_vec() };
+    let other = other.map(fs::canonicalize).transpose();
+    let other = other.context("the folder of another version's programs")?;
+    if let Some(other) = &other {
+        versions::check(other, &lab::binaries()?)?;
+        let replacing = [Kind::ReplaceControl, Kind::ReplaceAgent];
+        ensure!(
+            kinds.iter().any(|kind| replacing.contains(kind)),
+            "no fault that replaces anything is among --only: replace-control, replace-agent"
+        );
+    }
     let both = [StoreEngine::Embedded, StoreEngine::Etcd];
     for engine in both
         .into_iter()
@@ -201,6 +216,7 @@ fn soak(seed: u64, rounds: u64, store: Option<StoreEngine>, only: &[Kind]) -> Re
             },
             nodes: 3,
             bars: Bars::Held,
+            other_binaries: other.clone(),
         };
         campaign.run()?;
     }

@@ -184,7 +184,8 @@ impl Supervisor {
         for name in self.spec.node_names() {
             let member = self.members.get(&name)?;
             let address = member.address.context("a node has an address")?;
-            configuration::install_plugin(&self.spec, member.pid)?;
+            configuration::install_programs(&self.spec, &name, &self.spec.binaries)?;
+            configuration::install_plugin(&self.spec, &name, member.pid)?;
             configuration::write_node(&self.spec, &name, address, &token)?;
             self.add(configuration::containerd(&self.spec, &name)?)?;
             self.add(configuration::agent(&self.spec, &name)?)?;

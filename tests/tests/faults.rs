@@ -20,6 +20,7 @@ fn processes() -> Campaign {
         controls: 3,
         nodes: 2,
         bars: Bars::Told,
+        other_binaries: None,
     }
 }
 
@@ -33,6 +34,7 @@ fn cables() -> Campaign {
         controls: 1,
         nodes: 3,
         bars: Bars::Told,
+        other_binaries: None,
     }
 }
 
@@ -46,6 +48,7 @@ fn machines() -> Campaign {
         controls: 1,
         nodes: 3,
         bars: Bars::Told,
+        other_binaries: None,
     }
 }
 

@@ -7,7 +7,10 @@ mod run;
 mod setup;
 mod tidy;
 
-use std::process::{Command, ExitCode};
+use std::{
+    path::PathBuf,
+    process::{Command, ExitCode},
+};
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
@@ -74,6 +77,10 @@ enum Task {
         /// Only these faults: kill-shim,hang-shim,...
         #[arg(long)]
         only: Option<String>,
+        /// A folder with our programs in another version (orlop-control, orlop-node, orlop-logger, orlop-bridge): where control
+        /// and agents are replaced, it is by these, and back.
+        #[arg(long, value_name = "DIR")]
+        other_binaries: Option<PathBuf>,
     },
     /// Measures; the last line is one JSON object.
     Bench {
@@ -122,7 +129,8 @@ fn main() -> ExitCode {
             rounds,
             store,
             only,
-        } => soak(seed, rounds, store, only),
+            other_binaries,
+        } => soak(seed, rounds, store, only, other_binaries),
         Task::Bench { name, options } => bench(&name, &options),
         Task::Fuzz { targets, seconds } => fuzz::fuzz(&targets, seconds).map(|()| ExitCode::SUCCESS),
         Task::Peers => peers::build().map(|()| ExitCode::SUCCESS),
@@ -216,7 +224,13 @@ fn options(tests: &[String]) -> Vec<&str> {
 /// Benchmarks that run the real Kubernetes or etcd 3.6 beside ours. Without them ours is measured alone.
 const NEED_PEERS: &[&str] = &["all", "connect", "program", "schedule", "control", "store"];
 
-fn soak(seed: u64, rounds: u64, store: Option<String>, only: Option<String>) -> Result<ExitCode> {
+fn soak(
+    seed: u64,
+    rounds: u64,
+    store: Option<String>,
+    only: Option<String>,
+    other_binaries: Option<PathBuf>,
+) -> Result<ExitCode> {
     setup::setup()?;
     build::everything(build::Profile::Dev)?;
     let mut soak = Command::new(build::Profile::Dev.folder().join("orlop-lab"));
@@ -226,6 +240,9 @@ fn soak(seed: u64, rounds: u64, store: Option<String>, only: Option<String>) -> 
     }
     if let Some(only) = only {
         soak.args(["--only", &only]);
+    }
+    if let Some(folder) = other_binaries {
+        soak.arg("--other-binaries").arg(folder);
     }
     status(&mut soak)
 }

@@ -7,7 +7,7 @@ pub(super) mod replicas;
 
 use std::{
     fs,
-    path::PathBuf,
+    path::Path,
     thread,
     time::{Duration, Instant},
 };
@@ -25,11 +25,12 @@ use orlop_proto::{
 use super::{
     plan::{Fault, Part},
     pods::{node_of, processes},
+    versions::Turn,
     vigil::{PREY, PREY_COUNT, RECOVERY, Vigil},
 };
 use crate::{
     lab::{node_is_ready, output, pod_is_ready},
-    supervisor::Request,
+    supervisor::{Request, configuration::install_programs},
     workload,
 };
 
@@ -184,19 +185,18 @@ impl Vigil<'_> {
         Ok(())
     }
 
-    /// Stops the agent and starts another version of it: the same program, whose kernel programs count as others, so that they
-    /// are replaced under the traffic as by an upgrade.
+    /// Stops the agent and starts another version of it. Where there is none, it is the same program. Its kernel programs count as
+    /// others in any case, so that they are replaced under the traffic as by an upgrade.
     fn replace(&mut self, name: &str) -> Result<()> {
         let node = name.split('/').next().unwrap_or_default();
         let folder = format!("/sys/fs/bpf/orlop/{node}/programs");
         let programs = || output(self.lab.on_node(node, &["ls", &folder])?);
         let (starts, before) = (self.lab.service(name)?.starts, programs()?);
-        let next = another_version(
-            self.lab.spec.binaries.join("orlop-node"),
-            &self.lab.spec.directory,
-            starts,
-        )?;
-        self.lab.request(&Request::Replace(name.to_owned(), next))?;
+        let next = Turn::of(self.lab, name)?;
+        let copy = next.copied(starts);
+        with_programs_of_its_own(&next.binaries.join("orlop-node"), &copy, starts)?;
+        install_programs(&self.lab.spec, node, &next.binaries)?;
+        self.lab.request(&Request::Replace(name.to_owned(), copy))?;
         self.lab.wait(
             "another version has put its programs in the place of the old ones",
             RECOVERY,
@@ -218,10 +218,10 @@ fn sleep(time: Duration) -> Result<()> {
     Ok(())
 }
 
-/// A copy of the agent with another id of its kernel programs.
-fn another_version(agent: PathBuf, directory: &std::path::Path, version: u32) -> Result<PathBuf> {
-    let mut bytes = fs::read(&agent).with_context(|| format!("reading {}", agent.display()))?;
-    let id = format!("{version:016x}");
+/// Copies the agent with another id of its kernel programs.
+fn with_programs_of_its_own(agent: &Path, copy: &Path, id: u32) -> Result<()> {
+    let mut bytes = fs::read(agent).with_context(|| format!("reading {}", agent.display()))?;
+    let id = format!("{id:016x}");
     let places: Vec<usize> = bytes
         .windows(PROGRAMS_ID.len() + id.len())
         .enumerate()
@@ -239,9 +239,7 @@ fn another_version(agent: PathBuf, directory: &std::path::Path, version: u32) ->
     for place in places {
         bytes[place..place + id.len()].copy_from_slice(id.as_bytes());
     }
-    let path = directory.join(format!("orlop-node-{version}"));
-    fs::write(&path, bytes)?;
+    fs::write(copy, bytes).with_context(|| format!("writing {}", copy.display()))?;
     let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    fs::set_permissions(&path, executable)?;
-    Ok(path)
+    Ok(fs::set_permissions(copy, executable)?)
 }

@@ -1,11 +1,12 @@
 //! Rounds of faults in one lab: one round of a kind in the tests, many in `cargo xtask soak`.
 
 use anyhow::{Context, Result, bail, ensure};
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use super::{
     act::{CONTROL, replicas},
     plan::{self, Fault, Kind, Shape},
+    versions,
     vigil::{Figure, RECOVERY, Vigil},
 };
 use crate::{
@@ -48,6 +49,8 @@ pub struct Campaign {
     pub nodes: u16,
     /// Whether times have to be below their bars.
     pub bars: Bars,
+    /// Programs of another version: replacing ours, they and ours take turns.
+    pub other_binaries: Option<PathBuf>,
 }
 
 impl Campaign {
@@ -72,6 +75,7 @@ impl Campaign {
             clocks: self.clocks(),
             // The others run the machine's own, of the 1 series.
             containerd_2: vec!["node2".to_owned()],
+            other_binaries: self.other_binaries.clone(),
             ..Options::default()
         };
         let lab = Lab::start(&self.name, &options)?;
@@ -80,6 +84,7 @@ impl Campaign {
             self.round(&lab, disk.as_mut(), round)
                 .with_context(|| format!("seed {} round {round} of {:?}", self.seed, self.store))?;
         }
+        versions::tell(&lab)?;
         // The disk outlives what uses it.
         let ended = lab.finish();
         drop(disk);

@@ -52,6 +52,8 @@ fn clock(spec: &Spec, service: &str) -> Result<Vec<(String, String)>> {
     Ok(settings.map(|(name, value)| (name.to_owned(), value.to_owned())).into())
 }
 
+/// The agent's own programs: they come in its version.
+const STARTED_BY_AGENTS: [&str; 2] = ["orlop-bridge", "orlop-logger"];
 /// What a lab's logs show; `ORLOP_LAB_LOG` overrides it.
 const LOG_FILTER: &str = "info";
 
@@ -168,7 +170,7 @@ pub fn write_node(spec: &Spec, name: &str, address: Ipv4Addr, token: &str) -> Re
         directory.join("log"),
         spec.orlop.join("images"),
         spec.static_binaries.join("orlop-pause"),
-        spec.binaries.join("orlop-logger"),
+        spec.installed(name).join("orlop-logger"),
         spec.node_extra,
         if spec.registry {
             registry::known_to_nodes(spec)
@@ -227,12 +229,25 @@ pub fn agent(spec: &Spec, name: &str) -> Result<Service> {
     with_clock(spec, service(spec, name, "agent", command))
 }
 
+/// Has a node's agent start the programs that are in a folder: at once, also where others are started now.
+pub fn install_programs(spec: &Spec, name: &str, binaries: &Path) -> Result<()> {
+    let folder = spec.installed(name);
+    fs::create_dir_all(&folder).context("making a node's folder of programs")?;
+    for program in STARTED_BY_AGENTS {
+        let (link, next) = (folder.join(program), folder.join(format!(".{program}.new")));
+        symlink(binaries.join(program), &next)
+            .and_then(|()| fs::rename(&next, &link))
+            .with_context(|| format!("linking {}", link.display()))?;
+    }
+    Ok(())
+}
+
 /// Puts the CNI plugin into a node's `/opt/cni/bin`.
-pub fn install_plugin(spec: &Spec, holder: i32) -> Result<()> {
+pub fn install_plugin(spec: &Spec, name: &str, holder: i32) -> Result<()> {
     let target = Path::new("/proc")
         .join(holder.to_string())
         .join("root/opt/cni/bin/orlop-bridge");
-    symlink(spec.binaries.join("orlop-bridge"), &target).with_context(|| format!("linking {}", target.display()))
+    symlink(spec.installed(name).join("orlop-bridge"), &target).with_context(|| format!("linking {}", target.display()))
 }
 
 /// Waits until control answers.

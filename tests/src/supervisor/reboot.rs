@@ -45,7 +45,7 @@ impl Supervisor {
                 "/proc/sys/kernel/random/boot_id",
             ],
         )?;
-        configuration::install_plugin(&self.spec, pid)?;
+        configuration::install_plugin(&self.spec, name, pid)?;
         self.write_members()?;
         for service in &services {
             service.resume_in(pid);

@@ -13,6 +13,7 @@ use super::{CONTROL, Vigil, prey::prey_of, replica_of, replicas};
 use crate::{
     client::Client,
     disk::Troubles,
+    faults::versions::Turn,
     lab::{Lab, pod_is_ready},
     supervisor::Request,
 };
@@ -107,14 +108,16 @@ impl Vigil<'_> {
         Ok(())
     }
 
-    /// Stops a control replica and starts another program in its place, on the same store and the same sockets.
+    /// Stops a control replica and starts another program in its place, on the same store and the same sockets: one of another version,
+    /// where there are two.
     pub(super) fn replace_control(&mut self, replica: &str) -> Result<()> {
         let mut controls = replicas::starts(self.lab)?;
         controls.retain(|service, _| replica_of(service) == Some(replica));
         for (service, starts) in &controls {
-            let next = self.lab.spec.directory.join(format!("orlop-{replica}-{starts}"));
-            fs::copy(self.lab.spec.binaries.join("orlop-control"), &next).context("copying control")?;
-            self.lab.request(&Request::Replace(service.clone(), next))?;
+            let next = Turn::of(self.lab, service)?;
+            let copy = next.copied(*starts);
+            fs::copy(next.binaries.join("orlop-control"), &copy).context("copying control")?;
+            self.lab.request(&Request::Replace(service.clone(), copy))?;
         }
         replicas::wait_for_starts(self.lab, &controls)
     }
