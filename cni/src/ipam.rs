@@ -5,7 +5,8 @@
 //! lease is durable before its address is used, and is found by the container's id afterwards: what an ADD that was killed
 //! has leased is returned by the runtime's DEL or GC, and taken up by an ADD of the same container.
 //!
-//! The file names the boot that it is of. A reboot ends all network namespaces, so leases of another boot are free.
+//! The file names its format: one of a newer format is refused and left as it is, and fields that are not known are passed over, and gone
+//! with the next change. It names the boot that it is of, too. A reboot ends all network namespaces, so leases of another boot are free.
 
 use std::{
     collections::BTreeMap,
@@ -302,11 +303,21 @@ fn wait_for(lock: &File, path: &Path) -> Result<(), Failure> {
 }
 
 fn parse(bytes: &[u8]) -> Result<State, String> {
-    let state: State = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-    if state.format != FORMAT {
-        return Err(format!("format {} is not known", state.format));
+    /// What a file of every format has.
+    #[derive(Deserialize)]
+    struct Marked {
+        format: u32,
     }
-    Ok(state)
+    let Marked { format } = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+    if format > FORMAT {
+        return Err(format!(
+            "a newer orlop-bridge wrote it in format {format}, and this one reads format {FORMAT}: the newer one reads it"
+        ));
+    }
+    if format != FORMAT {
+        return Err(format!("format {format} is not known"));
+    }
+    serde_json::from_slice(bytes).map_err(|e| e.to_string())
 }
 
 /// The lock is held, so one name for the temporary file is enough; what a killed call left of it is overwritten.

@@ -257,6 +257,18 @@ pub enum StoreError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A value that a newer version of control wrote.
+    #[error(
+        "{key}: a newer orlop-control wrote this in format {format}, and this one reads format {known}: start the newer one again"
+    )]
+    Newer {
+        /// Where.
+        key: Key,
+        /// Its format.
+        format: u8,
+        /// The newest that is known here.
+        known: u8,
+    },
     /// The engine's disk is full, or fails. The engine goes on by itself when that is over.
     #[error("the store {} cannot be used: {reason}; {effect}", .path.display())]
     Disk {

@@ -5,7 +5,8 @@
 //! lacks what the maps have, `services.behind` is there) and `routes` (all of them, behind the kernel's). Every
 //! file is written to a temporary name, synced and renamed; the folder is synced after that. A file is framed with a magic, a format version
 //! and a SHA-256 of its body: one that does not match is moved to `damaged/` and reported, and everything else goes on. One that the disk
-//! does not give now is not damaged: the agent does not start without it, and its service manager tries again.
+//! does not give now is not damaged: the agent does not start without it, and its service manager tries again. Nor does it start on one
+//! that a newer agent wrote in another format; fields that it does not know it passes over.
 //!
 //! Invariant: every session with control gets a generation, greater than all earlier ones; a write of an older generation
 //! than the last accepted one is refused.
@@ -27,7 +28,8 @@ use orlop_proto::{core::v1::Pod, node::v1 as link};
 use prost::Message;
 
 use self::file::{
-    Temporary, frame, list, put_aside, read_or_put_aside, remove_temporary, sync_dir, unframe, write_file,
+    FORMAT, Temporary, decode, frame, list, put_aside, read_or_put_aside, remove_temporary, sync_dir, unframe,
+    write_file,
 };
 use crate::desired::{
     Desired, Routes,
@@ -60,6 +62,18 @@ pub enum LedgerError {
         given: Generation,
         /// The last accepted one.
         current: Generation,
+    },
+    /// A file of an agent that is newer than this one.
+    #[error(
+        "{path}: a newer orlop-node wrote this in format {format}, and this one reads format {FORMAT}: start the newer one again, or \
+         remove {} when no pod of this node is left",
+        path.ancestors().find(|folder| folder.ends_with("ledger")).unwrap_or(path).display()
+    )]
+    Newer {
+        /// Where.
+        path: PathBuf,
+        /// Its format.
+        format: u32,
     },
     /// A pod whose uid cannot be a file's name.
     #[error("pod uid {0:?} is not usable as a file name")]
@@ -169,7 +183,7 @@ impl Ledger {
     /// Opens the ledger under `data_dir` and reads what it holds. Damaged files are moved aside and named.
     ///
     /// # Errors
-    /// What the disk refuses, also to read a file: that says nothing about what is in it.
+    /// What the disk refuses, also to read a file: that says nothing about what is in it. A file that a newer agent wrote.
     pub fn open(data_dir: &Path) -> Result<(Self, Desired, Vec<Damage>), LedgerError> {
         let dir = data_dir.join("ledger");
         for path in [dir.join("pods"), dir.join("damaged")] {
@@ -354,11 +368,7 @@ pub fn read_services(data_dir: &Path) -> Result<Vec<Arc<link::Service>>, LedgerE
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(source) => return Err(LedgerError::Io { path, source }),
     };
-    let file = unframe(&bytes).and_then(|body| ServicesFile::decode(body).map_err(|error| error.to_string()));
-    let file = file.map_err(|reason| LedgerError::Io {
-        path,
-        source: io::Error::other(reason),
-    })?;
+    let file: ServicesFile = decode(&bytes).map_err(|error| error.at(&path))?;
     Ok(file.services.into_iter().map(Arc::new).collect())
 }
 

@@ -133,6 +133,68 @@ fn an_unreadable_file_is_never_taken_for_an_empty_one() {
     }
 }
 
+/// As the first version wrote it: who changes what is in it gives it another format, and goes on reading this one.
+const FIRST: &str = "{\"format\":1,\"bootId\":\"first\",\"last\":{\"10.1.0.0/24\":\"10.1.0.3\"},\"leases\":{\
+    \"10.1.0.2\":{\"containerId\":\"a\",\"ifname\":\"eth0\"},\"10.1.0.3\":{\"containerId\":\"b\",\"ifname\":\"eth0\"}}}";
+
+fn leases_of_another_version(dir: &Path, text: &str) -> OrlopIpam {
+    let ipam = ipam(dir, json!([[{"subnet": "10.1.0.0/24"}]]));
+    fs::create_dir_all(&ipam.data_dir).unwrap();
+    fs::write(ipam.data_dir.join("net.json"), text).unwrap();
+    ipam
+}
+
+#[test]
+fn leases_of_the_first_version_are_held_and_written_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let ipam = leases_of_another_version(dir.path(), FIRST);
+    assert_eq!(take(&ipam, "a").unwrap(), ["10.1.0.2/24"]);
+    assert_eq!(take(&ipam, "b").unwrap(), ["10.1.0.3/24"]);
+    assert_eq!(
+        take(&ipam, "c").unwrap(),
+        ["10.1.0.4/24"],
+        "the search goes on behind the last"
+    );
+    let other = tempfile::tempdir().unwrap();
+    let ipam = self::ipam(other.path(), json!([[{"subnet": "10.1.0.0/24"}]]));
+    take(&ipam, "a").unwrap();
+    take(&ipam, "b").unwrap();
+    let written = fs::read_to_string(ipam.data_dir.join("net.json")).unwrap();
+    assert_eq!(written, FIRST, "written in another way: it needs another format");
+}
+
+#[test]
+fn fields_of_a_newer_version_are_passed_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = FIRST.replace("\"ifname\":", "\"later\":{\"of\":[1]},\"ifname\":");
+    let ipam = leases_of_another_version(
+        dir.path(),
+        &text.replace("{\"format\":1,", "{\"format\":1,\"later\":null,"),
+    );
+    assert_eq!(take(&ipam, "a").unwrap(), ["10.1.0.2/24"]);
+    assert_eq!(take(&ipam, "c").unwrap(), ["10.1.0.4/24"]);
+}
+
+#[test]
+fn a_format_of_a_newer_version_is_refused_and_left_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = "{\"format\":2,\"leases\":[[\"10.1.0.2\",\"a\"]]}";
+    let ipam = leases_of_another_version(dir.path(), text);
+    let path = ipam.data_dir.join("net.json");
+    let refused = take(&ipam, "b").unwrap_err();
+    assert_eq!(refused.code, code::IO);
+    for what in [
+        &*path.display().to_string(),
+        "format 2",
+        "the newer one reads it",
+        "remove it when no pod",
+    ] {
+        assert!(refused.to_string().contains(what), "{refused}");
+    }
+    assert!(Leases::open(&ipam, "net").is_err(), "nothing is returned to it, either");
+    assert_eq!(fs::read_to_string(&path).unwrap(), text);
+}
+
 #[test]
 fn a_vast_subnet_takes_no_time() {
     let dir = tempfile::tempdir().unwrap();

@@ -180,7 +180,7 @@ pub(super) fn of_store(error: &StoreError) -> Status {
     match error {
         StoreError::Conflict { .. } => Status::aborted(error.to_string()),
         StoreError::Compacted { oldest, .. } => out_of_range("COMPACTED", error.to_string(), *oldest),
-        StoreError::Future { .. } => Status::failed_precondition(error.to_string()),
+        StoreError::Future { .. } | StoreError::Newer { .. } => Status::failed_precondition(error.to_string()),
         StoreError::TooLarge(reason) => invalid("object", &format!("is too large to be stored: {reason}")),
         StoreError::Damaged { .. } => Status::data_loss(error.to_string()),
         StoreError::Disk { full: true, .. } => Status::resource_exhausted(error.to_string()),

@@ -201,3 +201,21 @@ fn now() -> u64 {
         .unwrap_or_default()
         .as_secs()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_that_other_versions_stored_are_read() {
+        let key = KeyHash::of(b"a key");
+        for later in ["", r#","later":{"of":[1]}"#] {
+            let text = format!(
+                r#"{{"key":"{}","token":"0123456789abcdef","since":7{later}}}"#,
+                key.hex()
+            );
+            assert!(is_binding_of(text.as_bytes(), key), "{text}");
+            assert!(!is_binding_of(text.as_bytes(), KeyHash::of(b"another")));
+        }
+    }
+}

@@ -157,6 +157,18 @@ mod tests {
     }
 
     #[test]
+    fn records_that_other_versions_stored_are_read() {
+        for later in ["", r#","later":{"of":[1]}"#] {
+            let text = format!(r#"{{"secret_hash":"ab","expires":7,"uses_left":2{later}}}"#);
+            let record: TokenRecord = serde_json::from_str(&text).expect("a record");
+            assert_eq!(
+                (&*record.secret_hash, record.expires, record.uses_left),
+                ("ab", 7, Some(2))
+            );
+        }
+    }
+
+    #[test]
     fn what_is_no_token() {
         let good = Token::generate(&"ab".repeat(32)).to_string();
         let id = good.split('.').nth(1).expect("id").to_owned();

@@ -18,11 +18,14 @@ use std::{
 };
 
 use async_trait::async_trait;
-use redb::{Database, ReadTransaction, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable as _, TableDefinition, TableHandle as _};
 use tokio::sync::{broadcast, mpsc, oneshot, watch as latest};
 
 use self::disk::{Disk, Opener};
 use super::{ChangeSet, DiskEffect, Key, Listing, Record, Revision, Store, StoreError, Transaction, Watch, frame};
+
+// The tables' names bear the version of what is in them: a file with others was written by a newer version of control, which may keep
+// its records elsewhere. Here it would look empty.
 
 /// Key with prefix -> revision of the last write, framed value.
 const RECORDS: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("records_v1");
@@ -82,6 +85,18 @@ pub enum OpenError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// It has tables that are not known here.
+    #[error(
+        "{path} was written by a newer orlop-control: it has the table {table}, and this one knows {known}: start the newer one again"
+    )]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// The first that is not known.
+        table: String,
+        /// Those that are.
+        known: String,
+    },
     /// The writer thread cannot be started.
     #[error("the writer thread cannot be started")]
     Thread(#[source] std::io::Error),
@@ -118,6 +133,14 @@ const LIVE: usize = 1024;
 impl EmbeddedStore {
     /// Opens or creates the file, exclusively.
     pub fn open(path: &Path, config: EmbeddedConfig) -> Result<Self, OpenError> {
+        // Whoever opens it to write changes it. One that was not closed in good order cannot be opened otherwise: it is looked at when
+        // redb has repaired it.
+        let read_only = redb::Builder::new()
+            .set_cache_size(config.cache_bytes)
+            .open_read_only(path);
+        if let Ok(database) = read_only {
+            refuse_newer(path, &database)?;
+        }
         let opener = disk::file(path, config.cache_bytes);
         Self::open_with(path, opener, config)
     }
@@ -182,6 +205,17 @@ impl EmbeddedStore {
             transaction
                 .open_table(RECORDS)?
                 .insert(full(key).as_str(), (revision, bytes))?;
+            let change = log::LogChange {
+                key: full(key),
+                now: Some(bytes::Bytes::copy_from_slice(bytes)),
+                before: None,
+            };
+            let entry = log::LogEntry {
+                time: log::now(),
+                changes: vec![change],
+            };
+            let row = prost::Message::encode_to_vec(&entry);
+            transaction.open_table(LOG)?.insert(revision, row.as_slice())?;
             revision
         };
         transaction.commit()?;
@@ -197,6 +231,28 @@ impl Drop for EmbeddedStore {
             // A panic of the writer was reported by its thread; whoever waited was told "unavailable".
             let _ = writer.join();
         }
+    }
+}
+
+/// Refuses a file that has a table which this version does not know.
+fn refuse_newer(path: &Path, database: &impl ReadableDatabase) -> Result<(), OpenError> {
+    let known = [RECORDS.name(), LOG.name(), COUNTERS.name()];
+    let unknown = || -> Result<Option<String>, redb::Error> {
+        let transaction = database.begin_read()?;
+        let mut tables = transaction.list_tables()?.map(|table| table.name().to_owned());
+        Ok(tables.find(|table| !known.contains(&table.as_str())))
+    };
+    match unknown() {
+        Ok(None) => Ok(()),
+        Ok(Some(table)) => Err(OpenError::Newer {
+            path: path.to_owned(),
+            table,
+            known: known.join(", "),
+        }),
+        Err(error) => Err(OpenError::Database {
+            path: path.to_owned(),
+            source: Box::new(error),
+        }),
     }
 }
 
@@ -226,7 +282,7 @@ fn full(key: &Key) -> String {
 #[doc(hidden)]
 pub fn logged(row: &[u8], revision: Revision) -> Option<ChangeSet> {
     use prost::Message as _;
-    Some(log::LogEntry::decode(row).ok()?.into_set(revision))
+    log::LogEntry::decode(row).ok()?.into_set(revision).ok()
 }
 
 /// The key without the engine's prefix.
@@ -296,7 +352,7 @@ impl Shared {
                 }
                 let (written, framed) = value.value();
                 let key = short(key.value());
-                if let Some(value) = frame::unframe_or_report(&key, framed) {
+                if let Some(value) = frame::unframe_or_report(&key, framed)? {
                     records.push(Record {
                         key,
                         value,

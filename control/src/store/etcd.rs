@@ -263,15 +263,16 @@ impl Shared {
             if let Some(last) = kvs.last() {
                 start = format!("{}\0", String::from_utf8_lossy(last.key()));
             }
-            listing.records.extend(kvs.iter().filter_map(|kv| {
-                let key = short(kv.key())?;
-                let value = frame::unframe_or_report(&key, kv.value())?;
-                Some(Record {
-                    key,
-                    value,
-                    revision: revision(kv.mod_revision()),
-                })
-            }));
+            for kv in &kvs {
+                let Some(key) = short(kv.key()) else { continue };
+                if let Some(value) = frame::unframe_or_report(&key, kv.value())? {
+                    listing.records.push(Record {
+                        key,
+                        value,
+                        revision: revision(kv.mod_revision()),
+                    });
+                }
+            }
             if !more {
                 return Ok(listing);
             }

@@ -1,4 +1,5 @@
-//! What stands around a value in both engines: magic, format version, length. It tells what is ours and whole from what is not.
+//! What stands around a value in both engines: magic, format version, length. It tells what is ours and whole from what is not, and
+//! what a newer version of control wrote: that is refused wherever it is met, for to an older one it must not look like nothing.
 
 use bytes::Bytes;
 
@@ -31,8 +32,13 @@ pub(super) fn unframe(key: &Key, framed: &[u8]) -> Result<Bytes, StoreError> {
     if &header[..4] != MAGIC {
         return Err(damaged("not written by us: another magic number".to_owned()));
     }
-    if header[4] != VERSION {
-        return Err(damaged(format!("format version {}, known is {VERSION}", header[4])));
+    match header[4] {
+        VERSION => {}
+        0 => return Err(damaged("format version 0".to_owned())),
+        format => {
+            let (key, known) = (key.clone(), VERSION);
+            return Err(StoreError::Newer { key, format, known });
+        }
     }
     let length = u32::from_le_bytes([header[5], header[6], header[7], header[8]]);
     if u32::try_from(value.len()) != Ok(length) {
@@ -41,23 +47,35 @@ pub(super) fn unframe(key: &Key, framed: &[u8]) -> Result<Bytes, StoreError> {
     Ok(Bytes::copy_from_slice(value))
 }
 
-/// The same for readers of many values: a damaged one is reported and put aside.
-pub(super) fn unframe_or_report(key: &Key, framed: &[u8]) -> Option<Bytes> {
-    unframe(key, framed)
-        .inspect_err(|error| tracing::error!(%key, %error, "a stored value is damaged and was put aside"))
-        .ok()
+/// The same for readers of many values: a damaged one is reported and put aside. One of a newer format is an error.
+pub(super) fn unframe_or_report(key: &Key, framed: &[u8]) -> Result<Option<Bytes>, StoreError> {
+    match unframe(key, framed) {
+        Ok(value) => Ok(Some(value)),
+        Err(error @ StoreError::Newer { .. }) => Err(error),
+        Err(error) => {
+            tracing::error!(%key, %error, "a stored value is damaged and was put aside");
+            Ok(None)
+        }
+    }
 }
 
-/// What a watch tells of a write. Readers see a damaged value as none: so its coming is a deletion of what was there before.
-pub(super) fn change(key: Key, revision: Revision, now: Option<&[u8]>, before: Option<&[u8]>) -> Option<Change> {
+/// What a watch tells of a write. Readers see a damaged value as none: so its coming is a deletion of what was there before. That of a
+/// value of a newer format is an error.
+pub(super) fn change(
+    key: Key,
+    revision: Revision,
+    now: Option<&[u8]>,
+    before: Option<&[u8]>,
+) -> Result<Option<Change>, StoreError> {
     let previous = before.and_then(|before| unframe(&key, before).ok());
-    match now.and_then(|now| unframe_or_report(&key, now)) {
+    let now = now.map(|now| unframe_or_report(&key, now)).transpose()?.flatten();
+    Ok(match now {
         Some(value) => Some(Change::Put {
             record: Record { key, value, revision },
             previous,
         }),
         None => previous.map(|previous| Change::Delete { key, previous }),
-    }
+    })
 }
 
 /// [`frame`], for who checks it from outside.
@@ -99,17 +117,34 @@ mod tests {
     }
 
     #[test]
+    fn the_frame_is_as_the_first_version_wrote_it() {
+        let first = b"orlp\x01\x05\0\0\0value";
+        assert_eq!(
+            frame(b"value"),
+            first,
+            "written in another way: it needs another version"
+        );
+        let key = Key::internal("tokens", "a");
+        let error = unframe(&key, b"orlp\x02whatever comes then").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "tokens/a: a newer orlop-control wrote this in format 2, and this one reads format 1: start the newer one again"
+        );
+    }
+
+    #[test]
     fn a_damaged_value_counts_as_none_in_a_watch() {
         let key = Key::internal("tokens", "a");
         let good = frame(b"value");
+        let change = |now, before| change(key.clone(), 3, now, before).unwrap();
         assert!(matches!(
-            change(key.clone(), 3, Some(b"garbage"), Some(&good)),
+            change(Some(b"garbage"), Some(&good)),
             Some(Change::Delete { .. })
         ));
         assert!(matches!(
-            change(key.clone(), 3, Some(&good), Some(b"garbage")),
+            change(Some(&good), Some(b"garbage")),
             Some(Change::Put { previous: None, .. })
         ));
-        assert_eq!(change(key, 3, None, Some(b"garbage")), None);
+        assert_eq!(change(None, Some(b"garbage")), None);
     }
 }

@@ -69,7 +69,9 @@ impl MemoryStore {
     /// Everything that ever changed.
     pub fn history(&self) -> Vec<ChangeSet> {
         let state = self.shared.lock();
-        (1..=state.revision()).map(|revision| state.set(revision)).collect()
+        (1..=state.revision())
+            .filter_map(|revision| state.set(revision).ok())
+            .collect()
     }
 
     /// Writes bytes without a frame, as a revision of its own.
@@ -105,7 +107,7 @@ impl State {
     }
 
     /// The changes of a revision that was written.
-    fn set(&self, revision: Revision) -> ChangeSet {
+    fn set(&self, revision: Revision) -> Result<ChangeSet, StoreError> {
         let index = usize::try_from(revision - 1).unwrap_or(usize::MAX);
         let changes = self.log[index].iter().filter_map(|logged| {
             frame::change(
@@ -114,11 +116,12 @@ impl State {
                 logged.now.as_deref(),
                 logged.before.as_deref(),
             )
+            .transpose()
         });
-        ChangeSet {
+        Ok(ChangeSet {
             revision,
-            changes: changes.collect(),
-        }
+            changes: changes.collect::<Result<_, _>>()?,
+        })
     }
 
     fn conflict(&self, transaction: &Transaction) -> Option<StoreError> {
@@ -206,16 +209,16 @@ impl Store for MemoryStore {
             .take_while(|(key, _)| key.starts_with(prefix));
         let records = under.filter_map(|(text, (revision, framed))| {
             let key = Key::from_text(text);
-            let value = frame::unframe_or_report(&key, framed)?;
-            Some(Record {
+            let value = frame::unframe_or_report(&key, framed).transpose()?;
+            Some(value.map(|value| Record {
                 key,
                 value,
                 revision: *revision,
-            })
+            }))
         });
         Ok(Listing {
             revision: state.revision(),
-            records: records.collect(),
+            records: records.collect::<Result<_, _>>()?,
         })
     }
 
@@ -301,7 +304,7 @@ impl Watcher {
         state.check_resumable(self.seen)?;
         let until = current.min(self.seen + CHUNK as Revision);
         for revision in self.seen + 1..=until {
-            let mut set = state.set(revision);
+            let mut set = state.set(revision)?;
             set.changes.retain(|change| {
                 let key = match change {
                     super::Change::Put { record, .. } => &record.key,

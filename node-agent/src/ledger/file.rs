@@ -12,8 +12,9 @@ use sha2::{Digest, Sha256};
 
 use super::{Damage, LedgerError};
 
+// The header is the same in every format; the format is that of the body.
 const MAGIC: &[u8; 8] = b"orlopldg";
-const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 1;
 const HEADER: usize = 8 + 4 + 32;
 
 pub(super) fn frame(body: &[u8]) -> [u8; HEADER] {
@@ -24,19 +25,50 @@ pub(super) fn frame(body: &[u8]) -> [u8; HEADER] {
     header
 }
 
-pub(super) fn unframe(bytes: &[u8]) -> Result<&[u8], String> {
-    let (header, body) = bytes.split_at_checked(HEADER).ok_or("shorter than its header")?;
-    if &header[..8] != MAGIC {
-        return Err("not a ledger file".to_owned());
+/// Why a file's body cannot be read.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Unreadable {
+    /// In what way it is damaged.
+    Damaged(String),
+    /// It is whole, and a newer agent wrote it in this format.
+    Newer(u32),
+}
+
+impl Unreadable {
+    /// As an error of the ledger, where a damaged file is one.
+    pub fn at(self, path: &Path) -> LedgerError {
+        let path = path.to_owned();
+        match self {
+            Self::Newer(format) => LedgerError::Newer { path, format },
+            Self::Damaged(reason) => LedgerError::Io {
+                path,
+                source: io::Error::other(reason),
+            },
+        }
     }
-    let format = u32::from_be_bytes(header[8..12].try_into().map_err(|_| "no format")?);
-    if format != FORMAT {
-        return Err(format!("format {format}, and only {FORMAT} is known"));
+}
+
+pub(super) fn unframe(bytes: &[u8]) -> Result<&[u8], Unreadable> {
+    let damaged = |reason: &str| Unreadable::Damaged(reason.to_owned());
+    let (header, body) = bytes
+        .split_at_checked(HEADER)
+        .ok_or_else(|| damaged("shorter than its header"))?;
+    if &header[..8] != MAGIC {
+        return Err(damaged("not a ledger file"));
     }
     if header[12..] != Sha256::digest(body)[..] {
-        return Err("the checksum does not match".to_owned());
+        return Err(damaged("the checksum does not match"));
     }
-    Ok(body)
+    match u32::from_be_bytes([header[8], header[9], header[10], header[11]]) {
+        FORMAT => Ok(body),
+        0 => Err(damaged("format 0")),
+        newer => Err(Unreadable::Newer(newer)),
+    }
+}
+
+/// The message in a file with these bytes.
+pub(super) fn decode<M: Message + Default>(bytes: &[u8]) -> Result<M, Unreadable> {
+    M::decode(unframe(bytes)?).map_err(|error| Unreadable::Damaged(error.to_string()))
 }
 
 /// A file that is not in its place yet.
@@ -130,12 +162,13 @@ pub(super) fn read_or_put_aside<M: Message + Default>(
             });
         }
     };
-    match unframe(&bytes).and_then(|body| M::decode(body).map_err(|error| error.to_string())) {
+    match decode(&bytes) {
         Ok(message) => Ok(Some(message)),
-        Err(reason) => {
+        Err(Unreadable::Damaged(reason)) => {
             put_aside(ledger, path, reason, damage)?;
             Ok(None)
         }
+        Err(newer) => Err(newer.at(path)),
     }
 }
 

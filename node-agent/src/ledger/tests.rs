@@ -5,6 +5,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod versions;
+
 fn pod(uid: &str) -> Arc<Pod> {
     let metadata = ObjectMeta {
         uid: uid.into(),

@@ -241,3 +241,84 @@ impl Session<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::Full;
+    use prost::{Message, bytes::Bytes};
+    use tonic::codec::Codec;
+    use tonic_prost::ProstCodec;
+
+    use super::*;
+    use crate::{
+        ledger::Ledger,
+        link::applier::Applier,
+        simulated::{SimulatedDataplane, SimulatedNetwork},
+    };
+
+    /// Field 1000, a text.
+    const LATER: &[u8] = b"\xc2\x3e\x05later";
+
+    /// A message in a field of another, with [`LATER`] in it.
+    fn field(tag: u8, message: &[u8]) -> Vec<u8> {
+        let length = u8::try_from(message.len() + LATER.len()).expect("a short message");
+        [&[tag << 3 | 2, length], message, LATER].concat()
+    }
+
+    #[tokio::test]
+    async fn what_a_newer_control_says_beside_what_is_known_is_passed_over() {
+        let welcome = link::Welcome {
+            pod_cidrs: vec!["10.244.0.0/24".to_owned()],
+            ..link::Welcome::default()
+        };
+        let route = link::Route {
+            node_name: "n2".to_owned(),
+            ..link::Route::default()
+        };
+        let known = link::Change {
+            change: Some(link::change::Change::Route(route)),
+        };
+        let update = link::Update {
+            version: 1,
+            snapshot_end: true,
+            ..link::Update::default()
+        };
+        // A change of an unknown kind before the known one.
+        let update = [update.encode_to_vec(), field(2, &[]), field(2, &known.encode_to_vec())].concat();
+        // And a message of an unknown kind between those that are known.
+        let messages = [field(1, &welcome.encode_to_vec()), LATER.to_vec(), field(2, &update)];
+        let frames = messages.iter().flat_map(|message| {
+            let length = u32::try_from(message.len()).expect("a short message").to_be_bytes();
+            [&[0][..], &length, message].concat()
+        });
+        let body = Full::new(frames.collect::<Bytes>());
+        let decoder = ProstCodec::<NodeMessage, ControlMessage>::default().decoder();
+        let incoming = Streaming::new_response(decoder, body, http::StatusCode::OK, None, None);
+
+        let dir = tempfile::tempdir().expect("a folder");
+        let (ledger, desired, _) = Ledger::open(dir.path()).expect("a ledger");
+        let (dataplane, network) = (Arc::<SimulatedDataplane>::default(), Arc::<SimulatedNetwork>::default());
+        let (applier, handle, mut desired) = Applier::new(ledger, desired, dataplane, network);
+        tokio::spawn(applier.run(CancellationToken::new()));
+        let hello = Hello {
+            node_name: "n1".to_owned(),
+            boot_id: String::new(),
+            labels: BTreeMap::new(),
+        };
+        let mut session = Session {
+            number: 1,
+            hello: &hello,
+            applier: &handle,
+            reports: &Reports::default(),
+            welcomed: false,
+            version: 0,
+        };
+        let (outgoing, _sent) = mpsc::channel(OUTGOING);
+        let ended = session.exchange(outgoing, incoming).await;
+        assert!(!matches!(ended, Ok(()) | Err(SessionError::Protocol(_))), "{ended:?}");
+        assert!(session.welcomed && session.version == 1, "{ended:?}");
+        let told = tokio::time::timeout(Duration::from_secs(60), desired.wait_for(|desired| desired.complete));
+        let told = told.await.expect("it is applied in time").expect("an applier").clone();
+        assert_eq!(told.routes.keys().map(|node| &**node).collect::<Vec<_>>(), ["n2"]);
+    }
+}

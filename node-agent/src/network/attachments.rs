@@ -169,3 +169,30 @@ impl From<&Pod> for PodNetwork {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As the first version wrote it, with what a later one may add at each LATER.
+    const KEPT: &str = r#"{"pod":{"namespace":"default","name":"a","uid":"uid-a","sandbox_id":"s1","netns":"/run/orlop/netns/s1"LATER},
+        "list":{"name":"orlop","version":"1.1.0","plugins":[{"type":"orlop-bridge","cniVersion":"1.1.0"}],
+        "disable_check":false,"disable_gc":true LATER},"namespace":[4,4026532700],"boot_id":"b1",
+        "result":{"cniVersion":"1.1.0","ips":[{"address":"10.244.1.2/24"}]}LATER}"#;
+
+    #[test]
+    fn what_other_versions_kept_of_a_sandbox_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let attachments = Attachments::new(dir.path());
+        fs::create_dir_all(&attachments.dir).unwrap();
+        for later in ["", r#","later":{"of":[1]}"#] {
+            fs::write(attachments.path("s1"), KEPT.replace("LATER", later)).unwrap();
+            let record = attachments.read("s1").unwrap().unwrap();
+            assert_eq!((&*record.pod.name, &*record.pod.sandbox_id), ("a", "s1"));
+            assert_eq!((&*record.list.name, record.list.plugins.len()), ("orlop", 1));
+            assert_eq!((record.namespace, &*record.boot_id), (Some((4, 4_026_532_700)), "b1"));
+            assert_eq!(record.result.unwrap()["ips"][0]["address"], "10.244.1.2/24");
+            assert_eq!(record.reached, None);
+        }
+    }
+}

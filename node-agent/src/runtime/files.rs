@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{PodId, SandboxSpec};
 
-/// What of the pod stands in its state directory, so that a later life of the agent knows whose it is.
+/// What of the pod stands in its state directory, so that a later life of the agent knows whose it is. A newer agent may have written
+/// more.
 #[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Identity {
     namespace: String,
     name: String,
@@ -83,4 +83,20 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
         return Ok(());
     }
     fs::write(path, text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whose_a_state_directory_is_is_read_from_what_other_versions_wrote() {
+        let dir = tempfile::tempdir().unwrap();
+        for later in ["", r#","node":"n1","later":{"of":[1]}"#] {
+            let text = format!(r#"{{"namespace":"default","name":"a","uid":"uid-a"{later}}}"#);
+            fs::write(dir.path().join("pod.json"), text).unwrap();
+            let id = read_pod_id(dir.path()).unwrap();
+            assert_eq!((&*id.namespace, &*id.name, &*id.uid), ("default", "a", "uid-a"));
+        }
+    }
 }

@@ -284,3 +284,77 @@ async fn a_slow_node_gets_the_latest_and_no_queue() {
     assert!(versions.len() < 60, "{} updates for 100 changes", versions.len());
     cluster.stop().await;
 }
+
+/// As [`NodeMessage`] may be one day.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Newer {
+    #[prost(message, optional, tag = "1")]
+    hello: Option<NewerHello>,
+    #[prost(message, optional, tag = "2")]
+    node: Option<NewerReport>,
+    #[prost(string, tag = "1000")]
+    later: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct NewerHello {
+    #[prost(string, tag = "1")]
+    node_name: String,
+    #[prost(uint32, tag = "2")]
+    protocol: u32,
+    #[prost(string, tag = "1000")]
+    later: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct NewerReport {
+    #[prost(uint64, tag = "1")]
+    sequence: u64,
+    #[prost(string, tag = "1000")]
+    later: String,
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_newer_agent_says_beside_what_is_known_is_passed_over() {
+    let cluster = Cluster::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let dial = cluster.joined("n1", dir.path()).await;
+    let mut call = tonic::client::Grpc::new(dial.dial().await.unwrap());
+    call.ready().await.unwrap();
+    let later = || "later".to_owned();
+    let hello = NewerHello {
+        node_name: "n1".to_owned(),
+        protocol: 1,
+        later: later(),
+    };
+    let messages = [
+        Newer {
+            hello: Some(hello),
+            later: later(),
+            ..Newer::default()
+        },
+        // Of an unknown kind.
+        Newer {
+            later: later(),
+            ..Newer::default()
+        },
+        Newer {
+            node: Some(NewerReport {
+                sequence: 1,
+                later: later(),
+            }),
+            later: later(),
+            ..Newer::default()
+        },
+    ];
+    let messages = futures::StreamExt::chain(tokio_stream::iter(messages), tokio_stream::pending());
+    let path = http::uri::PathAndQuery::from_static("/orlop.node.v1.NodeLink/Session");
+    let codec = tonic_prost::ProstCodec::<Newer, ControlMessage>::default();
+    let answer = call.streaming(tonic::Request::new(messages), path, codec).await;
+    let mut session = Session {
+        outgoing: mpsc::channel(1).0,
+        incoming: answer.unwrap().into_inner(),
+    };
+    session.snapshot().await;
+    assert_eq!(session.acknowledged(1).await, Ok(()));
+}

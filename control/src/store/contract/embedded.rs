@@ -196,3 +196,88 @@ async fn a_conflict_with_a_neighbour_of_the_same_group_is_told_after_the_commit(
         }
     }
 }
+
+/// A file as the first version wrote it, with its tables spelled out: who changes what is in them gives them other names, and goes on
+/// reading these.
+fn first_version(path: &std::path::Path) {
+    use redb::TableDefinition;
+    let records: TableDefinition<'_, &str, (u64, &[u8])> = TableDefinition::new("records_v1");
+    let log: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log_v1");
+    let counters: TableDefinition<'_, &str, u64> = TableDefinition::new("counters_v1");
+    let database = redb::Database::create(path).unwrap();
+    let transaction = database.begin_write().unwrap();
+    {
+        let mut records = transaction.open_table(records).unwrap();
+        let value = b"orlp\x01\x01\0\0\x002";
+        records
+            .insert("/orlop/v1/pods/default/a", (2, value.as_slice()))
+            .unwrap();
+        let mut log = transaction.open_table(log).unwrap();
+        for (revision, row) in [
+            (
+                1,
+                "0880d8c1a28c3412260a182f6f726c6f702f76312f706f64732f64656661756c742f61120a6f726c70010100000031",
+            ),
+            (
+                2,
+                "0881d8c1a28c3412320a182f6f726c6f702f76312f706f64732f64656661756c742f61120a6f726c700101000000321a0a6f\
+                 726c70010100000031",
+            ),
+        ] {
+            log.insert(revision, hex::decode(row).unwrap().as_slice()).unwrap();
+        }
+        let mut counters = transaction.open_table(counters).unwrap();
+        counters.insert("revision", 2).unwrap();
+        counters.insert("log_bytes", 105).unwrap();
+    }
+    transaction.commit().unwrap();
+}
+
+#[tokio::test]
+async fn a_file_of_the_first_version_is_read_and_gone_on_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store.redb");
+    first_version(&path);
+    let store: Arc<dyn Store> = Arc::new(open(&path));
+    assert_eq!(value(&store, "pods/default/a").await, Some(("2".to_owned(), 2)));
+    let mut last = 0;
+    let mut watch = store.watch("pods/", 0).await.unwrap();
+    assert_eq!(
+        shorts(&next(&mut watch, &mut last).await.unwrap()),
+        ["+pods/default/a=1"]
+    );
+    assert_eq!(
+        shorts(&next(&mut watch, &mut last).await.unwrap()),
+        ["~pods/default/a=2<1"]
+    );
+    assert_eq!(write(&store, put("pods/default/a", "3")).await, 3);
+}
+
+#[tokio::test]
+async fn a_file_of_a_newer_version_is_refused_and_left_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store.redb");
+    let newer: redb::TableDefinition<'_, &str, &[u8]> = redb::TableDefinition::new("records_v2");
+    let database = redb::Database::create(&path).unwrap();
+    let transaction = database.begin_write().unwrap();
+    let record = transaction
+        .open_table(newer)
+        .unwrap()
+        .insert("pods/default/a", b"1".as_slice())
+        .map(drop);
+    record.unwrap();
+    transaction.commit().unwrap();
+    drop(database);
+    let before = std::fs::read(&path).unwrap();
+    let error = EmbeddedStore::open(&path, config()).err().unwrap();
+    assert!(matches!(error, OpenError::Newer { .. }), "{error}");
+    for what in [
+        &*path.display().to_string(),
+        "records_v2",
+        "records_v1",
+        "start the newer one again",
+    ] {
+        assert!(error.to_string().contains(what), "{error}");
+    }
+    assert!(std::fs::read(&path).unwrap() == before, "the file was written to");
+}

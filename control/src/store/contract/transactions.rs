@@ -10,6 +10,7 @@ contract!(
     lists_are_of_one_revision_and_one_prefix,
     what_was_acknowledged_survives_a_restart,
     damaged_values_are_put_aside,
+    values_of_a_newer_version_are_refused,
     counters_under_concurrent_writers,
 );
 
@@ -240,6 +241,26 @@ async fn damaged_values_are_put_aside(bench: &mut impl Bench) {
     let mut last = before;
     assert_eq!(shorts(&next(&mut watch, &mut last).await.unwrap()), ["+pods/b=2"]);
     assert_eq!(shorts(&next(&mut watch, &mut last).await.unwrap()), ["-pods/b<2"]);
+}
+
+async fn values_of_a_newer_version_are_refused(bench: &mut impl Bench) {
+    let store = bench.store();
+    let mut last = write(&store, put("pods/a", "1")).await;
+    let before = last;
+    bench.write_raw(&key("pods/b"), b"orlp\x02whatever comes then").await;
+    let refused = |error: StoreError| {
+        let names = matches!(&error, StoreError::Newer { key: at, format: 2, known: 1 } if *at == key("pods/b"));
+        assert!(names, "{error}");
+    };
+    refused(store.get(&key("pods/b")).await.unwrap_err());
+    // Without it the list would say that there is none, and so would a watch.
+    refused(store.list("pods/").await.unwrap_err());
+    refused(store.list("").await.unwrap_err());
+    match store.watch("pods/", before).await {
+        Ok(mut watch) => refused(next(&mut watch, &mut last).await.unwrap_err()),
+        Err(error) => refused(error),
+    }
+    assert_eq!(value(&store, "pods/a").await, Some(("1".to_owned(), before)));
 }
 
 async fn counters_under_concurrent_writers(bench: &mut impl Bench) {

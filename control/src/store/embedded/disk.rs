@@ -18,7 +18,7 @@ use std::{
 
 use redb::Database;
 
-use super::{OpenError, prepare};
+use super::{OpenError, prepare, refuse_newer};
 use crate::store::{DiskEffect, Revision, StoreError};
 
 /// Opens the database. The first time it may make the file; afterwards a missing file is a failure like any other.
@@ -142,6 +142,8 @@ impl Disk {
             redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
             other => broken(Box::new(other)),
         })?;
+        // Before anything is written.
+        refuse_newer(path, &database)?;
         let revision = prepare(&database).map_err(|error| broken(Box::new(error)))?;
         let disk = Self {
             path: path.to_owned(),

@@ -47,7 +47,11 @@ pub(super) fn now() -> u64 {
 }
 
 impl LogEntry {
-    pub(super) fn into_set(self, revision: Revision) -> ChangeSet {
+    /// What a watch tells of it.
+    ///
+    /// # Errors
+    /// When a newer version of control wrote it.
+    pub(super) fn into_set(self, revision: Revision) -> Result<ChangeSet, StoreError> {
         let change = |change: LogChange| {
             frame::change(
                 short(&change.key),
@@ -56,10 +60,11 @@ impl LogEntry {
                 change.before.as_deref(),
             )
         };
-        ChangeSet {
+        let changes = self.changes.into_iter().filter_map(|one| change(one).transpose());
+        Ok(ChangeSet {
             revision,
-            changes: self.changes.into_iter().filter_map(change).collect(),
-        }
+            changes: changes.collect::<Result<_, _>>()?,
+        })
     }
 }
 
@@ -110,8 +115,12 @@ pub(super) fn read(shared: &Shared, after: Revision) -> Result<Vec<ChangeSet>, S
             let (revision, value) = row?;
             let revision = revision.value();
             match LogEntry::decode(value.value()) {
-                Ok(entry) => sets.push(entry.into_set(revision)),
-                // What comes before it is told first.
+                Ok(entry) => match entry.into_set(revision) {
+                    Ok(set) => sets.push(set),
+                    // What comes before it is told first.
+                    Err(_) if !sets.is_empty() => break,
+                    Err(error) => return Err(error.into()),
+                },
                 Err(_) if !sets.is_empty() => break,
                 Err(error) => {
                     let key = Key::internal("log", &revision.to_string());

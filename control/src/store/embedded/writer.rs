@@ -172,7 +172,8 @@ fn write(shared: &Shared, transactions: &[Transaction]) -> Result<Written, redb:
                 let encoded = entry.encode_to_vec();
                 bytes += encoded.len() as u64;
                 log_table.insert(revision, encoded.as_slice())?;
-                sets.push(entry.into_set(revision));
+                // What was just framed here is of no newer format.
+                sets.extend(entry.into_set(revision).ok());
             }
             results.push(Ok(revision));
         }

@@ -180,7 +180,8 @@ impl Follower {
                     changes: Vec::new(),
                 });
             }
-            if let (Some(set), Some(change)) = (sets.last_mut(), change(event, at)) {
+            let change = change(event, at).map_err(Ended::Failed)?;
+            if let (Some(set), Some(change)) = (sets.last_mut(), change) {
                 set.changes.push(change);
             }
         }
@@ -201,15 +202,12 @@ fn lacks_previous(event: &Event) -> bool {
         })
 }
 
-fn change(event: &Event, at: Revision) -> Option<Change> {
-    let kv = event.kv()?;
+fn change(event: &Event, at: Revision) -> Result<Option<Change>, StoreError> {
+    let Some((kv, key)) = event.kv().and_then(|kv| Some((kv, short(kv.key())?))) else {
+        return Ok(None);
+    };
     let now = (event.event_type() == EventType::Put).then(|| kv.value());
-    frame::change(
-        short(kv.key())?,
-        at,
-        now,
-        event.prev_kv().map(etcd_client::KeyValue::value),
-    )
+    frame::change(key, at, now, event.prev_kv().map(etcd_client::KeyValue::value))
 }
 
 fn key_of(change: &Change) -> &str {
