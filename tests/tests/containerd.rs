@@ -12,6 +12,7 @@ use orlop_tests::{
     supervisor::Request,
     workload::{client, pod, web},
 };
+use serde_json::json;
 
 #[test]
 fn one_cluster_of_containerd_1_and_2() -> Result<()> {
@@ -47,6 +48,7 @@ fn one_cluster_of_containerd_1_and_2() -> Result<()> {
     ensure!(processes(&lab)? == before, "pods were restarted with containerd");
     a_network_that_fails_shows_on_the_pod(&lab)?;
     an_agent_that_dies_while_it_wires_leaves_nothing(&lab)?;
+    a_pod_on_the_reference_plugins_is_as_any_other(&lab)?;
     lab.client.delete("replicasets", "default", "web", None)?;
     for name in ["client-node1", "client-node2", "after", "wired", "torn"] {
         lab.client.delete("pods", "default", name, None)?;
@@ -173,6 +175,66 @@ fn an_agent_that_dies_while_it_wires_leaves_nothing(lab: &Lab) -> Result<()> {
         "rules for an address that was given up: {left}"
     );
     Ok(())
+}
+
+/// Debian's bridge and host-local wire a pod in the place of ours: it is Ready at their address, reaches a ClusterIP, is reached through it
+/// from the other node, and its end frees the address.
+fn a_pod_on_the_reference_plugins_is_as_any_other(lab: &Lab) -> Result<()> {
+    let node: Node = lab.client.get("", "node2")?.context("a node")?;
+    let range = node.spec.unwrap_or_default().pod_cidr;
+    let network = range
+        .strip_suffix("0/24")
+        .with_context(|| format!("{range} is no /24"))?;
+    // The upper half of the node's range, which the other node's route leads to as well. Ours gives addresses from the lower end.
+    let ipam =
+        json!({"type": "host-local", "dataDir": "/run/theirs", "ranges": [[{"subnet": format!("{network}128/25")}]]});
+    let bridge = json!({"type": "bridge", "bridge": "theirs0", "isDefaultGateway": true, "ipam": ipam});
+    let list = json!({"cniVersion": "1.0.0", "name": "theirs", "plugins": [bridge]});
+    let install = format!(
+        "ln -s /usr/lib/cni/bridge /usr/lib/cni/host-local /opt/cni/bin/ && echo '{list}' >/etc/cni/net.d/.new && \
+         mv /etc/cni/net.d/.new /etc/cni/net.d/05-theirs.conflist"
+    );
+    output(lab.on_node("node2", &["sh", "-c", &install])?)?;
+    let mut manifest = String::from(
+        "apiVersion: v1\nkind: Service\nmetadata: {name: mixed, namespace: default}\nspec:\n  selector: {app: mixed}\n\
+         \x20 ports: [{port: 80, targetPort: 8080}]\n",
+    );
+    for (name, node) in [("ours", "node1"), ("theirs", "node2")] {
+        let pod = pod(name, node, &["web", "8080"]);
+        manifest += &pod.replace("metadata: {", "metadata: {labels: {app: mixed}, ");
+    }
+    lab.client.apply(&manifest)?;
+    let pods = lab.wait_for_pods("app=mixed", 2)?;
+    let theirs = pods
+        .iter()
+        .find(|pod| pod.name() == "theirs")
+        .context("a pod of theirs")?;
+    let address = theirs.status.clone().unwrap_or_default().pod_ip;
+    let host: Option<u8> = address.strip_prefix(network).and_then(|host| host.parse().ok());
+    ensure!(host.is_some_and(|host| host > 129), "{address} is not theirs");
+    let on_node2 = |script: &str| output(lab.on_node("node2", &["sh", "-c", script])?);
+    ensure!(
+        on_node2("ls /run/theirs/theirs")?.contains(&address),
+        "not of host-local"
+    );
+    ensure!(
+        !on_node2("ip -o link show master theirs0")?.is_empty(),
+        "not at their bridge"
+    );
+    let service = lab.cluster_ip("mixed")?;
+    for client in [theirs, &lab.wait_for_pod("client-node1")?] {
+        lab.wait_for_answers(client, &["get", &service, "80", "40"], &pods)
+            .with_context(|| format!("from {}", client.name()))?;
+    }
+    for name in ["ours", "theirs"] {
+        lab.client.delete("pods", "default", name, None)?;
+    }
+    lab.wait("the pod of their plugins is gone", Duration::from_secs(60), || {
+        Ok(lab.client.get::<Pod>("default", "theirs")?.is_none().then_some(()))
+    })?;
+    let left = on_node2("ls /run/theirs/theirs; ip -o link show master theirs0")?;
+    ensure!(!left.contains(&address) && !left.contains("veth"), "left: {left}");
+    on_node2("rm /etc/cni/net.d/05-theirs.conflist").map(drop)
 }
 
 /// Whether there is no such process, or only what its parent has not read yet: the machine's first process may take its time.
