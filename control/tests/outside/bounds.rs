@@ -1,13 +1,27 @@
 //! What hostile input costs the program, by the kernel's own account: the peak of its memory while it has to do with it.
 
-use std::fs;
+use std::{
+    convert::Infallible,
+    fs,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
+use bytes::Bytes;
+use futures::StreamExt as _;
+use http_body_util::StreamBody;
+use hyper::body::Frame;
 use orlop_proto::api::v1::{ApplyRequest, WatchRequest, apply_request::Input, objects_client::ObjectsClient};
 use prost::Message;
+use tokio::{task::JoinSet, time::timeout};
+use tonic::body::Body;
 
 use crate::{
     harness::Control,
-    hostile_grpc::{APPLY, LIST, prefixed, raw, whole},
+    hostile_grpc::{APPLY, LIST, call, prefixed, raw, whole},
     hostile_manifests,
     requests::{Client, apply},
     wire::{CONTINUATION, END_HEADERS, HEADERS, PING, RST_STREAM, SETTINGS, Wire, field, frame, grpc_headers},
@@ -24,6 +38,10 @@ const FLOODING: usize = 3;
 const FACTOR: u64 = 192;
 /// And whatever it holds.
 const MOST: u64 = 1 << 30;
+/// Apply calls at one time where many of them stall, how many want to, and how much of its message each has.
+const PLACES: usize = 2;
+const APPLIERS: usize = 20;
+const LONG: usize = 15 << 20;
 
 /// A figure of the process's status, in bytes.
 fn memory(pid: u32, figure: &str) -> u64 {
@@ -214,6 +232,55 @@ async fn hostile_clients_take_bounded_memory() {
         assert!(grown < LITTLE, "{what}: {grown} bytes");
     }
     control.stop().await;
+}
+
+/// Messages that are announced and come, but for their end.
+#[tokio::test]
+async fn appliers_that_stall_take_the_memory_of_those_who_have_a_place() {
+    let limits = format!(
+        "[limits]\nconcurrent_applies = {PLACES}\nmanifest_bytes = {}\n",
+        LONG + (1 << 20)
+    );
+    let control = Control::program(&limits).await;
+    let sent: Vec<Arc<AtomicUsize>> = (0..APPLIERS).map(|_| Arc::default()).collect();
+    let mut calls = JoinSet::new();
+    let stalled = async {
+        for sent in &sent {
+            let (channel, body) = (control.admin().await, but_for_its_end(Arc::clone(sent)));
+            calls.spawn(async move { call(&channel, APPLY, None, body).await });
+        }
+        let total = || sent.iter().map(|sent| sent.load(Ordering::Relaxed)).sum();
+        let mut before: usize = 0;
+        // Until nobody's is taken any more.
+        while before < PLACES * LONG || before != total() {
+            before = total();
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    };
+    let stalled = async { timeout(Duration::from_secs(60), stalled).await.expect("they stall") };
+    let grown = growth(&control, stalled).await;
+    println!("appliers that stall: {} KiB", grown / 1024);
+    // Theirs, and for each a connection with what HTTP/2 has in flight, 1 MiB. Measured: 68 MiB.
+    let bound = (PLACES * LONG) as u64 + 4 * APPLIERS as u64 * MIB;
+    assert!(2 * bound < (APPLIERS * LONG) as u64, "less than all of them have sent");
+    assert!(grown < bound, "{grown} bytes");
+    let whole = sent.iter().filter(|sent| sent.load(Ordering::Relaxed) == LONG).count();
+    assert_eq!(whole, PLACES, "had a place");
+    assert!(calls.try_join_next().is_none(), "none has an answer");
+    control.stop().await;
+}
+
+/// A message of a length, without its last byte and without an end; how much of it was taken.
+fn but_for_its_end(taken: Arc<AtomicUsize>) -> Body {
+    const PIECE: usize = 64 << 10;
+    let header = prefixed(0, u32::try_from(LONG + 1).expect("a length"), b"");
+    let pieces = (0..LONG / PIECE).map(move |_| {
+        taken.fetch_add(PIECE, Ordering::Relaxed);
+        Bytes::from(vec![b'x'; PIECE])
+    });
+    let pieces = std::iter::once(Bytes::from(header)).chain(pieces);
+    let pieces = futures::stream::iter(pieces.map(|piece| Ok::<_, Infallible>(Frame::data(piece))));
+    Body::new(StreamBody::new(pieces.chain(futures::stream::pending())))
 }
 
 /// With a message of some bytes more; beyond 1 kB they are an annotation's.

@@ -31,19 +31,27 @@ pub const APPLY: &str = "/orlop.api.v1.Objects/Apply";
 const SESSION: &str = "/orlop.node.v1.NodeLink/Session";
 const JOIN: &str = "/orlop.cluster.v1.Join/Join";
 
-/// What a call gets whose body is these bytes.
-pub async fn raw(channel: &Channel, path: &str, encoding: Option<&str>, body: Vec<u8>) -> Status {
+/// The answer to a call with this body.
+pub async fn call(
+    channel: &Channel,
+    path: &str,
+    encoding: Option<&str>,
+    body: Body,
+) -> Result<http::Response<Body>, tonic::transport::Error> {
     let mut request = http::Request::post(format!("http://control.test{path}"))
         .header("content-type", "application/grpc")
         .header("te", "trailers");
     if let Some(encoding) = encoding {
         request = request.header("grpc-encoding", encoding);
     }
+    let request = request.body(body).expect("a request");
+    channel.clone().ready().await?.call(request).await
+}
+
+/// What a call gets whose body is these bytes.
+pub async fn raw(channel: &Channel, path: &str, encoding: Option<&str>, body: Vec<u8>) -> Status {
     let body = Full::new(Bytes::from(body)).map_err(|never| match never {});
-    let request = request.body(Body::new(body)).expect("a request");
-    let mut channel = channel.clone();
-    let service = channel.ready().await.expect("ready");
-    let response = service.call(request).await.expect("an answer");
+    let response = call(channel, path, encoding, Body::new(body)).await.expect("an answer");
     if let Some(status) = Status::from_header_map(response.headers()) {
         return status;
     }
