@@ -4,6 +4,7 @@
 //! all its processes end with it. Needs root; it fails without.
 
 mod pods {
+    pub mod flood;
     pub mod hostile_images;
     pub mod images;
     pub mod node;
