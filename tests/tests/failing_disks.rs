@@ -70,7 +70,7 @@ fn control_loses_no_write_on_a_failing_disk() -> Result<()> {
     lab.wait("control answers", PATIENCE, || Ok(lab.client.ready().ok()))?;
     lab.wait_for_nodes()?;
     lab.client.apply(&namespace(NAMESPACE))?;
-    let recorder = Recorder::begin(&lab.members, NAMESPACE, 7)?;
+    let recorder = Recorder::begin(&lab.members, &["control".to_owned()], NAMESPACE, 7)?;
     let starts = lab.service("control/control")?.starts;
 
     for (name, troubles, reason) in STORE {
