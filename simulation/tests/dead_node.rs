@@ -1,11 +1,12 @@
 //! A node dies at each of many moments of its heartbeat: it is NotReady within 20 s, and its pods run elsewhere within 60 s. The times
-//! are the simulation's own, and control's configuration is the default one.
+//! are the simulation's own, and control's configuration is the default one. One that returns finds its pods ready again.
 
 use std::time::Duration;
 
 use orlop_control::store::{Key, Store as _};
 use orlop_proto::{Resource as _, coordination::v1::Lease, core::v1::Node};
 use orlop_simulation::{
+    adversary::Hardness,
     cluster::{Cluster, Fate},
     environment::{Chance, simulate},
     machine::{Machine, start_all},
@@ -31,6 +32,9 @@ const STEP: Duration = Duration::from_secs(1);
 const NODES: u8 = 4;
 const PODS: i32 = 8;
 const DIES: &str = "n1";
+/// Clusters in which it returns, and how often.
+const RETURNS: u64 = 8;
+const EPISODES: u32 = 4;
 
 /// How a node dies.
 #[derive(Debug, Clone, Copy)]
@@ -77,24 +81,71 @@ fn replaced_in_time(death: Death) {
     );
 }
 
+#[test]
+fn pods_of_a_node_that_returns_are_ready_again_though_writes_fail() {
+    for seed in 1..=RETURNS {
+        simulate(
+            seed,
+            move || async move { LocalSet::new().run_until(returns(seed)).await },
+        );
+    }
+}
+
+/// What the node says of its pods when it returns may come before the last that is said because it was not heard of.
+async fn returns(seed: u64) {
+    let mut chance = Chance::new(seed, 0);
+    let hardness = Hardness {
+        failures: 5,
+        ..Hardness::default()
+    };
+    let cluster = Cluster::start(&Fate {
+        adversary: Some((hardness, chance.seed())),
+        ..Fate::default()
+    });
+    let (_machines, weather) = running(&cluster, &mut chance).await;
+    for _ in 0..EPISODES {
+        weather[0].send_replace(Weather {
+            up_is_cut: true,
+            down_is_cut: true,
+        });
+        let on_it = |state: &State| state.ready("app").iter().any(|pod| node_name(pod) == DIES);
+        cluster.until("none of its pods is ready", |state| !on_it(state)).await;
+        weather[0].send_replace(Weather::default());
+        cluster
+            .until("all are again", |state| nodes_are_ready(state) && all_run(state))
+            .await;
+    }
+}
+
+fn is_ready(node: &Node) -> bool {
+    condition(node, "Ready") == Some("True")
+}
+
+fn nodes_are_ready(state: &State) -> bool {
+    let nodes = state.all::<Node>();
+    nodes.len() == usize::from(NODES) && nodes.iter().all(is_ready)
+}
+
+fn all_run(state: &State) -> bool {
+    i32::try_from(state.ready("app").len()) == Ok(PODS)
+}
+
+/// The machines, with all pods ready on them.
+async fn running(cluster: &Cluster, chance: &mut Chance) -> (Vec<Machine>, Vec<watch::Sender<Weather>>) {
+    let machines = start_all(NODES, cluster, Duration::from_millis(50), chance);
+    cluster.until("all nodes are ready", nodes_are_ready).await;
+    cluster.create(replica_set("app", PODS)).await;
+    let state = cluster.until("all pods are ready", all_run).await;
+    let here = state.ready("app").iter().filter(|pod| node_name(pod) == DIES).count();
+    assert!(here > 0, "no pod is on {DIES}");
+    machines
+}
+
 /// Both times, from its death on.
 async fn dies(death: Death, offset: Duration, seed: u64) -> (Duration, Duration) {
     let mut chance = Chance::new(seed, 0);
     let cluster = Cluster::start(&Fate::default());
-    let (mut machines, weather) = start_all(NODES, &cluster, Duration::from_millis(50), &mut chance);
-    let is_ready = |node: &Node| condition(node, "Ready") == Some("True");
-    let all_ready = |state: &State| {
-        let nodes = state.all::<Node>();
-        nodes.len() == usize::from(NODES) && nodes.iter().all(is_ready)
-    };
-    cluster.until("all nodes are ready", all_ready).await;
-    cluster.create(replica_set("app", PODS)).await;
-    let wanted = usize::try_from(PODS).expect("a count");
-    let state = cluster
-        .until("all pods are ready", |state| state.ready("app").len() == wanted)
-        .await;
-    let here = state.ready("app").iter().filter(|pod| node_name(pod) == DIES).count();
-    assert!(here > 0, "no pod is on {DIES}");
+    let (mut machines, weather) = running(&cluster, &mut chance).await;
 
     heartbeat(&cluster).await;
     sleep(offset).await;
@@ -107,7 +158,7 @@ async fn dies(death: Death, offset: Duration, seed: u64) -> (Duration, Duration)
     let elsewhere = until(&cluster, dead, |state| {
         let ready = state.ready("app");
         let runs: usize = machines[1..].iter().map(|machine| machine.runtime.containers()).sum();
-        ready.len() == wanted && ready.iter().all(|pod| node_name(pod) != DIES) && runs == wanted
+        all_run(state) && ready.iter().all(|pod| node_name(pod) != DIES) && i32::try_from(runs) == Ok(PODS)
     });
     (silent, elsewhere.await)
 }
