@@ -13,7 +13,7 @@ use orlop_tests::{
 fn processes() -> Campaign {
     Campaign {
         name: "faults-etcd".to_owned(),
-        seed: 17,
+        seed: 65,
         rounds: 1,
         kinds: [&Kind::PROCESSES[..], &Kind::ETCD, &Kind::REPLICAS].concat(),
         store: StoreEngine::Etcd,

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
     time::{Duration, Instant, UNIX_EPOCH},
 };
 
@@ -128,20 +127,12 @@ fn replicas_share_the_work_and_outlive_their_leader() -> Result<()> {
         Ok(Some(client))
     })?;
 
-    // The next leader is stopped for longer than its claim holds, in the middle of work.
+    // The leader stays. What befalls one that hangs is in the campaigns of faults.
     returned.apply(&web("web1", 6))?;
-    lab.request(&Request::Signal(format!("{second}/control"), SIGSTOP))?;
-    let third = wait_for_leader(&lab, &returned, Some(&second))?;
     wait_for_web(&lab, &returned, "web1", 6)?;
-    lab.request(&Request::Signal(format!("{second}/control"), SIGCONT))?;
-    let log = lab.spec.directory.join(format!("logs/{second}-control.log"));
-    lab.wait("the late write of the leader that was stopped is refused", LONG, || {
-        let text = fs::read_to_string(&log).context("reading its log")?;
-        Ok(text.contains("a late write was refused").then_some(()))
-    })?;
     ensure!(
-        leader(&returned)?.as_deref() == Some(third.as_str()),
-        "the leader stays"
+        leader(&returned)?.as_deref() == Some(second.as_str()),
+        "{second} no longer leads"
     );
 
     nothing_happened_twice(&lab, &returned, begun)?;
@@ -151,7 +142,7 @@ fn replicas_share_the_work_and_outlive_their_leader() -> Result<()> {
         "a container was restarted: {before:?}, now {now:?}"
     );
     every_replica_knows_all(&lab, &self::clients(&lab)?)?;
-    a_node_turns_away_from_a_replica_that_hangs(&lab, &third)?;
+    a_node_turns_away_from_a_replica_that_hangs(&lab, &second)?;
     lab.finish()
 }
 

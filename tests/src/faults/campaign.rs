@@ -19,7 +19,7 @@ use crate::{
 /// How many members etcd has.
 const ETCD_MEMBERS: u16 = 3;
 /// A leader is given up sooner than by default, so that a round has time for all ways to lose one.
-const LEADER: &str = "[leader]\nlease_duration = \"4s\"\nrenew_deadline = \"2s\"\nretry_period = \"500ms\"\n";
+const LEADER: &str = "[leader]\nlease_duration = \"3s\"\nrenew_deadline = \"2s\"\nretry_period = \"500ms\"\n";
 
 /// What a time above its bar is: that a dead node is NotReady within 20 s, its pods elsewhere within 60 s.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

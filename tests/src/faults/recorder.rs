@@ -1,8 +1,8 @@
 //! Writers and watchers that go on through every fault, and record what they did and saw for [`super::history::check`].
 //!
-//! They know all control replicas. Each is at one of them and turns to the next when that one does not answer, as clients do; writers
-//! also turn without a reason now and then, so that in the end all replicas are written at again, and read what they write at another
-//! replica.
+//! They know all control replicas. Each is at one of them and turns to the next when that one does not answer, as clients do. Writers
+//! also turn without a reason now and then, and one watcher all the time: so all replicas are written at again after a fault, and a
+//! watch goes on at a replica that may lack what it was told. What is written is read at another replica.
 
 mod watcher;
 mod writer;
@@ -40,6 +40,8 @@ pub use watcher::Watcher;
 const CALL: Duration = Duration::from_secs(4);
 /// Every so often a replica is asked for a sign of life: a stopped process ends no stream.
 const ASK: Duration = Duration::from_secs(2);
+/// After so many events a watcher that is not content with any replica resumes at the next, which may be behind.
+const RESTLESS: usize = 10;
 /// How many write at the same time, each its own keys, and one that all of them change.
 const WRITERS: usize = 4;
 /// After a fault everything goes on within this time.
@@ -136,7 +138,7 @@ pub struct Recorder {
     shared: Arc<Shared>,
     stop: CancellationToken,
     writers: Vec<JoinHandle<()>>,
-    /// One that only resumes when it must, one that does after every fault, one that sleeps through a compaction.
+    /// One that only resumes when it must, one that does so all the time, one that sleeps through a compaction.
     watchers: Vec<Watcher>,
 }
 
@@ -162,8 +164,9 @@ impl Recorder {
         });
         let base = runtime.block_on(shared.list(0)).context("the recorder's first list")?;
         let stop = CancellationToken::new();
-        let watchers = (0..3)
-            .map(|index| Watcher::begin(&runtime, &shared, index, base.clone()))
+        let watchers = [None, Some(RESTLESS), None].into_iter().enumerate();
+        let watchers = watchers
+            .map(|(index, stays)| Watcher::begin(&runtime, &shared, index, stays, base.clone()))
             .collect();
         let writers = (0..WRITERS)
             .map(|index| runtime.spawn(writer::run(shared.clone(), stop.child_token(), index, seed)))
@@ -177,11 +180,6 @@ impl Recorder {
         };
         recorder.wait_for_writes()?;
         Ok(recorder)
-    }
-
-    /// The watcher that resumes after every fault does so now.
-    pub fn resume_one(&self) {
-        self.watchers[1].interrupt();
     }
 
     /// The watcher that sleeps through a compaction.

@@ -130,7 +130,6 @@ impl<'lab> Vigil<'lab> {
             replicas::leader(lab)
         })?;
         self.recorder.write_at_each()?;
-        self.recorder.resume_one();
         self.wait("all nodes are Ready", |lab| {
             let nodes: Vec<orlop_proto::core::v1::Node> = lab.client.list("", "")?;
             let untainted = |node: &&orlop_proto::core::v1::Node| {

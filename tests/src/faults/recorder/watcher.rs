@@ -20,7 +20,7 @@ use tonic::{Code, Streaming};
 use super::{CALL, Shared, Snapshot, lock, revision, value};
 use crate::faults::history::{Change, Kind, Seen};
 
-/// Between two attempts to watch.
+/// Between two attempts to watch, after one that failed.
 const RETRY: Duration = Duration::from_millis(100);
 
 /// A running watcher.
@@ -32,8 +32,14 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Watches from a list on, until the runtime ends.
-    pub(super) fn begin(runtime: &Runtime, shared: &Arc<Shared>, turn: usize, base: Snapshot) -> Self {
+    /// Watches from a list on, until the runtime ends. It stays at a replica for so many events, or as long as it can (`None`).
+    pub(super) fn begin(
+        runtime: &Runtime,
+        shared: &Arc<Shared>,
+        turn: usize,
+        stays: Option<usize>,
+        base: Snapshot,
+    ) -> Self {
         let (asleep, sleeps) = watch::channel(false);
         let watcher = Self {
             at: Arc::new(AtomicU64::new(base.revision)),
@@ -44,6 +50,7 @@ impl Watcher {
         let task = Task {
             shared: shared.clone(),
             turn,
+            stays,
             story: watcher.story.clone(),
             at: watcher.at.clone(),
             interrupt: watcher.interrupt.clone(),
@@ -61,11 +68,6 @@ impl Watcher {
     /// What it was told.
     pub fn story(&self) -> Vec<Seen> {
         lock(&self.story).clone()
-    }
-
-    /// Drops its stream and resumes.
-    pub fn interrupt(&self) {
-        self.interrupt.notify_one();
     }
 
     /// Drops its stream, and resumes when it is woken.
@@ -91,6 +93,7 @@ impl Watcher {
 struct Task {
     shared: Arc<Shared>,
     turn: usize,
+    stays: Option<usize>,
     story: Arc<Mutex<Vec<Seen>>>,
     at: Arc<AtomicU64>,
     interrupt: Arc<Notify>,
@@ -109,16 +112,16 @@ impl Task {
                 () = interrupted.notified() => Ok(()),
                 ended = self.follow(&mut first) => ended,
             };
+            self.turn += 1;
+            let Err(error) = ended else { continue };
             // A watch that fails says why by its code: what is compacted begins anew with a list.
-            if let Err(error) = ended
-                && let Some(status) = error.downcast_ref::<tonic::Status>()
+            if let Some(status) = error.downcast_ref::<tonic::Status>()
                 && status.code() == Code::OutOfRange
                 && let Ok(list) = self.shared.list(self.turn).await
             {
                 self.tell(list.revision, Seen::Listed(list));
                 first = true;
             }
-            self.turn += 1;
             tokio::time::sleep(RETRY).await;
         }
     }
@@ -142,9 +145,14 @@ impl Task {
         if !std::mem::take(first) {
             self.tell(after, Seen::Resumed(after));
         }
-        while let Some(event) = events.message().await? {
+        let mut told = 0;
+        while self.stays.is_none_or(|stays| told < stays) {
+            let Some(event) = events.message().await? else {
+                bail!("the stream has ended")
+            };
             let (revision, seen) = read(event)?;
             self.tell(revision, seen);
+            told += 1;
         }
         Ok(())
     }
