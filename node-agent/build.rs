@@ -45,8 +45,7 @@ fn main() {
 fn build(workspace: &Path) -> Result<u64, String> {
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("no OUT_DIR")?);
     let linker = find_linker(workspace)?;
-    // One for all profiles and for fuzzing: the object is the same in each.
-    let target_directory = workspace.join("target").join("bpf");
+    let target_directory = out.join("bpf");
     let mut command = toolchain()?;
     command
         .current_dir(workspace)

@@ -93,7 +93,6 @@ fn control_loses_no_write_on_a_failing_disk() -> Result<()> {
         lab.client.list::<Pod>("default", "").context("lists go on")?;
         disk.heal()?;
         recorder.wait_for_writes()?;
-        recorder.resume_one();
     }
     // Each sync takes 0.4 s: writers wait, and nobody is told of trouble that there is not.
     disk.suffer(Troubles {

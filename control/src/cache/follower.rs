@@ -46,8 +46,9 @@ impl Follower {
                 Err(error) => Some(error),
             };
             match ended {
-                Some(StoreError::Compacted { .. } | StoreError::Future { .. }) => {
-                    tracing::warn!(after, "the cache fell behind the store's log and is read anew");
+                // What a newer version wrote may be gone by now: the log still has it.
+                Some(error @ (StoreError::Compacted { .. } | StoreError::Future { .. } | StoreError::Newer { .. })) => {
+                    tracing::warn!(%error, after, "the cache cannot go on by the store's log and is read anew");
                     if let Err(error) = self.load().await {
                         tracing::warn!(%error, "the cache cannot reach the store");
                         tokio::time::sleep(RETRY).await;

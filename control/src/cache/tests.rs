@@ -16,6 +16,7 @@ use super::*;
 use crate::store::{
     Expected, Key, Operation, Transaction, Write,
     embedded::{EmbeddedConfig, EmbeddedStore},
+    memory::MemoryStore,
 };
 
 struct World {
@@ -370,6 +371,20 @@ async fn damaged_objects_are_put_aside() {
     assert_eq!(names(&live), map([("a", "n")]));
     let loaded = Cache::start(world.store.clone()).await.reader::<Pod>().snapshot();
     assert_eq!(names(&loaded), map([("a", "n")]));
+}
+
+#[tokio::test]
+async fn what_a_newer_version_wrote_and_took_back_stops_nothing() {
+    let data = MemoryStore::default();
+    let store: Arc<dyn Store> = Arc::new(data.clone());
+    let cache = Cache::start(store.clone()).await;
+    data.write_raw(&Key::object(&Pod::KIND, "default", "a"), b"orlp\x02whatever comes then");
+    let operations = vec![put(&pod("a", "n"))];
+    let revision = store.commit(Transaction { operations }).await.unwrap();
+    // The log still has what cannot be read.
+    let reader = cache.reader::<Pod>();
+    let live = tokio::time::timeout(Duration::from_secs(30), reader.wait_for(revision)).await;
+    assert_eq!(names(&live.expect("everything is read anew")), map([("a", "n")]));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

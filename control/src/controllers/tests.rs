@@ -287,6 +287,13 @@ async fn a_node_that_was_silent_for_a_moment_keeps_its_pods() {
     tokio::time::sleep(Duration::from_millis(500)).await;
     let looked_at: Pod = world.registry.get(&key).await.unwrap();
     assert_eq!(looked_at.meta().resource_version, touched.meta().resource_version);
+    // It speaks, and says that it is not ready: of its pods it may know nothing yet.
+    for _ in 0..10 {
+        world.says_not_ready("n2").await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let looked_at: Pod = world.registry.get(&key).await.unwrap();
+    assert_eq!(looked_at.meta().resource_version, touched.meta().resource_version);
     world.heal("n2");
     // The node says nothing of its pods: for it nothing has changed.
     world

@@ -18,7 +18,10 @@ use std::{
 };
 
 use async_trait::async_trait;
-use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable as _, TableDefinition, TableHandle as _};
+use redb::{
+    Database, MultimapTableHandle as _, ReadTransaction, ReadableDatabase, ReadableTable as _, TableDefinition,
+    TableHandle as _,
+};
 use tokio::sync::{broadcast, mpsc, oneshot, watch as latest};
 
 use self::disk::{Disk, Opener};
@@ -239,7 +242,9 @@ fn refuse_newer(path: &Path, database: &impl ReadableDatabase) -> Result<(), Ope
     let known = [RECORDS.name(), LOG.name(), COUNTERS.name()];
     let unknown = || -> Result<Option<String>, redb::Error> {
         let transaction = database.begin_read()?;
-        let mut tables = transaction.list_tables()?.map(|table| table.name().to_owned());
+        let tables = transaction.list_tables()?.map(|table| table.name().to_owned());
+        let others = transaction.list_multimap_tables()?;
+        let mut tables = tables.chain(others.map(|table| table.name().to_owned()));
         Ok(tables.find(|table| !known.contains(&table.as_str())))
     };
     match unknown() {

@@ -1,5 +1,6 @@
 //! What stands around a value in both engines: magic, format version, length. It tells what is ours and whole from what is not, and
-//! what a newer version of control wrote: that is refused wherever it is met, for to an older one it must not look like nothing.
+//! what a newer version of control wrote: that is refused wherever it is met, for to an older one it must not look like nothing. A flipped
+//! bit must not look like a newer version: no other format may have its true length where version 1 has it.
 
 use bytes::Bytes;
 
@@ -32,16 +33,19 @@ pub(super) fn unframe(key: &Key, framed: &[u8]) -> Result<Bytes, StoreError> {
     if &header[..4] != MAGIC {
         return Err(damaged("not written by us: another magic number".to_owned()));
     }
+    let length = u32::from_le_bytes([header[5], header[6], header[7], header[8]]);
+    let is_true = u32::try_from(value.len()) == Ok(length);
     match header[4] {
         VERSION => {}
-        0 => return Err(damaged("format version 0".to_owned())),
+        format if format == 0 || is_true => {
+            return Err(damaged(format!("version {format} in a frame of version {VERSION}")));
+        }
         format => {
             let (key, known) = (key.clone(), VERSION);
             return Err(StoreError::Newer { key, format, known });
         }
     }
-    let length = u32::from_le_bytes([header[5], header[6], header[7], header[8]]);
-    if u32::try_from(value.len()) != Ok(length) {
+    if !is_true {
         return Err(damaged(format!("{} bytes of {length}", value.len())));
     }
     Ok(Bytes::copy_from_slice(value))
@@ -112,7 +116,10 @@ mod tests {
         for position in 0..HEADER {
             let mut wrong = framed.clone();
             wrong[position] ^= 0x40;
-            assert!(unframe(&key, &wrong).is_err(), "byte {position}");
+            assert!(
+                matches!(unframe(&key, &wrong), Err(StoreError::Damaged { .. })),
+                "byte {position}"
+            );
         }
     }
 

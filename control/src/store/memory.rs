@@ -76,7 +76,7 @@ impl MemoryStore {
 
     /// Writes bytes without a frame, as a revision of its own.
     #[cfg(test)]
-    pub(super) fn write_raw(&self, key: &Key, bytes: &[u8]) {
+    pub(crate) fn write_raw(&self, key: &Key, bytes: &[u8]) {
         let mut state = self.shared.lock();
         let bytes = Bytes::copy_from_slice(bytes);
         let revision = state.revision() + 1;

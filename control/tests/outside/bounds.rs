@@ -244,6 +244,7 @@ async fn appliers_that_stall_take_the_memory_of_those_who_have_a_place() {
     let control = Control::program(&limits).await;
     let sent: Vec<Arc<AtomicUsize>> = (0..APPLIERS).map(|_| Arc::default()).collect();
     let mut calls = JoinSet::new();
+    let whole = || sent.iter().filter(|sent| sent.load(Ordering::Relaxed) == LONG).count();
     let stalled = async {
         for sent in &sent {
             let (channel, body) = (control.admin().await, but_for_its_end(Arc::clone(sent)));
@@ -252,7 +253,7 @@ async fn appliers_that_stall_take_the_memory_of_those_who_have_a_place() {
         let total = || sent.iter().map(|sent| sent.load(Ordering::Relaxed)).sum();
         let mut before: usize = 0;
         // Until nobody's is taken any more.
-        while before < PLACES * LONG || before != total() {
+        while whole() < PLACES || before != total() {
             before = total();
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
@@ -264,8 +265,7 @@ async fn appliers_that_stall_take_the_memory_of_those_who_have_a_place() {
     let bound = (PLACES * LONG) as u64 + 4 * APPLIERS as u64 * MIB;
     assert!(2 * bound < (APPLIERS * LONG) as u64, "less than all of them have sent");
     assert!(grown < bound, "{grown} bytes");
-    let whole = sent.iter().filter(|sent| sent.load(Ordering::Relaxed) == LONG).count();
-    assert_eq!(whole, PLACES, "had a place");
+    assert_eq!(whole(), PLACES, "had a place");
     assert!(calls.try_join_next().is_none(), "none has an answer");
     control.stop().await;
 }

@@ -21,8 +21,17 @@ pub(super) fn frame(body: &[u8]) -> [u8; HEADER] {
     let mut header = [0; HEADER];
     header[..8].copy_from_slice(MAGIC);
     header[8..12].copy_from_slice(&FORMAT.to_be_bytes());
-    header[12..].copy_from_slice(&Sha256::digest(body));
+    header[12..].copy_from_slice(&checksum(FORMAT, body));
     header
+}
+
+/// Of the body; in every format but the first of its number too, so that a flipped bit of that is damage and no newer format.
+pub(super) fn checksum(format: u32, body: &[u8]) -> [u8; 32] {
+    let mut sum = Sha256::new();
+    if format != 1 {
+        sum.update(format.to_be_bytes());
+    }
+    sum.chain_update(body).finalize().into()
 }
 
 /// Why a file's body cannot be read.
@@ -56,10 +65,11 @@ pub(super) fn unframe(bytes: &[u8]) -> Result<&[u8], Unreadable> {
     if &header[..8] != MAGIC {
         return Err(damaged("not a ledger file"));
     }
-    if header[12..] != Sha256::digest(body)[..] {
+    let format = u32::from_be_bytes([header[8], header[9], header[10], header[11]]);
+    if header[12..] != checksum(format, body) {
         return Err(damaged("the checksum does not match"));
     }
-    match u32::from_be_bytes([header[8], header[9], header[10], header[11]]) {
+    match format {
         FORMAT => Ok(body),
         0 => Err(damaged("format 0")),
         newer => Err(Unreadable::Newer(newer)),

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::{
     Disruption, EvictionLimiter, Evictions, LifecycleConfig, Monitor,
     marks::Marks,
-    plan::{evicts, is_ready, is_unknown, plan_conditions, plan_taints},
+    plan::{evicts, is_ready, plan_conditions, plan_taints},
 };
 use crate::{
     cache::{ObjectKey, Reader},
@@ -95,10 +95,12 @@ impl Lifecycle {
         nodes.sort_unstable_by(|one, other| one.name().cmp(other.name()));
         self.write_conditions(&mut nodes, &silent).await;
         self.write_taints(&mut nodes, all.objects.len(), now).await;
-        // Who was silent before we led is so until it speaks.
-        let is_heard = |name: &str| !silent.contains(name) && all.peek("", name).is_some_and(|node| !is_unknown(&node));
+        // Who was silent before we led is so until it speaks; and one that is not ready may not know its pods yet.
+        let is_heard = |name: &str| !silent.contains(name) && all.peek("", name).is_some_and(|node| is_ready(&node));
         let pods = self.pods.snapshot();
-        self.marks.look(&self.registry, &pods.objects, &silent, is_heard).await;
+        self.marks
+            .look(&self.registry, &pods.objects, &silent, is_heard, now)
+            .await;
         let evicting = nodes.iter().any(|node| has_no_execute(node));
         if silent.is_empty() && !evicting {
             self.evictions = Evictions::default();

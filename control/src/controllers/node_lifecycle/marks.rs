@@ -6,6 +6,7 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
+    time::Duration,
 };
 
 use futures::{StreamExt as _, stream};
@@ -13,6 +14,7 @@ use orlop_proto::{
     core::v1::{Pod, PodCondition},
     time,
 };
+use tokio::time::Instant;
 
 use super::act::WRITES;
 use crate::{
@@ -24,11 +26,15 @@ use crate::{
 /// Why a marked pod is not ready.
 const REASON: &str = "NodeNotHeardOf";
 
+/// All pods are looked at for marks so often: those of whoever led before us, and those that we thought were not written, or taken off.
+const SCAN: Duration = Duration::from_secs(60);
+
 /// Which pods bear the mark.
 #[derive(Default)]
 pub(super) struct Marks {
-    /// The node of each pod that bears the mark, or may: a write of it was tried. `None` until all pods were looked at.
-    known: Option<HashMap<ObjectKey, String>>,
+    /// The node of each pod that bears the mark, or may: a write of it was tried.
+    known: HashMap<ObjectKey, String>,
+    scanned: Option<Instant>,
 }
 
 impl Marks {
@@ -40,18 +46,23 @@ impl Marks {
         all: &Objects<Pod>,
         silent: &HashSet<String>,
         is_heard: impl Fn(&str) -> bool,
+        now: Instant,
     ) {
         let place = |pod: Arc<Pod>| (ObjectKey::of(&*pod), pods::node_name(&pod).to_owned());
-        // Those of whoever led before us.
-        let marked = || all.peek().filter(|pod| is_marked(pod)).map(place).collect();
-        let known = self.known.get_or_insert_with(marked);
-        known.retain(|key, _| all.contains_key(key));
-        let heard = known.iter().filter(|(_, node)| is_heard(node));
-        let heard: Vec<ObjectKey> = heard.map(|(key, _)| key.clone()).collect();
-        let writes = stream::iter(heard).map(|key| async move { write(registry, &key, unmark).await.then_some(key) });
+        if self.scanned.is_none_or(|scanned| now - scanned >= SCAN) {
+            self.known.extend(all.peek().filter(|pod| is_marked(pod)).map(place));
+            self.scanned = Some(now);
+        }
+        self.known.retain(|key, _| all.contains_key(key));
+        let heard = self.known.iter().filter(|(_, node)| is_heard(node));
+        let heard: Vec<(ObjectKey, String)> = heard.map(|(key, node)| (key.clone(), node.clone())).collect();
+        let writes = stream::iter(heard).map(|(key, node)| async move {
+            let settled = write(registry, &key, |pod| pods::node_name(pod) == node && unmark(pod)).await;
+            settled.then_some(key)
+        });
         let settled: Vec<Option<ObjectKey>> = writes.buffer_unordered(WRITES).collect().await;
         for key in settled.into_iter().flatten() {
-            known.remove(&key);
+            self.known.remove(&key);
         }
         if silent.is_empty() {
             return;
@@ -60,7 +71,7 @@ impl Marks {
             .peek()
             .filter(|pod| silent.contains(pods::node_name(pod)) && pods::is_ready(pod));
         let doubtful: Vec<(ObjectKey, String)> = doubtful.map(place).collect();
-        known.extend(doubtful.iter().cloned());
+        self.known.extend(doubtful.iter().cloned());
         let writes = stream::iter(doubtful).for_each_concurrent(WRITES, |(key, node)| async move {
             write(registry, &key, |pod| pods::node_name(pod) == node && mark(pod)).await;
         });

@@ -140,6 +140,25 @@ impl World {
         self.cut.lock().unwrap().retain(|cut| cut != node);
     }
 
+    /// A node that is cut off renews its lease once, and says that it is not ready.
+    pub(super) async fn says_not_ready(&self, node: &str) {
+        let lease = ObjectKey::new("kube-node-lease", node);
+        let renew = |lease: &mut Lease| {
+            lease.spec.get_or_insert_default().renew_time = Some(time::now());
+            true
+        };
+        self.registry.modify(&lease, renew).await.unwrap();
+        let say = |node: &mut Node| {
+            let conditions = &mut node.status.get_or_insert_default().conditions;
+            let ready = conditions.iter_mut().find(|condition| condition.r#type == "Ready");
+            ready.map(|ready| "False".clone_into(&mut ready.status)).is_some()
+        };
+        self.registry
+            .modify_status(&ObjectKey::new("", node), say)
+            .await
+            .unwrap();
+    }
+
     pub(super) fn pods(&self) -> Vec<Arc<Pod>> {
         self.cache().reader::<Pod>().snapshot().objects.values().collect()
     }

@@ -3,7 +3,10 @@
 
 use orlop_proto::core::v1::{Container, PodSpec};
 
-use super::*;
+use super::{
+    super::file::{Unreadable, checksum},
+    *,
+};
 
 /// The pod default/a: one container "web", restartPolicy Always, 30 s of grace, on n1.
 const POD: &str = "\
@@ -169,7 +172,13 @@ fn a_format_of_a_newer_agent_is_refused_and_left_as_it_is() {
         drop(Ledger::open(dir.path()).unwrap());
         let path = dir.path().join("ledger").join(file);
         let mut bytes = fs::read(&path).unwrap();
+        let sum = checksum(2, unframe(&bytes).unwrap());
         bytes[11] = 2;
+        assert!(
+            matches!(unframe(&bytes), Err(Unreadable::Damaged(_))),
+            "a flipped bit is no newer format"
+        );
+        bytes[12..44].copy_from_slice(&sum);
         fs::write(&path, bytes).unwrap();
         let before = contents(dir.path());
         let refused = Ledger::open(dir.path()).unwrap_err().to_string();
