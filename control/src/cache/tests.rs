@@ -1,5 +1,6 @@
 //! The cache over the embedded engine.
 
+mod behind;
 mod fresh;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
