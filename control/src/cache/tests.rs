@@ -17,7 +17,6 @@ use super::*;
 use crate::store::{
     Expected, Key, Operation, Transaction, Write,
     embedded::{EmbeddedConfig, EmbeddedStore},
-    memory::MemoryStore,
 };
 
 struct World {
@@ -341,19 +340,6 @@ async fn older_snapshots_are_rebuilt_or_kept() {
 }
 
 #[tokio::test]
-async fn an_event_is_encoded_once() {
-    let world = world().await;
-    let reader = world.cache.reader::<Pod>();
-    let ((_, mut one), (_, mut other)) = (reader.events(), reader.events());
-    world.put("a", "n").await;
-    let (one, other) = (one.next().await.unwrap(), other.next().await.unwrap());
-    assert!(Arc::ptr_eq(&one, &other));
-    assert_eq!(one.encoded_object().as_ptr(), other.encoded_object().as_ptr());
-    let object = orlop_proto::api::v1::Object::decode(one.encoded_object().clone()).unwrap();
-    assert_eq!(Pod::from_object(object).as_ref(), Some(&**one.event().object()));
-}
-
-#[tokio::test]
 async fn damaged_objects_are_put_aside() {
     let world = world().await;
     let broken = |name: &str, value: &'static [u8]| Operation {
@@ -372,20 +358,6 @@ async fn damaged_objects_are_put_aside() {
     assert_eq!(names(&live), map([("a", "n")]));
     let loaded = Cache::start(world.store.clone()).await.reader::<Pod>().snapshot();
     assert_eq!(names(&loaded), map([("a", "n")]));
-}
-
-#[tokio::test]
-async fn what_a_newer_version_wrote_and_took_back_stops_nothing() {
-    let data = MemoryStore::default();
-    let store: Arc<dyn Store> = Arc::new(data.clone());
-    let cache = Cache::start(store.clone()).await;
-    data.write_raw(&Key::object(&Pod::KIND, "default", "a"), b"orlp\x02whatever comes then");
-    let operations = vec![put(&pod("a", "n"))];
-    let revision = store.commit(Transaction { operations }).await.unwrap();
-    // The log still has what cannot be read.
-    let reader = cache.reader::<Pod>();
-    let live = tokio::time::timeout(Duration::from_secs(30), reader.wait_for(revision)).await;
-    assert_eq!(names(&live.expect("everything is read anew")), map([("a", "n")]));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,4 +1,4 @@
-//! A replica whose watch of the store is late.
+//! A replica whose watch of the store is late, or cannot go on.
 
 use async_trait::async_trait;
 use futures::StreamExt as _;
@@ -76,4 +76,18 @@ async fn a_watch_that_resumes_at_a_replica_that_is_behind_is_told_nothing_twice(
     sleep(Duration::from_millis(20)).await;
     commit("d").await;
     assert_eq!(take(&mut events, 1).await, [format!("+d=n@{}", told + 1)]);
+}
+
+#[tokio::test]
+async fn what_a_newer_version_wrote_and_took_back_stops_nothing() {
+    let data = MemoryStore::default();
+    let store: Arc<dyn Store> = Arc::new(data.clone());
+    let cache = Cache::start(store.clone()).await;
+    data.write_raw(&Key::object(&Pod::KIND, "default", "a"), b"orlp\x02whatever comes then");
+    let operations = vec![put(&pod("a", "n"))];
+    let revision = store.commit(Transaction { operations }).await.unwrap();
+    // The log still has what cannot be read.
+    let reader = cache.reader::<Pod>();
+    let live = timeout(Duration::from_secs(30), reader.wait_for(revision)).await;
+    assert_eq!(names(&live.expect("everything is read anew")), map([("a", "n")]));
 }
