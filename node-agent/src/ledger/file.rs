@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Damage, LedgerError};
 
-// The header is the same in every format; the format is that of the body.
+// The header has the same fields in every format; the format is that of the body. What the checksum is of: see `checksum`.
 const MAGIC: &[u8; 8] = b"orlopldg";
 pub(super) const FORMAT: u32 = 1;
 const HEADER: usize = 8 + 4 + 32;

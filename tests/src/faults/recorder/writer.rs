@@ -86,7 +86,8 @@ async fn contend(shared: &Shared, turn: usize, value: String) -> Option<Outcome>
     Some(write(shared, turn, CONTENDED.to_owned(), Change::Put(value), Some(base)).await)
 }
 
-/// Writes once, at the replica whose turn it is, and records it. A put replaces the revision that is its base, creates (0), or updates whatever is there (`None`).
+/// Writes once, at the replica whose turn it is, and records it. A put replaces the revision that is its base, creates (0), or updates
+/// whatever is there (`None`).
 pub async fn write(shared: &Shared, turn: usize, key: String, change: Change, base: Option<Revision>) -> Outcome {
     let begun = shared.now();
     let answer = tokio::time::timeout(CALL, send(shared, turn, &key, &change, base)).await;
