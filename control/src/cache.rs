@@ -4,7 +4,7 @@
 //! come from one watch, so they advance together and a write of any kind moves the revision of all of them.
 //!
 //! Objects are held as the store has them, encoded (and packed), and decoded for who asks; only while an event is fresh, when
-//! everybody reads it, it is kept decoded too.
+//! everybody reads it, it is kept decoded too: for half a second, and no longer than some hundred others have come after it.
 //!
 //! Each index keeps a bounded window of its last events. Readers of events hold a position in that window instead of a buffer
 //! of their own: a thousand watchers share one copy of an event, one encoding of its object, and one bound on memory. Who falls
@@ -139,6 +139,9 @@ pub struct CacheConfig {
     pub window_age: Duration,
     /// How long they are kept decoded, for all who follow.
     pub fresh: Duration,
+    /// Bytes of the encodings of those of a kind that are kept decoded, at most: decoded they take some twelve times as much. Who follows
+    /// further behind decodes again.
+    pub fresh_bytes: usize,
     /// Snapshots of a kind that [`Reader::keep`] holds at most; the oldest goes first.
     pub kept_snapshots: usize,
     /// How long it holds them.
@@ -152,6 +155,7 @@ impl Default for CacheConfig {
             // Who is further behind reads the store's log; a burst of changes is not to be held much longer than it took.
             window_age: Duration::from_secs(30),
             fresh: Duration::from_millis(500),
+            fresh_bytes: 128 << 10,
             kept_snapshots: 64,
             keep_for: Duration::from_secs(300),
         }
@@ -256,6 +260,11 @@ impl<T: Resource> Reader<T> {
     /// One object as it is now.
     pub fn get(&self, namespace: &str, name: &str) -> Option<Arc<T>> {
         self.index.get(&ObjectKey::new(namespace, name))
+    }
+
+    /// The same for somebody who asks in passing: it is not kept decoded for that.
+    pub fn peek(&self, namespace: &str, name: &str) -> Option<Arc<T>> {
+        self.index.peek(&ObjectKey::new(namespace, name))
     }
 
     /// Returns when an object of the kind has changed since the last call (or since the reader was made). Cancel-safe. What

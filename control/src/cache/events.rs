@@ -63,6 +63,14 @@ impl<T: Resource> Entry<T> {
         }
     }
 
+    /// Bytes of the encodings of what it may keep decoded while it is fresh.
+    pub(super) fn size(&self) -> usize {
+        match &self.kept {
+            Kept::Added(only) | Kept::Deleted(only) => only.size(),
+            Kept::Modified { old, new } => old.size() + new.size(),
+        }
+    }
+
     /// It is not fresh any more.
     pub(super) fn forget(&self) {
         *self.lock() = Decoded::Nothing;

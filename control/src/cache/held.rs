@@ -102,6 +102,11 @@ impl<T: Resource> Held<T> {
         self.0.decode()
     }
 
+    /// Bytes of its encoding.
+    pub(super) fn size(&self) -> usize {
+        self.0.value.len()
+    }
+
     /// Another has taken its place: nobody will ask for it again, but those who follow.
     pub(super) fn replaced(&self) {
         self.forget_if(|known| !matches!(known, Use::Fresh(_)));

@@ -16,6 +16,9 @@ use crate::{
     store::{Change, Record, Revision},
 };
 
+/// Changes that are decoded before they are applied, at least as many as one transaction made.
+const STEPS: usize = 32;
+
 /// One index for every kind of the model.
 pub(super) struct Indexes {
     by_resource: HashMap<&'static str, Slot>,
@@ -98,6 +101,8 @@ struct State<T> {
     window: VecDeque<(Instant, Arc<Entry<T>>)>,
     /// The sequence number of the first entry that is still decoded.
     fresh: u64,
+    /// The sizes of those that are.
+    fresh_bytes: usize,
     /// The window has every event after this revision.
     window_start: Revision,
     kept: VecDeque<(Instant, Snapshot<T>)>,
@@ -124,6 +129,7 @@ impl<T: Resource> Index<T> {
             first: 0,
             window: VecDeque::new(),
             fresh: 0,
+            fresh_bytes: 0,
             window_start: 0,
             kept: VecDeque::new(),
         };
@@ -142,6 +148,11 @@ impl<T: Resource> Index<T> {
     pub(super) fn get(&self, key: &ObjectKey) -> Option<Arc<T>> {
         let held = self.read().objects.held.get(key).cloned();
         held.map(|held| held.object())
+    }
+
+    pub(super) fn peek(&self, key: &ObjectKey) -> Option<Arc<T>> {
+        let held = self.read().objects.held.get(key).cloned();
+        held.map(|held| held.peek())
     }
 
     /// `progress` must have been read before: then the index has everything up to it.
@@ -258,6 +269,7 @@ impl<T: Resource> Feed for Index<T> {
         state.revision = revision;
         state.first = state.next();
         state.fresh = state.first;
+        state.fresh_bytes = 0;
         state.window.clear();
         state.window_start = revision;
         drop(state);
@@ -265,19 +277,23 @@ impl<T: Resource> Feed for Index<T> {
     }
 
     fn apply(&self, changes: Vec<(Revision, Change)>) {
-        // Decoding and packing happen outside of the lock.
         let packer = self.packer.as_ref();
-        let decoded: Vec<_> = changes
-            .into_iter()
-            .filter_map(|(revision, change)| Step::decode(revision, change, packer))
-            .collect();
-        let mut state = self.write();
-        for step in decoded {
-            state.apply(step);
+        let mut changes = changes.into_iter().peekable();
+        while let Some((mut last, first)) = changes.next() {
+            // Decoding and packing happen outside of the lock; a few at a time, for decoded they are large. A revision is not divided.
+            let mut steps = Vec::from_iter(Step::decode(last, first, packer));
+            while let Some((revision, change)) = changes.next_if(|(next, _)| steps.len() < STEPS || *next == last) {
+                last = revision;
+                steps.extend(Step::decode(revision, change, packer));
+            }
+            let mut state = self.write();
+            for step in steps {
+                state.apply(step);
+            }
+            state.trim(&self.config);
+            drop(state);
+            self.changed.send_modify(|count| *count += 1);
         }
-        state.trim(&self.config);
-        drop(state);
-        self.changed.send_modify(|count| *count += 1);
     }
 
     fn trim(&self) {
@@ -339,30 +355,40 @@ impl<T: Resource> State<T> {
             }
         };
         self.revision = revision;
+        self.fresh_bytes += entry.size();
         self.window.push_back((Instant::now(), Arc::new(entry)));
+    }
+
+    /// The first entry that is still decoded.
+    fn oldest_fresh(&self) -> Option<&(Instant, Arc<Entry<T>>)> {
+        self.window.get(usize::try_from(self.fresh - self.first).ok()?)
+    }
+
+    fn age_oldest(&mut self) {
+        if let Some((_, entry)) = self.oldest_fresh() {
+            entry.forget();
+            self.fresh_bytes -= entry.size();
+            self.fresh += 1;
+        }
     }
 
     fn trim(&mut self, config: &CacheConfig) {
         let now = Instant::now();
+        while let Some((at, _)) = self.oldest_fresh()
+            && (self.fresh_bytes > config.fresh_bytes || now.duration_since(*at) > config.fresh)
+        {
+            self.age_oldest();
+        }
         while let Some((at, entry)) = self.window.front() {
             if self.window.len() <= config.window_events && now.duration_since(*at) <= config.window_age {
                 break;
             }
-            if self.fresh <= self.first {
-                entry.forget();
-            }
             self.window_start = entry.revision;
+            if self.fresh == self.first {
+                self.age_oldest();
+            }
             self.first += 1;
             self.window.pop_front();
-        }
-        self.fresh = self.fresh.max(self.first);
-        while let Some((at, entry)) = usize::try_from(self.fresh - self.first)
-            .ok()
-            .and_then(|at| self.window.get(at))
-            && now.duration_since(*at) > config.fresh
-        {
-            entry.forget();
-            self.fresh += 1;
         }
         while self
             .kept

@@ -62,6 +62,14 @@ impl Packed {
         }
     }
 
+    /// How many bytes the value has.
+    pub(super) fn len(&self) -> usize {
+        match (&self.dictionary, self.bytes.first_chunk()) {
+            (Some(_), Some(size)) => u32::from_le_bytes(*size) as usize,
+            _ => self.bytes.len(),
+        }
+    }
+
     /// Gives the value to `read`.
     ///
     /// # Panics
@@ -97,9 +105,11 @@ mod tests {
         let packed = taught().pack(value);
         assert!(packed.bytes.len() < value.len() / 2, "{} bytes", packed.bytes.len());
         packed.with(|unpacked| assert_eq!(unpacked, value));
+        assert_eq!(packed.len(), value.len());
         let plain = Packer::default().pack(value);
         assert!(plain.dictionary.is_none(), "there is nothing to compare it with");
         plain.with(|unpacked| assert_eq!(unpacked, value));
+        assert_eq!(plain.len(), value.len());
     }
 
     #[test]

@@ -66,11 +66,11 @@ impl EventWriter {
             // A node's first event may come before the cache has the node.
             "Node" if about.name == *self.node && about.namespace.is_empty() => self
                 .nodes
-                .get("", &self.node)
+                .peek("", &self.node)
                 .map_or(String::new(), |node| node.uid().to_owned()),
             "Pod" => {
                 // The pod may have gone meanwhile.
-                let pod = self.pods.get(&about.namespace, &about.name)?;
+                let pod = self.pods.peek(&about.namespace, &about.name)?;
                 if node_of(&pod) != &*self.node {
                     return self.refuse();
                 }

@@ -94,7 +94,7 @@ impl ReportWriter {
     /// The pod that a report speaks of; `None` when it is no concern of this node.
     pub fn reported(&self, report: &PodReport) -> Option<Arc<Pod>> {
         // No longer there, or a namesake: the node learns of it by its snapshot.
-        let pod = self.pods.get(&report.namespace, &report.name)?;
+        let pod = self.pods.peek(&report.namespace, &report.name)?;
         if pod.uid() != report.uid {
             return None;
         }
@@ -202,7 +202,7 @@ impl ReportWriter {
 
     /// Whether the stored Ready condition is another than the node's own word.
     pub fn is_ready_otherwise(&self, word: Option<&str>) -> bool {
-        let node = self.nodes.get("", &self.node);
+        let node = self.nodes.peek("", &self.node);
         node.is_some_and(|node| node.status.as_ref().and_then(ready) != word)
     }
 
@@ -215,7 +215,7 @@ impl ReportWriter {
         }
         for pod in &report.pods {
             let own = |known: &Arc<Pod>| known.uid() != pod.uid || node_of(known) == &*self.node;
-            if !self.pods.get(&pod.namespace, &pod.name).as_ref().is_none_or(own) {
+            if !self.pods.peek(&pod.namespace, &pod.name).as_ref().is_none_or(own) {
                 return Err(format!("metrics of pod {}/{}", pod.namespace, pod.name));
             }
         }

@@ -20,6 +20,43 @@ async fn an_event_that_is_no_longer_fresh_tells_the_same() {
 }
 
 #[tokio::test]
+async fn what_is_kept_decoded_is_bounded_in_bytes_and_does_not_wait_for_time() {
+    let config = CacheConfig {
+        fresh: Duration::from_secs(3600),
+        fresh_bytes: 10_000,
+        ..CacheConfig::default()
+    };
+    let world = world_with(EmbeddedConfig::default(), config).await;
+    let reader = world.cache.reader::<Pod>();
+    let value = "v".repeat(2000);
+    for name in ["a", "b", "c", "d", "e", "f"] {
+        let revision = world.put(name, &value).await;
+        world.cache.wait_for(revision).await;
+    }
+    let is_kept = |name: &str| {
+        let pod = || reader.peek("default", name).unwrap();
+        Arc::ptr_eq(&pod(), &pod())
+    };
+    assert_eq!(
+        ["a", "b", "c", "d", "e", "f"].map(is_kept),
+        [false, false, true, true, true, true]
+    );
+    // A change counts what was there before, too: who follows is told of both.
+    let revision = world.put("f", &value).await;
+    world.cache.wait_for(revision).await;
+    assert_eq!(["c", "d", "e", "f"].map(is_kept), [false, false, true, true]);
+    let revision = world.commit([delete("f")]).await;
+    world.cache.wait_for(revision).await;
+    assert!(!is_kept("e"));
+    // One alone that is larger is not kept either, and is told all the same.
+    let (_, mut events) = reader.events();
+    let revision = world.put("g", &"v".repeat(20_000)).await;
+    world.cache.wait_for(revision).await;
+    assert!(!is_kept("g"));
+    assert_eq!(take(&mut events, 1).await.len(), 1);
+}
+
+#[tokio::test]
 async fn an_event_is_encoded_once() {
     let world = world().await;
     let reader = world.cache.reader::<Pod>();
