@@ -26,6 +26,8 @@ pub enum Request {
     Status,
     /// Ends a service ("node1/agent") and keeps it ended.
     Stop(String),
+    /// Kills a service, and keeps it ended.
+    Kill(String),
     /// Starts a stopped service.
     Start(String),
     /// Sends a signal to a service's process; the supervisor restarts what dies.
@@ -144,6 +146,7 @@ impl Supervisor {
                 return Response::Services(services.collect());
             }
             Request::Stop(name) => self.service(&name).map(super::Supervised::stop),
+            Request::Kill(name) => self.service(&name).map(super::Supervised::kill),
             Request::Start(name) => self.service(&name).map(super::Supervised::resume),
             Request::Signal(name, signal) => self.service(&name).and_then(|service| service.signal(signal)),
             Request::Link(member, up) => network::set_link(&self.members, &member, up),

@@ -137,12 +137,21 @@ impl Supervised {
 
     /// Ends it (SIGTERM, SIGKILL after ten seconds) and returns when it is gone.
     pub fn stop(&self) {
+        self.end(Signal::SIGTERM);
+    }
+
+    /// Kills it, does not start it again, and returns when it is gone.
+    pub fn kill(&self) {
+        self.end(Signal::SIGKILL);
+    }
+
+    fn end(&self, signal: Signal) {
         let deadline = Instant::now() + STOP_TIMEOUT;
         let mut state = self.lock();
         state.wanted = false;
         self.changed.notify_all();
         if let Some(pid) = state.pid {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+            let _ = kill(Pid::from_raw(pid), signal);
         }
         while let Some(pid) = state.pid {
             if Instant::now() > deadline {

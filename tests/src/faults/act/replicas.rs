@@ -3,7 +3,6 @@
 use std::{collections::BTreeMap, time::Instant};
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::Signal;
 use orlop_proto::{Resource, core::v1::Pod};
 
 use super::{RECOVERY, Vigil, halt::ready_since, replica_of};
@@ -105,9 +104,7 @@ impl Vigil<'_> {
 
     /// Kills a service, which is started again in the end only: a leader that is back at once goes on with its own claim.
     fn keep_killed(&mut self, service: &str, meanwhile: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
-        self.lab
-            .request(&Request::Signal(service.to_owned(), Signal::SIGKILL as i32))?;
-        self.lab.request(&Request::Stop(service.to_owned()))?;
+        self.lab.request(&Request::Kill(service.to_owned()))?;
         let outcome = meanwhile(self);
         self.lab.resume(service)?;
         outcome
