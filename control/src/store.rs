@@ -281,6 +281,15 @@ pub enum StoreError {
         /// What the disk said.
         reason: String,
     },
+    /// The engine has no room for writes; nothing was written. Deletions may be taken.
+    #[error(
+        "etcd takes no writes: {reason}; nothing was written: make room (`etcdctl compact`, then `etcdctl defrag` of every member, or a larger \
+         --quota-backend-bytes), then `etcdctl alarm disarm`"
+    )]
+    Full {
+        /// What the engine said.
+        reason: String,
+    },
     /// The engine failed, or cannot be reached. Whether the write happened is unknown when `commit` returns this.
     #[error("store unavailable: {0}")]
     Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),

@@ -49,6 +49,7 @@ pub fn up(nodes: u16, store: StoreEngine, controls: u16, port: u16) -> Result<()
         nodes,
         store,
         etcd_members: 1,
+        etcd_quota: 0,
         controls,
         api_port: port,
         control_extra: String::new(),

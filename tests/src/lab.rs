@@ -32,6 +32,8 @@ pub struct Options {
     pub store: StoreEngine,
     /// How many members etcd has, when it is the store.
     pub etcd_members: u16,
+    /// How large etcd's database may become before it takes no writes, in bytes; 0: etcd's own limit.
+    pub etcd_quota: u64,
     /// How many control replicas; more than one only over etcd.
     pub controls: u16,
     /// Lines for `control.toml` (tables, or keys before them).
@@ -54,6 +56,7 @@ impl Default for Options {
             nodes: 3,
             store: StoreEngine::Embedded,
             etcd_members: 1,
+            etcd_quota: 0,
             controls: 1,
             control_extra: String::new(),
             node_extra: String::new(),
@@ -137,6 +140,7 @@ impl Lab {
             nodes: options.nodes,
             store: options.store,
             etcd_members: options.etcd_members,
+            etcd_quota: options.etcd_quota,
             controls: options.controls,
             api_port: 0,
             control_extra: options.control_extra.clone(),

@@ -42,6 +42,9 @@ pub struct Spec {
     /// How many members etcd has, when it is the store: 1 to 9.
     #[serde(default = "one")]
     pub etcd_members: u16,
+    /// How large etcd's database may become before it takes no writes, in bytes; 0: etcd's own limit.
+    #[serde(default)]
+    pub etcd_quota: u64,
     /// How many control replicas: `control`, `control2`, ...; more than one only over etcd.
     #[serde(default = "one")]
     pub controls: u16,

@@ -1,6 +1,10 @@
-//! Disks that fill up, under control's store and under the agent's ledger. Each is a small tmpfs in the member's mount namespace.
+//! Disks that fill up, under control's store and under the agent's ledger: each is a small tmpfs in the member's mount namespace. An etcd that
+//! has reached its quota.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, bail, ensure};
 use orlop_proto::{
@@ -9,6 +13,7 @@ use orlop_proto::{
 };
 use orlop_tests::{
     lab::{Lab, Options, output},
+    layout::{ETCD_CLIENTS, ETCD_MEMBER, StoreEngine},
     supervisor::Request,
     workload::{client, finish, pod, web},
 };
@@ -114,6 +119,112 @@ fn control_on_a_full_disk_says_so_serves_reads_and_recovers() -> Result<()> {
         Ok((lab.service("control/control")?.starts > starts && lab.client.ready().is_ok()).then_some(()))
     })?;
     ensure!(names(&lab)?.is_superset(&acknowledged), "an acknowledged write is lost");
+    lab.finish()
+}
+
+/// Longer than a silent node counts as Ready, and than a leader's claim holds: neither lease can be renewed meanwhile.
+const FULL_FOR: Duration = Duration::from_secs(25);
+
+#[test]
+fn control_over_a_full_etcd_says_so_serves_reads_and_recovers() -> Result<()> {
+    let options = Options {
+        nodes: 1,
+        store: StoreEngine::Etcd,
+        etcd_quota: 24 << 20,
+        ..Options::default()
+    };
+    let lab = Lab::start("full-etcd", &options)?;
+    lab.client.apply(&(web("web", 2) + &client("client", "node1")))?;
+    let pods = lab.wait_for_pods("app=web", 2)?;
+    let asks = lab.wait_for_pod("client")?;
+    let address = lab.cluster_ip("web")?;
+    lab.wait_for_answers(&asks, &["get", &address, "80", "20"], &pods)?;
+    let pids = |lab: &Lab| -> Result<Vec<i32>> { pods.iter().map(|pod| lab.pod_process("node1", pod.uid())).collect() };
+    let before = (ready_since(&lab)?, lab.service("control/control")?.starts, pids(&lab)?);
+    let begun = lab.client.revision()?;
+
+    // The past of one object, until there is no room for more.
+    let filler = |text: &str| {
+        let metadata = format!(
+            "name: filler, labels: {{version: \"{text}\"}}, annotations: {{filler: {}}}",
+            "x".repeat(60_000)
+        );
+        format!("apiVersion: v1\nkind: Namespace\nmetadata: {{{metadata}}}\n")
+    };
+    let mut version = 0;
+    let error = loop {
+        match lab.client.apply(&filler(&version.to_string())) {
+            Ok(_) => version += 1,
+            Err(error) => break format!("{error:#}"),
+        }
+        ensure!(version < 2000, "an etcd with a quota takes everything");
+    };
+    let full = Instant::now();
+    ensure!(
+        error.contains("database space exceeded") && error.contains("etcdctl alarm disarm"),
+        "{error}"
+    );
+    let load = lab.begin(&asks, &["load", &address, "80", "50", "stdin"])?;
+    lab.wait("the pages tell of it", PATIENCE, || {
+        let _refused = lab.client.apply(&filler("refused"));
+        let (health, ready) = (lab.page("/healthz")?, lab.page("/readyz")?);
+        let told = |page: &str| page.ends_with(" 503") && page.contains("etcd takes no writes");
+        Ok((told(&health) && told(&ready)).then_some(()))
+    })?;
+    ensure!(lab.page("/livez")?.ends_with(" 200"), "a restart makes no room");
+    let found = |lab: &Lab| -> Result<String> {
+        let filler: Namespace = lab.client.get("", "filler")?.context("the namespace")?;
+        Ok(filler.meta().labels["version"].clone())
+    };
+    let last = (version - 1).to_string();
+    ensure!(
+        found(&lab)? == last,
+        "the last acknowledged write is read, and no refused one"
+    );
+    // Who resumes a watch is told of the past, too.
+    let now = lab.client.revision()?;
+    let told = lab.client.history("namespaces", begun, now)?;
+    ensure!(
+        told.iter().filter(|(_, name, _)| name == "filler").count() == version,
+        "{} of {version} versions are told",
+        told.len()
+    );
+    lab.wait("nobody can lead", PATIENCE, || {
+        Ok((lab.metric("control", "orlop_control_leader")? == 0).then_some(()))
+    })?;
+    std::thread::sleep(FULL_FOR.saturating_sub(full.elapsed()));
+    lab.request(&Request::Signal("control/control".to_owned(), SIGKILL))?;
+    lab.wait("control is started again, and reads are served", PATIENCE, || {
+        let again = lab.service("control/control")?.starts > before.1;
+        Ok((again && found(&lab).ok().as_ref() == Some(&last)).then_some(()))
+    })?;
+
+    let endpoint = format!("--endpoints=http://127.0.0.1:{ETCD_CLIENTS}");
+    let etcdctl = |words: &[&str]| output(lab.on_node(ETCD_MEMBER, &[&["etcdctl", &endpoint], words].concat())?);
+    etcdctl(&["compact", &now.to_string()])?;
+    etcdctl(&["defrag"])?;
+    etcdctl(&["alarm", "disarm"])?;
+    lab.wait("writes are taken again", PATIENCE, || {
+        Ok(lab.client.apply(&filler("healed")).ok().map(drop))
+    })?;
+    ensure!(found(&lab)? == "healed", "what was written then is read");
+    lab.client.apply(&pod("late", "node1", &["sleep"]))?;
+    lab.wait_for_pod("late")?;
+    lab.wait("it is healthy again", PATIENCE, || {
+        Ok(lab.page("/healthz")?.ends_with(" 200").then_some(()))
+    })?;
+    let told = finish(load)?;
+    ensure!(told.trim().ends_with(" lost 0"), "requests were lost: {told}");
+    // By now a node that was taken for silent would be not Ready.
+    let after = (
+        ready_since(&lab)?,
+        lab.service("control/control")?.starts - 1,
+        pids(&lab)?,
+    );
+    ensure!(
+        after == before,
+        "a node was given up, control ended by itself, or a pod was restarted: {before:?}, then {after:?}"
+    );
     lab.finish()
 }
 

@@ -26,6 +26,7 @@ const PACKAGES: &[&str] = &[
     "llvm-22-dev",
     "containerd",
     "runc",
+    "etcd-client",
     "etcd-server",
     "docker-registry",
     "iproute2",

@@ -183,7 +183,7 @@ pub(super) fn of_store(error: &StoreError) -> Status {
         StoreError::Future { .. } | StoreError::Newer { .. } => Status::failed_precondition(error.to_string()),
         StoreError::TooLarge(reason) => invalid("object", &format!("is too large to be stored: {reason}")),
         StoreError::Damaged { .. } => Status::data_loss(error.to_string()),
-        StoreError::Disk { full: true, .. } => Status::resource_exhausted(error.to_string()),
+        StoreError::Disk { full: true, .. } | StoreError::Full { .. } => Status::resource_exhausted(error.to_string()),
         StoreError::Disk { .. } => Status::unavailable(error.to_string()),
         StoreError::Unavailable(source) => {
             tracing::warn!(error = source.to_string(), "store unavailable");

@@ -17,26 +17,34 @@ pub async fn cluster_authority(store: &dyn Store) -> Result<Option<String>, Stor
     Ok(record.map(|record| String::from_utf8_lossy(&record.value).into_owned()))
 }
 
-/// Makes the CA with this hash the cluster's, if it has none.
+/// Makes the CA with this hash the cluster's, if it has none. Nothing is written when it has one: a store that takes no writes keeps
+/// no replica from starting.
 ///
 /// # Errors
 /// [`PkiError::OtherAuthority`] when it has another one, or when the store cannot be reached.
 pub async fn claim_authority(store: &dyn Store, hash: &str) -> Result<(), PkiError> {
-    let operations = vec![Operation {
+    let claim = Operation {
         key: key(),
         expected: Expected::Absent,
         write: Write::Put(hash.to_owned().into()),
-    }];
-    match store.commit(Transaction { operations }).await {
-        Ok(_) => return Ok(()),
-        Err(StoreError::Conflict { .. }) => {}
-        Err(error) => return Err(error.into()),
-    }
-    match cluster_authority(store).await? {
-        Some(theirs) if theirs != hash => Err(PkiError::OtherAuthority {
-            ours: Some(hash.to_owned()),
-            theirs,
-        }),
-        _ => Ok(()),
+    };
+    loop {
+        match cluster_authority(store).await? {
+            Some(ours) if ours == hash => return Ok(()),
+            Some(theirs) => {
+                return Err(PkiError::OtherAuthority {
+                    ours: Some(hash.to_owned()),
+                    theirs,
+                });
+            }
+            None => {}
+        }
+        let operations = vec![claim.clone()];
+        match store.commit(Transaction { operations }).await {
+            Ok(_) => return Ok(()),
+            // Another replica was first.
+            Err(StoreError::Conflict { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
 }

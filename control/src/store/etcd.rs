@@ -6,11 +6,16 @@
 //! A watch has to know when it has caught up with the past, and etcd before 3.4.25 and 3.5.8 may send a progress notification
 //! ahead of events that it covers. So a watch that begins in the past writes a marker under its own prefix and waits for it to
 //! come by; markers are invisible to everybody else. Bookmarks are the last delivered revision.
+//!
+//! An etcd whose database has reached its quota takes no writes, but serves reads, watches and deletions ([`StoreError::Full`]).
 
 mod compactor;
 mod watch;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use etcd_client::{
@@ -70,7 +75,17 @@ struct Shared {
     client: Client,
     kv: KvClient,
     options: EtcdOptions,
+    refused: Mutex<Option<Refused>>,
 }
+
+/// The last write that etcd had no room for.
+struct Refused {
+    at: Instant,
+    trouble: String,
+}
+
+/// How long a write that was refused for want of room tells of trouble: only another write tells whether there is room again.
+const REFUSED_FOR: Duration = Duration::from_secs(15);
 
 #[derive(Debug, thiserror::Error)]
 #[error("no answer from etcd within {0:?}")]
@@ -86,7 +101,12 @@ impl EtcdStore {
             .await
             .map_err(|error| StoreError::Unavailable(Box::new(error)))?;
         let kv = client.kv_client().max_decoding_message_size(options.message_bytes);
-        let shared = Arc::new(Shared { client, kv, options });
+        let shared = Arc::new(Shared {
+            client,
+            kv,
+            options,
+            refused: Mutex::default(),
+        });
         compactor::start(&shared);
         Ok(Self { shared })
     }
@@ -165,11 +185,34 @@ fn is_too_large(error: &Error) -> bool {
     matches!(error, Error::GRpcStatus(status) if large(status))
 }
 
+/// What etcd says of its quota, or of the alarm that stands since then.
+const NO_SPACE: &str = "database space exceeded";
+
 impl Shared {
+    /// Notes a write that was refused for want of room.
+    fn is_full(&self, reason: &str) -> StoreError {
+        let error = StoreError::Full {
+            reason: reason.to_owned(),
+        };
+        let (at, trouble) = (Instant::now(), error.to_string());
+        let before = self.refused().replace(Refused { at, trouble });
+        if before.is_none() {
+            tracing::error!(%error, "the store is full");
+        }
+        error
+    }
+
+    fn refused(&self) -> MutexGuard<'_, Option<Refused>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn bounded<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, StoreError> {
         let limit = self.options.request_timeout;
         match tokio::time::timeout(limit, call).await {
-            Ok(result) => result.map_err(unavailable),
+            Ok(result) => result.map_err(|error| match &error {
+                Error::GRpcStatus(status) if status.message().contains(NO_SPACE) => self.is_full(status.message()),
+                _ => unavailable(error),
+            }),
             Err(_) => Err(unavailable(TimedOut(limit))),
         }
     }
@@ -302,6 +345,10 @@ impl Shared {
             _ => error,
         })?;
         if response.succeeded() {
+            // Deletions are taken by an etcd that is full, too.
+            if operations.iter().any(|one| matches!(one.write, Write::Put(_))) && self.refused().take().is_some() {
+                tracing::info!("etcd takes writes again");
+            }
             return Ok(response.header().map_or(0, |header| revision(header.revision())));
         }
         Err(conflict(&conditioned, &response.op_responses()))
@@ -389,5 +436,10 @@ impl Store for EtcdStore {
 
     async fn revision(&self) -> Result<Revision, StoreError> {
         self.shared.revision().await
+    }
+    fn trouble(&self) -> Option<String> {
+        let refused = self.shared.refused();
+        let lately = refused.as_ref().filter(|refused| refused.at.elapsed() < REFUSED_FOR);
+        lately.map(|refused| refused.trouble.clone())
     }
 }

@@ -16,7 +16,7 @@ impl Etcd {
     /// Starts one, which answers when this returns.
     pub async fn start() -> Self {
         let etcd = Self {
-            server: EtcdServer::start(),
+            server: EtcdServer::start(0),
         };
         for _ in 0..600 {
             if let Ok(mut client) = Client::connect([etcd.server.endpoint()], None).await

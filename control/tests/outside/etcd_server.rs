@@ -12,12 +12,13 @@ pub struct EtcdServer {
     dir: TempDir,
     clients: String,
     peers: String,
+    quota_bytes: u64,
     process: Option<Child>,
 }
 
 impl EtcdServer {
-    /// Starts one, which answers a moment later.
-    pub fn start() -> Self {
+    /// Starts one, which answers a moment later. It takes no writes when its database is larger than the quota; 0: etcd's own.
+    pub fn start(quota_bytes: u64) -> Self {
         // Both are held until both are known, so that they differ.
         let free = [0, 0].map(|_: u16| TcpListener::bind("127.0.0.1:0").expect("a free port"));
         let [clients, peers] = free.map(|listener| format!("http://{}", listener.local_addr().expect("an address")));
@@ -25,6 +26,7 @@ impl EtcdServer {
             dir: tempfile::tempdir().expect("directory"),
             clients,
             peers,
+            quota_bytes,
             process: None,
         };
         server.run();
@@ -40,6 +42,7 @@ impl EtcdServer {
             .args(["--listen-client-urls", clients, "--advertise-client-urls", clients])
             .args(["--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers])
             .args(["--initial-cluster", &format!("a={peers}")])
+            .args(["--quota-backend-bytes", &self.quota_bytes.to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

@@ -138,6 +138,7 @@ pub fn etcd(spec: &Spec) -> Result<Vec<Service>> {
             // A busy machine is late now and then: that alone makes no election.
             ("--heartbeat-interval", "200"),
             ("--election-timeout", "2000"),
+            ("--quota-backend-bytes", &spec.etcd_quota.to_string()),
         ] {
             command.extend([flag.to_owned(), value.to_owned()]);
         }

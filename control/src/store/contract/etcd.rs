@@ -1,6 +1,6 @@
 //! A real etcd on this machine, and what only it promises.
 
-use etcd_client::{Client, CompactionOptions};
+use etcd_client::{AlarmAction, AlarmOptions, AlarmType, Client, CompactionOptions};
 
 use etcd_server::EtcdServer;
 
@@ -40,7 +40,11 @@ impl EtcdServer {
 }
 
 pub(crate) async fn bench() -> Etcd {
-    let server = EtcdServer::start();
+    with_quota(0).await
+}
+
+async fn with_quota(bytes: u64) -> Etcd {
+    let server = EtcdServer::start(bytes);
     let store = server.store().await;
     Etcd { server, store }
 }
@@ -219,4 +223,69 @@ async fn large_records_are_read_in_messages_of_bounded_size() {
         shorts(&next(&mut watch, &mut last).await.unwrap()),
         ["~pods/small-000=2<1"]
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_that_is_full_says_so_serves_reads_and_takes_writes_again() {
+    let bench = with_quota(16 << 20).await;
+    let store = bench.store();
+    let first = write(&store, put("pods/first", "1")).await;
+    let mut last = first;
+    let mut watch = store.watch("pods/", last).await.unwrap();
+    let large = "x".repeat(1 << 20);
+    let mut written = Vec::new();
+    let error = loop {
+        let name = format!("pods/large-{:02}", written.len());
+        match store.commit(all([put(&name, &large)])).await {
+            Ok(revision) => written.push((name, revision)),
+            Err(error) => break error,
+        }
+        assert!(written.len() < 64, "it is never full");
+    };
+    let StoreError::Full { reason } = &error else {
+        panic!("{error}")
+    };
+    assert!(reason.contains("database space exceeded"), "{reason}");
+    assert!(error.to_string().contains("etcdctl alarm disarm"), "{error}");
+    assert_eq!(store.trouble(), Some(error.to_string()));
+
+    // Nothing was written, what is there can be read, and who was watching was told.
+    let listing = store.list("pods/").await.unwrap();
+    assert_eq!(listing.records.len(), written.len() + 1);
+    for (name, revision) in &written {
+        let set = next(&mut watch, &mut last).await.unwrap();
+        assert_eq!(set.revision, *revision);
+        assert_eq!(store.get(&key(name)).await.unwrap().unwrap().revision, *revision);
+    }
+    // A watch that begins in the past is told of it, and of what can still be done: deletions.
+    let mut behind = store.watch("pods/first", first - 1).await.unwrap();
+    let mut after = first - 1;
+    assert_eq!(shorts(&next(&mut behind, &mut after).await.unwrap()), ["+pods/first=1"]);
+    write(&store, delete("pods/first")).await;
+    assert_eq!(shorts(&next(&mut behind, &mut after).await.unwrap()), ["-pods/first<1"]);
+    assert!(store.trouble().is_some(), "a deletion needs no room");
+    let error = store.commit(all([put("pods/small", "1")])).await.unwrap_err();
+    assert!(matches!(error, StoreError::Full { .. }), "{error}");
+
+    // As an operator makes room.
+    for (name, _) in &written {
+        write(&store, delete(name)).await;
+    }
+    bench.compact(store.revision().await.unwrap()).await;
+    let mut maintenance = bench.server.client().await.maintenance_client();
+    maintenance.defragment().await.unwrap();
+    let raised = maintenance
+        .alarm(AlarmAction::Get, AlarmType::None, None)
+        .await
+        .unwrap();
+    for alarm in raised.alarms() {
+        let mut options = AlarmOptions::new();
+        options.with_member(alarm.member_id());
+        maintenance
+            .alarm(AlarmAction::Deactivate, alarm.alarm(), Some(options))
+            .await
+            .unwrap();
+    }
+    write(&store, put("pods/small", "1")).await;
+    assert_eq!(store.trouble(), None);
 }

@@ -92,13 +92,16 @@ impl Follower {
         }
     }
 
-    /// Opens the watch. When there is a past to catch up with, its end is marked first.
+    /// Opens the watch. When there is a past to catch up with, its end is marked first; an etcd that is full takes no mark, and the watch is told
+    /// of all changes nevertheless.
     async fn begin(&self, head: Revision) -> Result<WatchStream, StoreError> {
         if head > self.last {
             let marker = format!("{}{MARKER}", self.prefix);
-            self.shared
-                .bounded(self.shared.kv.clone().put(marker, frame::frame(b""), None))
-                .await?;
+            let mut kv = self.shared.kv.clone();
+            match self.shared.bounded(kv.put(marker, frame::frame(b""), None)).await {
+                Ok(_) | Err(StoreError::Full { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
         let options = WatchOptions::new()
             .with_range(behind(&self.prefix))
