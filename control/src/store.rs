@@ -281,10 +281,12 @@ pub enum StoreError {
         /// What the disk said.
         reason: String,
     },
-    /// The engine has no room for writes; nothing was written. Deletions may be taken.
+    /// The engine has no room for writes. Whether this one happened is unknown: one that crosses the quota is written and refused all the
+    /// same. Deletions may be taken.
     #[error(
-        "etcd takes no writes: {reason}; nothing was written: make room (`etcdctl compact`, then `etcdctl defrag` of every member, or a larger \
-         --quota-backend-bytes), then `etcdctl alarm disarm`"
+        "etcd takes no writes: {reason}; whether this one happened is unknown. Make room (`etcdctl compact --physical REVISION`, with the \
+         revision that `etcdctl endpoint status -w json` tells, then `etcdctl defrag` for every member, or a larger --quota-backend-bytes), \
+         then `etcdctl alarm disarm`"
     )]
     Full {
         /// What the engine said.

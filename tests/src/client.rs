@@ -24,6 +24,8 @@ use crate::layout::Members;
 
 /// The largest answer that is read: a list of many objects.
 const MAX_MESSAGE: usize = 256 << 20;
+/// How long a history may take to be told.
+const HISTORY: Duration = Duration::from_secs(120);
 
 /// A connection to control.
 pub struct Client {
@@ -169,7 +171,7 @@ impl Client {
             allow_watch_bookmarks: true,
             ..WatchRequest::default()
         };
-        self.runtime.block_on(async {
+        let told = async {
             let mut stream = self.objects().watch(request).await?.into_inner();
             let mut seen = Vec::new();
             while let Some(event) = stream.message().await? {
@@ -186,6 +188,10 @@ impl Client {
                 }
             }
             Ok(seen)
+        };
+        self.runtime.block_on(async {
+            let told = tokio::time::timeout(HISTORY, told).await;
+            told.with_context(|| format!("{resource} are not told up to revision {until} within {HISTORY:?}"))?
         })
     }
 

@@ -76,9 +76,19 @@ impl Selection {
         &self.namespace
     }
 
+    /// Whether it lets objects of this namespace through, if all else matches.
+    pub fn has_namespace(&self, namespace: &str) -> bool {
+        self.namespace.is_empty() || namespace == self.namespace
+    }
+
+    /// Whether it asks for nothing but the namespace.
+    pub fn is_by_namespace(&self) -> bool {
+        self.labels.is_empty() && self.fields == FieldSelector::default()
+    }
+
     /// Whether it lets the object through.
     pub fn matches<T: Model>(&self, object: &T) -> bool {
-        (self.namespace.is_empty() || object.namespace() == self.namespace)
+        self.has_namespace(object.namespace())
             && self.labels.iter().all(|rule| rule.matches(&object.meta().labels))
             && self.fields.matches(object)
     }

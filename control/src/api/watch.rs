@@ -193,6 +193,13 @@ impl<T: Registered> Watcher<T> {
     /// The event as this watcher's selection sees it: what begins to match is ADDED, what ceases to is DELETED.
     fn see(&self, entry: &Entry<T>, revision: Revision) -> Option<RawWatchEvent> {
         let told = |kind: &str| Some(event(kind, entry.encoded_object().clone(), revision.to_string()));
+        if !self.selection.has_namespace(entry.namespace()) {
+            return None;
+        }
+        if self.selection.is_by_namespace() {
+            // Without decoding it once for each of a thousand watchers.
+            return told(entry.kind());
+        }
         match &entry.event() {
             Event::Added(object) => self.selection.matches(&**object).then(|| told("ADDED")).flatten(),
             Event::Deleted(object) => self.selection.matches(&**object).then(|| told("DELETED")).flatten(),

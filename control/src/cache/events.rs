@@ -79,6 +79,20 @@ impl<T: Resource> Entry<T> {
         }
     }
 
+    /// The namespace of its object; empty for cluster-wide kinds.
+    pub fn namespace(&self) -> &str {
+        &self.key.namespace
+    }
+
+    /// "ADDED", "MODIFIED" or "DELETED", as a watch has it.
+    pub fn kind(&self) -> &'static str {
+        match &self.kept {
+            Kept::Added(_) => "ADDED",
+            Kept::Modified { .. } => "MODIFIED",
+            Kept::Deleted(_) => "DELETED",
+        }
+    }
+
     /// What happened. Who reads it while it is fresh shares it with all others.
     pub fn event(&self) -> Event<T> {
         let mut decoded = self.lock();

@@ -16,7 +16,7 @@ use crate::{
     store::{Change, Record, Revision},
 };
 
-/// Changes that are decoded before they are applied, at least as many as one transaction made.
+/// Changes that are decoded before they are applied: at most so many, or those of one revision.
 const STEPS: usize = 32;
 
 /// One index for every kind of the model.

@@ -265,6 +265,9 @@ fn unavailable(error: StoreError) -> Status {
     match error {
         StoreError::Conflict { .. } => Status::aborted("somebody else wrote at the same time; try again"),
         error @ StoreError::Damaged { .. } => Status::data_loss(error.to_string()),
+        error @ (StoreError::Full { .. } | StoreError::Disk { full: true, .. }) => {
+            Status::resource_exhausted(error.to_string())
+        }
         error => {
             tracing::error!(%error, "store failed");
             Status::unavailable("the store cannot be reached")

@@ -5,7 +5,8 @@
 //!
 //! A watch has to know when it has caught up with the past, and etcd before 3.4.25 and 3.5.8 may send a progress notification
 //! ahead of events that it covers. So a watch that begins in the past writes a marker under its own prefix and waits for it to
-//! come by; markers are invisible to everybody else. Bookmarks are the last delivered revision.
+//! come by (an etcd without room takes it later: until then it is told of changes, not that it has caught up); markers are invisible to
+//! everybody else. Bookmarks are the last delivered revision.
 //!
 //! An etcd whose database has reached its quota takes no writes, but serves reads, watches and deletions ([`StoreError::Full`]).
 
@@ -190,7 +191,7 @@ const NO_SPACE: &str = "database space exceeded";
 
 impl Shared {
     /// Notes a write that was refused for want of room.
-    fn is_full(&self, reason: &str) -> StoreError {
+    fn refuse(&self, reason: &str) -> StoreError {
         let error = StoreError::Full {
             reason: reason.to_owned(),
         };
@@ -210,7 +211,7 @@ impl Shared {
         let limit = self.options.request_timeout;
         match tokio::time::timeout(limit, call).await {
             Ok(result) => result.map_err(|error| match &error {
-                Error::GRpcStatus(status) if status.message().contains(NO_SPACE) => self.is_full(status.message()),
+                Error::GRpcStatus(status) if status.message().contains(NO_SPACE) => self.refuse(status.message()),
                 _ => unavailable(error),
             }),
             Err(_) => Err(unavailable(TimedOut(limit))),
@@ -437,6 +438,7 @@ impl Store for EtcdStore {
     async fn revision(&self) -> Result<Revision, StoreError> {
         self.shared.revision().await
     }
+
     fn trouble(&self) -> Option<String> {
         let refused = self.shared.refused();
         let lately = refused.as_ref().filter(|refused| refused.at.elapsed() < REFUSED_FOR);

@@ -146,7 +146,7 @@ impl Supervisor {
                 return Response::Services(services.collect());
             }
             Request::Stop(name) => self.service(&name).map(super::Supervised::stop),
-            Request::Kill(name) => self.service(&name).map(super::Supervised::kill),
+            Request::Kill(name) => self.service(&name).and_then(super::Supervised::kill),
             Request::Start(name) => self.service(&name).map(super::Supervised::resume),
             Request::Signal(name, signal) => self.service(&name).and_then(|service| service.signal(signal)),
             Request::Link(member, up) => network::set_link(&self.members, &member, up),

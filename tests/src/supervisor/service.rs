@@ -140,9 +140,13 @@ impl Supervised {
         self.end(Signal::SIGTERM);
     }
 
-    /// Kills it, does not start it again, and returns when it is gone.
-    pub fn kill(&self) {
+    /// Kills it, does not start it again, and returns when it is gone. Fails when it does not run.
+    pub fn kill(&self) -> Result<()> {
+        self.status()
+            .0
+            .with_context(|| format!("{} is not running", self.full_name()))?;
         self.end(Signal::SIGKILL);
+        Ok(())
     }
 
     fn end(&self, signal: Signal) {

@@ -1,6 +1,10 @@
 //! What is kept decoded, and encoded, and for how long.
 
 use super::*;
+use crate::{
+    cache::index::Feed,
+    store::{Change, Record},
+};
 
 #[tokio::test]
 async fn an_event_that_is_no_longer_fresh_tells_the_same() {
@@ -67,4 +71,47 @@ async fn an_event_is_encoded_once() {
     assert_eq!(one.encoded_object().as_ptr(), other.encoded_object().as_ptr());
     let object = orlop_proto::api::v1::Object::decode(one.encoded_object().clone()).unwrap();
     assert_eq!(Pod::from_object(object).as_ref(), Some(&**one.event().object()));
+}
+
+#[tokio::test]
+async fn changes_are_applied_in_pieces_that_divide_no_revision() {
+    let index = world().await.cache.shared.indexes.of::<Pod>();
+    let feed: &dyn Feed = &*index;
+    let of = |revision: Revision, count: usize| {
+        (0..count).map(move |number| {
+            let name = format!("r{revision}-{number}");
+            let record = Record {
+                key: Key::object(&Pod::KIND, "default", &name),
+                value: pod(&name, "n").encode_to_vec().into(),
+                revision,
+            };
+            (revision, Change::Put { record, previous: None })
+        })
+    };
+    let mut told = index.changes();
+    let mut position = index.snapshot_and_position(0).1;
+    for (revisions, pieces) in [
+        (vec![(1, 40), (2, 40)], 2),
+        (vec![(3, 31), (4, 40)], 1),
+        (vec![(5, 20), (6, 12), (7, 20)], 2),
+        (vec![(8, 100)], 1),
+    ] {
+        let (before, count) = (
+            *told.borrow_and_update(),
+            revisions.iter().map(|(_, count)| count).sum::<usize>(),
+        );
+        feed.apply(
+            revisions
+                .iter()
+                .flat_map(|(revision, count)| of(*revision, *count))
+                .collect(),
+        );
+        assert_eq!(*told.borrow_and_update() - before, pieces, "{revisions:?}");
+        let entries = index
+            .entries(&mut position, 0, 1000)
+            .ok()
+            .expect("they are in the window");
+        assert_eq!(entries.len(), count);
+        assert!(entries.is_sorted_by_key(|entry| entry.revision));
+    }
 }

@@ -23,6 +23,7 @@ pub(super) async fn open(shared: Arc<Shared>, prefix: String, after: Revision) -
         shared,
         prefix: format!("{}{prefix}", frame::PREFIX),
         last: after,
+        unmarked: false,
     };
     tokio::spawn(follower.run(head, sender));
     Ok(Box::pin(ReceiverStream::new(receiver)))
@@ -48,6 +49,8 @@ struct Follower {
     prefix: String,
     /// Everything up to here was delivered.
     last: Revision,
+    /// There is a past whose end could not be marked.
+    unmarked: bool,
 }
 
 enum Ended {
@@ -92,14 +95,21 @@ impl Follower {
         }
     }
 
-    /// Opens the watch. When there is a past to catch up with, its end is marked first; an etcd that is full takes no mark, and the watch is told
-    /// of all changes nevertheless.
-    async fn begin(&self, head: Revision) -> Result<WatchStream, StoreError> {
+    /// Marks the end of the past, which the watch is told of then. An etcd that has no room takes no mark.
+    async fn mark(&self) -> Result<(), StoreError> {
+        let marker = format!("{}{MARKER}", self.prefix);
+        let mut kv = self.shared.kv.clone();
+        let marked = self.shared.bounded(kv.put(marker, frame::frame(b""), None));
+        marked.await.map(drop)
+    }
+
+    /// Opens the watch. When there is a past to catch up with, its end is marked first, or later when there is no room for that.
+    async fn begin(&mut self, head: Revision) -> Result<WatchStream, StoreError> {
+        self.unmarked = false;
         if head > self.last {
-            let marker = format!("{}{MARKER}", self.prefix);
-            let mut kv = self.shared.kv.clone();
-            match self.shared.bounded(kv.put(marker, frame::frame(b""), None)).await {
-                Ok(_) | Err(StoreError::Full { .. }) => {}
+            match self.mark().await {
+                Ok(()) => {}
+                Err(StoreError::Full { .. }) => self.unmarked = true,
                 Err(error) => return Err(error),
             }
         }
@@ -128,7 +138,12 @@ impl Follower {
             // All branches are cancel-safe: a message is taken only when it is whole.
             let sets = tokio::select! {
                 () = sender.closed() => return Ended::Unread,
-                () = tokio::time::sleep_until(bookmark_at) => vec![ChangeSet { revision: self.last, changes: Vec::new() }],
+                () = tokio::time::sleep_until(bookmark_at) => {
+                    if self.unmarked {
+                        self.unmarked = self.mark().await.is_err();
+                    }
+                    vec![ChangeSet { revision: self.last, changes: Vec::new() }]
+                }
                 message = stream.message() => match message {
                     Ok(Some(response)) => match self.sets(&response) {
                         Ok(sets) => sets,
