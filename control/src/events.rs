@@ -56,7 +56,7 @@ pub struct Recorder {
     dropped: Arc<AtomicU64>,
 }
 
-/// A note as it waits: an event without a name, encoded, which is a fifth of the memory. After a burst of pods the routine's queues
+/// A note as it waits: an event without a name, encoded, which is a fraction of the memory. After a burst of pods the routine's queues
 /// are full, both of the nodes' recorder and of control's own.
 type Note = Box<[u8]>;
 
