@@ -95,17 +95,17 @@ impl Recorder {
 
     /// Notes that something went as it should.
     pub fn normal<T: Resource>(&self, object: &T, reason: &str, message: impl Into<String>) {
-        self.send(&self.note(object, "Normal", reason, message.into()));
+        self.send(&self.sender, &self.note(object, NORMAL, reason, message.into()));
     }
 
     /// Notes what is said once for every pod when all goes well: it waits behind everything else, and is the first to be dropped.
     pub fn routine<T: Resource>(&self, object: &T, reason: &str, message: impl Into<String>) {
-        self.send_routine(&self.note(object, "Normal", reason, message.into()));
+        self.send(&self.routine, &self.note(object, NORMAL, reason, message.into()));
     }
 
     /// Notes that something is wrong.
     pub fn warning<T: Resource>(&self, object: &T, reason: &str, message: impl Into<String>) {
-        self.send(&self.note(object, WARNING, reason, message.into()));
+        self.send(&self.sender, &self.note(object, WARNING, reason, message.into()));
     }
 
     /// How many notes were dropped because too many waited.
@@ -143,7 +143,11 @@ impl Recorder {
     /// Takes over what another component said of an object, perhaps several times; who calls has checked and shortened it.
     pub fn event(&self, event: Event) {
         let now = time::now_seconds();
-        let is_warning = event.r#type == WARNING;
+        // A node says several things of each of its pods: what is no trouble is routine.
+        let (kind, sender) = match &*event.r#type {
+            WARNING => (WARNING, &self.sender),
+            _ => (NORMAL, &self.routine),
+        };
         let note = Event {
             source: Some(EventSource {
                 component: self.component.to_owned(),
@@ -152,26 +156,13 @@ impl Recorder {
             count: event.count.max(1),
             first_timestamp: event.first_timestamp.or(Some(now)),
             last_timestamp: event.last_timestamp.or(Some(now)),
-            r#type: if is_warning { event.r#type } else { "Normal".to_owned() },
+            r#type: kind.to_owned(),
             ..event
         };
-        if is_warning {
-            self.send(&note);
-        } else {
-            // A node says several things of each of its pods.
-            self.send_routine(&note);
-        }
+        self.send(sender, &note);
     }
 
-    fn send(&self, note: &Event) {
-        self.queue(&self.sender, note);
-    }
-
-    fn send_routine(&self, note: &Event) {
-        self.queue(&self.routine, note);
-    }
-
-    fn queue(&self, sender: &mpsc::Sender<Note>, note: &Event) {
+    fn send(&self, sender: &mpsc::Sender<Note>, note: &Event) {
         match sender.try_reserve() {
             Ok(place) => place.send(note.encode_to_vec().into()),
             Err(_) => {
@@ -181,8 +172,10 @@ impl Recorder {
     }
 }
 
-/// The type of an event that tells of trouble; the others are Normal.
+/// The type of an event that tells of trouble.
 const WARNING: &str = "Warning";
+/// The type of all others.
+const NORMAL: &str = "Normal";
 
 /// What makes two notes the same: the object, who says it, and what.
 fn identity(note: &Event) -> impl std::hash::Hash + '_ {
